@@ -1,0 +1,72 @@
+"""Names that built-ins and third parties answer to, found through entry points."""
+
+import difflib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar, cast
+
+from quantkit.errors import UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """One entry-point group: a name gives the object, a broken plug-in is listed with its error.
+
+    Built-ins win over a plug-in of the same name, so that installing a package never changes what a name means.
+    A built-in may be given as "module:attribute"; it is imported when first asked for.
+    """
+
+    def __init__(self, *, group: str, noun: str, builtin: Mapping[str, T | str]) -> None:
+        self.group = group
+        self.noun = noun
+        self._builtin = dict(builtin)
+
+    def names(self) -> list[str]:
+        """Every registered name, sorted."""
+        return sorted({*self._builtin, *self._plugins()})
+
+    def get(self, name: str) -> T:
+        """Return what is registered as `name`.
+
+        Raises:
+            UnknownNameError: the name is unknown, or its plug-in does not import.
+        """
+        if name in self._builtin:
+            return self._load_builtin(name)
+        plugins = self._plugins()
+        if name not in plugins:
+            raise UnknownNameError(self._unknown(name))
+        try:
+            return cast(T, plugins[name].load())
+        except Exception as error:
+            raise UnknownNameError(
+                f"{self.noun} {name}: its plug-in {plugins[name].value} does not load "
+                f"({type(error).__name__}: {error}); mend or uninstall that package."
+            ) from error
+
+    def status(self) -> dict[str, str]:
+        """Return every name with "" where it loads, else with the error that its plug-in raises."""
+        found = {}
+        for name in self.names():
+            try:
+                self.get(name)
+                found[name] = ""
+            except UnknownNameError as error:
+                found[name] = str(error)
+        return found
+
+    def _load_builtin(self, name: str) -> T:
+        value = self._builtin[name]
+        if isinstance(value, str):
+            value = cast(T, EntryPoint(name=name, value=value, group=self.group).load())
+            self._builtin[name] = value
+        return cast(T, value)
+
+    def _plugins(self) -> dict[str, EntryPoint]:
+        return {e.name: e for e in entry_points(group=self.group) if e.name not in self._builtin}
+
+    def _unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(self.names())}."
+        return f"{self.noun} {name}: no such {self.noun}; {hint}"
