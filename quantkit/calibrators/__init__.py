@@ -1,0 +1,10 @@
+"""Calibrators: from what was observed of a tensor to the range that its quantization must hold.
+
+A calibrator is a pure function of a `FloatHistogram` and a `QuantSpec`; weights, which are known whole, have
+`weight_range`.
+"""
+
+from quantkit.calibrators.base import Calibrator, get_calibrator, list_calibrators
+from quantkit.calibrators.weights import weight_range
+
+__all__ = ["Calibrator", "get_calibrator", "list_calibrators", "weight_range"]
