@@ -7,7 +7,8 @@ QuantkitError                 everything below; the command line turns it into o
  ├── SpecError                a number format, range or scale that does not fit its tensor
  ├── UnknownNameError         a method, format, target or preset nobody has registered
  ├── PlanError                a plan that does not fit the graph it is to be applied to
- └── ExportError              a written model that cannot be published or does not do what its plan says
+ ├── ExportError              a written model that does not do what its plan says
+ └── FileError                a file that could not be written: disk full, no permission, no such folder
 
 Each message names the thing, what was found, and the mend.
 """
@@ -42,4 +43,8 @@ class PlanError(QuantkitError):
 
 
 class ExportError(QuantkitError):
-    """An emitted model that could not be written, or failed its verification."""
+    """An emitted model that failed its verification."""
+
+
+class FileError(QuantkitError):
+    """A file that could not be written; nothing was left behind, and what was there before is whole."""

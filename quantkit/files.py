@@ -1,0 +1,175 @@
+"""Writing files so that a reader finds the old one or the new one, and never half of either."""
+
+import errno
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from quantkit.errors import FileError
+
+_PREFIX, _SUFFIX = ".quantkit-", ".tmp"
+
+_MENDS = {
+    errno.ENOSPC: "free some space there, or choose another folder",
+    errno.EDQUOT: "free some space there, or choose another folder",
+    errno.EFBIG: "raise the limit on file sizes, or choose another folder",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.ENOENT: "make its folder first, or choose another",
+    errno.ENOTDIR: "choose a path whose parents are folders",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path; what the block writes there becomes `path` if the block ends well.
+
+        with atomic_write("model.onnx") as temporary:
+            onnx_ir.save(model, temporary, external_data=f"{temporary.name}.data")
+
+    The temporary path has the final name, inside a hidden folder beside `path` (one file system, so that
+    renaming is atomic). A group of files is published together: whatever else the block writes into that
+    folder goes beside `path` under its own name, and `path` comes last, for it refers to the others. The
+    files are flushed to disk before they are renamed. If anything fails, also an interrupt, the temporary
+    folder goes, and what was at `path` and beside it is as before. A killed process leaves at most the hidden
+    folder, which the next write into the same place clears away. Where a group replaces an older one, being
+    killed between the renames leaves no `path` at all rather than an old one with new neighbours.
+
+    Permissions are those of any new file (umask); a symbolic link is replaced by the file.
+
+    Raises:
+        FileError: the file cannot be written there: disk full, no permission, no such folder, or it is one.
+    """
+    final = Path(path)
+    try:
+        _check_target(final)
+        _clear_stale(final.parent)
+        holder = _make_folder(final.parent)
+    except OSError as error:
+        raise _refused(final, error) from error
+    folder, lock = holder
+    try:
+        yield folder / final.name
+        _publish(folder, final)
+    except OSError as error:
+        if _is_foreign(error, folder, final.parent):
+            raise
+        raise _refused(final, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _publish(folder: Path, final: Path) -> None:
+    names = sorted(p.name for p in folder.iterdir() if p.name != final.name)
+    assert (folder / final.name).is_file(), f"the block did not write {final.name}"
+    for name in (*names, final.name):
+        _check_target(final.parent / name)
+        _flush(folder / name)
+    if names:
+        _publish_group(folder, final, names)
+    else:
+        os.replace(folder / final.name, final)
+    with suppress(OSError):
+        # The renames have happened; some file systems cannot flush a folder.
+        _flush(final.parent)
+
+
+def _publish_group(folder: Path, final: Path, names: list[str]) -> None:
+    """Rename a group into place, keeping what it replaces until all of it is there."""
+    old = folder / ".replaced"
+    old.mkdir()
+    try:
+        # The file that refers to the others goes first and comes last, so that it never meets the wrong ones.
+        for name in (final.name, *names):
+            if os.path.lexists(final.parent / name):
+                os.replace(final.parent / name, old / name)
+        for name in (*names, final.name):
+            os.replace(folder / name, final.parent / name)
+    except BaseException:
+        for name in (*names, final.name):
+            if os.path.lexists(old / name):
+                os.replace(old / name, final.parent / name)
+            elif not (folder / name).exists():
+                (final.parent / name).unlink(missing_ok=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_target(path: Path) -> None:
+    """Refuse to replace a folder or a device such as /dev/null."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise FileError(f"{path}: cannot be written (it is {kind}); choose the path of a file.")
+
+
+def _make_folder(parent: Path) -> tuple[Path, int | None]:
+    """Make the hidden folder, and lock it for as long as this process lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=_PREFIX, suffix=_SUFFIX))
+        lock = _lock(folder, wait=True)
+        if folder.exists():
+            return folder, lock
+        # Another process took it for a stale one before it was locked.
+        if lock is not None:
+            os.close(lock)
+
+
+def _clear_stale(parent: Path) -> None:
+    """Remove the hidden folders of processes that died: nobody holds their lock."""
+    for folder in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
+        lock = _lock(folder, wait=False)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """Return a descriptor that holds the folder's lock; None where it is taken or locks do not exist."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_foreign(error: OSError, folder: Path, parent: Path) -> bool:
+    """Whether the error is about a file that is neither the temporary nor the final one (say, an input)."""
+    if error.filename is None:
+        return False
+    path = Path(os.path.abspath(os.fsdecode(error.filename)))
+    return Path(os.path.abspath(folder)) not in path.parents and path.parent != Path(os.path.abspath(parent))
+
+
+def _refused(path: Path, error: OSError) -> FileError:
+    reason = (error.strerror or str(error) or type(error).__name__).lower()
+    mend = _MENDS.get(error.errno or 0, "choose another path")
+    return FileError(f"{path}: cannot be written ({reason}); {mend}.")
