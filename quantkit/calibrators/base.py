@@ -84,7 +84,7 @@ def observed_range(histogram: FloatHistogram, spec: QuantSpec) -> Range:
 def clipped(observed: Range, lo: float, hi: float) -> Range:
     """Return [lo, hi] drawn into the observed range.
 
-    For a threshold, [−t, t], `amax` of the result is min(t, observed amax): the side that holds amax reaches t.
+    Of a threshold's [−t, t] the result keeps the `amax`, min(t, observed amax): one side reaches it.
     """
     ends = np.clip([lo, hi], observed.lo, observed.hi)
     return Range(ends[0], ends[1])

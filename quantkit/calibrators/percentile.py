@@ -18,13 +18,13 @@ from quantkit.statistics import FloatHistogram
 class PercentileCalibrator:
     """Clips what lies beyond a percentile.
 
-    Every finite value counts once, zeros too: where nine values of ten are zero (after a ReLU, say), percentile
-    99.99 cuts 0.1 % of the others.
+    Every finite value counts once, zeros too: where nine values of ten are zero, as a ReLU may leave them,
+    percentile 99.99 cuts 0.1 % of the others.
 
     Attributes:
-        percentile: the percentage of values that must be held, 0 < percentile ≤ 100. Symmetric and float formats
-            cut 100 − percentile of |x|, asymmetric ones half of it at either end. The default cuts one value in
-            100,000; 99.99 is known to destroy transformers (BERT-large, onnxruntime issue 10571).
+        percentile: the percentage of values that must be held, 0 < percentile ≤ 100. Symmetric and float
+            formats cut 100 − percentile of |x|, asymmetric ones half of it at each end. The default cuts one
+            value in 100,000; 99.99 is known to destroy transformers (BERT-large, onnxruntime issue 10571).
     """
 
     name: ClassVar[str] = "percentile"
@@ -39,8 +39,8 @@ class PercentileCalibrator:
     def solve(self, histogram: FloatHistogram, spec: QuantSpec) -> Range:
         """Return the narrowest range between bin edges that holds the percentile, within the observed range.
 
-        A bin that must be held in part is held whole, so a range is never too narrow, and too wide by less than
-        one bin.
+        A bin that must be held in part is held whole, so a range is never too narrow, and too wide by less
+        than one bin.
 
         Raises:
             SpecError: no finite value was observed, or `spec` is not per tensor.
