@@ -34,7 +34,10 @@ class Table:
         ]
         widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
         right = self._number_columns()
-        lines.insert(1, ["-" * width for width in widths])
+        if any(self.headers):
+            lines.insert(1, ["-" * width for width in widths])
+        else:
+            del lines[0]
         padded = (
             (" " * (w - _width(c)) + c if r else c + " " * (w - _width(c)))
             for line in lines
@@ -45,14 +48,15 @@ class Table:
     def html(self) -> str:
         """Return the table as an HTML fragment; every cell is escaped."""
         aligns = [f' style="text-align: {"right" if r else "left"}"' for r in self._number_columns()]
-        head = "".join(f"<th{a}>{html.escape(h)}</th>" for h, a in zip(self.headers, aligns, strict=True))
+        cells = "".join(f"<th{a}>{html.escape(h)}</th>" for h, a in zip(self.headers, aligns, strict=True))
+        head = f"<thead><tr>{cells}</tr></thead>" if any(self.headers) else ""
         body = "".join(
             "<tr>"
             + "".join(f"<td{a}>{html.escape(_shown(c))}</td>" for c, a in zip(row, aligns, strict=True))
             + "</tr>"
             for row in self.rows
         )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<table>{head}<tbody>{body}</tbody></table>"
 
     def __str__(self) -> str:
         return self.text()

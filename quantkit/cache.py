@@ -1,0 +1,335 @@
+"""The calibration cache: all that solving needs, without the data and without the runtime."""
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.cache_file import damaged, decode, encode
+from quantkit.cache_merge import check_overlap, merge_data, merge_method, merge_statistics, merge_versions
+from quantkit.errors import CacheError
+from quantkit.files import atomic_write
+from quantkit.statistics import ChannelStats, FloatHistogram
+from quantkit.statistics.tensor import TensorStatistics
+from quantkit.tables import Table
+
+__all__ = ["SUFFIX", "CalibrationCache", "ModelIdentity", "TensorStatistics", "find_cache"]
+
+SUFFIX = ".calib"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """Which model was observed.
+
+    Attributes:
+        path: where it lay, absolute or relative to the current folder; "" for a model that was never a file.
+        Not
+            compared: a model that was moved is the same model.
+        name: the stem of its file, after which exported files are named.
+        fingerprint: of the cleaned graph and its weights.
+    """
+
+    path: str = field(compare=False)
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationCache:
+    """The statistics of one model over one set of samples.
+
+    Two caches are equal when a saved file of the one would be a saved file of the other.
+
+    Attributes:
+        model: which model was observed. statistics: tensor name → its statistics; sorted by name.
+        sample_fingerprints: uint64, sorted, one for every sample (a sample seen twice is there twice). data:
+        where the samples came from and how they were prepared ("preprocessing"), as JSON would hold it.
+        method: the calibration method that an export takes unless told otherwise. method_options: the options
+        of that method. probe: one real sample, input name → array, that of the smallest fingerprint; an
+        exported file is run on it. versions: package → version of what observed.
+    """
+
+    model: ModelIdentity
+    statistics: Mapping[str, TensorStatistics]
+    sample_fingerprints: NDArray[np.uint64]
+    data: Mapping[str, Any]
+    method: str
+    method_options: Mapping[str, Any]
+    probe: Mapping[str, NDArray[Any]]
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        fixed = {
+            "statistics": dict(sorted(self.statistics.items())),
+            "sample_fingerprints": np.sort(np.asarray(self.sample_fingerprints, np.uint64)),
+            # Through JSON once, so that a tuple is a list before and after a file.
+            "data": json.loads(json.dumps(self.data, sort_keys=True, allow_nan=False)),
+            "method_options": json.loads(json.dumps(self.method_options, sort_keys=True, allow_nan=False)),
+            "probe": {name: np.asarray(array) for name, array in sorted(self.probe.items())},
+            "versions": dict(sorted(self.versions.items())),
+        }
+        for name, value in fixed.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def sample_count(self) -> int:
+        """How many samples were observed."""
+        return int(self.sample_fingerprints.size)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CalibrationCache):
+            return NotImplemented
+        return self._encode(model_path="") == other._encode(model_path="")
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # --- files
+    # ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to `path`, whole or not at all.
+
+        The model's path is written relative to the folder of `path`, so that the two can be moved together;
+        an absolute one is, only when the model lies in that folder or below.
+
+        Raises:
+            FileError: the file cannot be written there.
+        """
+        encoded = self._encode(model_path=_relative(self.model.path, Path(path).parent))
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(encoded)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the cache that `save` wrote to `path`.
+
+        Raises:
+            CacheError: there is no such file, or it is no cache, is damaged, or is of a newer quantkit.
+        """
+        text, arrays = decode(path)
+        parts: defaultdict[str, dict[str, NDArray[Any]]] = defaultdict(dict)
+        for key, array in arrays.items():
+            part, _, name = key.rpartition(".")
+            parts[part][name] = array
+        try:
+            model = dict(text["model"])
+            if model["path"]:
+                model["path"] = os.path.normpath(Path(path).parent / model["path"])
+            return cls(
+                model=ModelIdentity(**model),
+                statistics={
+                    tensor["name"]: TensorStatistics(
+                        histogram=FloatHistogram.from_arrays(parts[f"{i:05d}.histogram"]),
+                        channels=ChannelStats.from_arrays(parts[f"{i:05d}.channels"])
+                        if tensor["channels"]
+                        else None,
+                        dtype=tensor["dtype"],
+                        shape=tuple(tensor["shape"]),
+                    )
+                    for i, tensor in enumerate(text["tensors"])
+                },
+                sample_fingerprints=arrays["samples"],
+                data=text["data"],
+                method=text["method"],
+                method_options=text["method_options"],
+                probe={name: arrays[f"probe.{i}"] for i, name in enumerate(text["probe"])},
+                versions=text["versions"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, CacheError) as error:
+            raise damaged(path, f"{type(error).__name__}: {error}") from error
+
+    def _encode(self, *, model_path: str) -> bytes:
+        # Arrays go by number: a tensor may have any name at all, even one that looks like another's key.
+        arrays: dict[str, NDArray[Any]] = {"samples": self.sample_fingerprints}
+        arrays |= {f"probe.{i}": array for i, array in enumerate(self.probe.values())}
+        for i, tensor in enumerate(self.statistics.values()):
+            arrays |= {f"{i:05d}.histogram.{k}": v for k, v in tensor.histogram.to_arrays().items()}
+            if tensor.channels is not None:
+                arrays |= {f"{i:05d}.channels.{k}": v for k, v in tensor.channels.to_arrays().items()}
+        text = {
+            "model": {"path": model_path, "name": self.model.name, "fingerprint": self.model.fingerprint},
+            "tensors": [
+                {"name": n, "dtype": t.dtype, "shape": t.shape, "channels": t.channels is not None}
+                for n, t in self.statistics.items()
+            ],
+            "data": self.data,
+            "method": self.method,
+            "method_options": self.method_options,
+            "probe": list(self.probe),
+            "versions": self.versions,
+        }
+        return encode(text, arrays)
+
+    # --- belonging
+    # -----------------------------------------------------------------------------------------------
+
+    def check_model(self, fingerprint: str, what: str) -> None:
+        """Do nothing if the cache was made for the model of this fingerprint.
+
+        Args:
+            fingerprint: of the cleaned graph and its weights.
+            what: how to name that model in the error, its path as a rule.
+
+        Raises:
+            CacheError: it was made for another model.
+        """
+        if fingerprint != self.model.fingerprint:
+            raise CacheError(
+                f"{what}: the calibration cache belongs to another model: {self._model_in_words()}, "
+                f"while this one's fingerprint is {fingerprint[:12]}; "
+                f"run `quantkit calibrate {what}`, or name the cache of this model with --cache."
+            )
+
+    def merge(
+        self,
+        *others: "CalibrationCache",
+        allow_overlap: bool = False,
+        method: str | None = None,
+        method_options: Mapping[str, Any] | None = None,
+    ) -> "CalibrationCache":
+        """Return the cache of all their samples together, in whatever order; the operands do not change.
+
+        Args:
+            others: caches of the same model and the same preprocessing, over other samples. allow_overlap:
+            count a sample that is in several of them several times, instead of refusing. method: the method
+            to record, with `method_options`; needed only where the caches record different ones.
+            method_options: the options of `method`.
+
+        Raises:
+            CacheError: the caches do not belong together; the message says in what they differ.
+        """
+        # A fixed order: sums of floats, and which path and probe are kept, must not depend on the operands'
+        # order.
+        caches = sorted(
+            (self, *others), key=lambda c: (c.sample_fingerprints.tolist(), c._encode(model_path=""))
+        )
+        first = caches[0]
+        for cache in caches[1:]:
+            if cache.model.fingerprint != first.model.fingerprint:
+                raise CacheError(
+                    f"caches to merge: they belong to different models ({first._model_in_words()} and "
+                    f"{cache._model_in_words()}); merge caches of one model."
+                )
+        if not allow_overlap:
+            check_overlap([cache.sample_fingerprints for cache in caches])
+        if method is None:
+            method, method_options = merge_method([(c.method, c.method_options) for c in caches])
+        return CalibrationCache(
+            model=min((cache.model for cache in caches), key=lambda model: (model.path, model.name)),
+            statistics=merge_statistics([cache.statistics for cache in caches]),
+            sample_fingerprints=np.concatenate([cache.sample_fingerprints for cache in caches]),
+            data=merge_data([cache.data for cache in caches]),
+            method=method,
+            method_options=method_options or {},
+            # Of the smallest fingerprint: that is how they are sorted.
+            probe=next((cache.probe for cache in caches if cache.sample_count), first.probe),
+            versions=merge_versions([cache.versions for cache in caches]),
+        )
+
+    # --- showing
+    # -------------------------------------------------------------------------------------------------
+
+    def header(self) -> dict[str, str]:
+        """Return what the cache is, in words: model, samples, data, method, versions."""
+        options = ", ".join(f"{k}={v}" for k, v in self.method_options.items())
+        return {
+            "model": self._model_in_words(),
+            "samples": f"{self.sample_count:,}",
+            "data": ", ".join(f"{k} {_plain(v)}" for k, v in self.data.items()),
+            "method": f"{self.method} ({options})" if options else self.method,
+            "versions": ", ".join(f"{k} {v}" for k, v in self.versions.items()),
+        }
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return one row a tensor, as JSON would hold it: name, dtype, count, min, max, zeros_percent, …
+
+        `min` and `max` are of the finite values, None where there are none; `not_finite` counts NaN and
+        infinities; `channels` is the number of channels observed, None where no linear operator reads the
+        tensor.
+        """
+        rows = []
+        for name, tensor in self.statistics.items():
+            seen = tensor.histogram
+            rows.append(
+                {
+                    "tensor": name,
+                    "dtype": tensor.dtype,
+                    "count": seen.count,
+                    "min": seen.min if math.isfinite(seen.min) else None,
+                    "max": seen.max if math.isfinite(seen.max) else None,
+                    "zeros_percent": 100 * seen.zero_count / seen.count if seen.count else None,
+                    "not_finite": seen.nan_count + seen.inf_count,
+                    "channels": tensor.channels.amax.size if tensor.channels is not None else None,
+                }
+            )
+        return rows
+
+    def table(self) -> Table:
+        """Return the rows of `summary` as a table."""
+        headers = ("tensor", "dtype", "count", "min", "max", "zeros %", "NaN, inf", "channels")
+        return Table(headers, [tuple(row.values()) for row in self.summary()])
+
+    def _model_in_words(self) -> str:
+        return f"{self.model.path or self.model.name} ({self.model.fingerprint[:12]})"
+
+    def __str__(self) -> str:
+        return f"{self._heading().text()}\n\n{self.table().text()}"
+
+    def __repr__(self) -> str:
+        return (
+            f"CalibrationCache(model={self.model.name!r}, tensors={len(self.statistics)}, "
+            f"samples={self.sample_count}, method={self.method!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        return self._heading().html() + self.table().html()
+
+    def _heading(self) -> Table:
+        return Table(("", ""), list(self.header().items()))
+
+
+def find_cache(folder: str | os.PathLike[str]) -> Path:
+    """Return the one calibration cache in `folder`.
+
+    Raises:
+        CacheError: there is none, or more than one.
+    """
+    found = sorted(p for p in Path(folder).glob(f"*{SUFFIX}") if p.is_file())
+    if not found:
+        where = "the current folder" if os.path.abspath(folder) == os.getcwd() else str(folder)
+        raise CacheError(
+            f"{where}: holds no calibration cache (*{SUFFIX}); "
+            "make one with `quantkit calibrate MODEL --data DATA`, or name one with --cache."
+        )
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found[:5]) + (
+            f" and {len(found) - 5} more" if len(found) > 5 else ""
+        )
+        raise CacheError(
+            f"{folder}: holds {len(found)} calibration caches ({names}); choose one with --cache."
+        )
+    return found[0]
+
+
+def _relative(model_path: str, folder: Path) -> str:
+    """The model's path as seen from `folder`, in forward slashes."""
+    if not model_path:
+        return ""
+    try:
+        relative = Path(os.path.relpath(model_path, folder))
+    except ValueError:
+        # Another drive of Windows.
+        return os.path.abspath(model_path)
+    return model_path if os.path.isabs(model_path) and ".." in relative.parts else relative.as_posix()
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
