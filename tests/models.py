@@ -1,8 +1,8 @@
 """Tiny ONNX models of every awkward kind, in one table: `MODELS[name]`.
 
 Each is a function that returns a ModelProto; its docstring says what is awkward about it. Graphs are written
-in ONNX's own text syntax. Weights that are declared without a value are drawn from a seed; inputs are drawn by
-their declared types, unless the decorator says how.
+in ONNX's own text syntax. Weights that are declared without a value are drawn from a seed; inputs are drawn
+by their declared types, unless the decorator says how.
 """
 
 import zlib
