@@ -5,7 +5,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.errors import SpecError, UnknownNameError
 from quantkit.formats import QuantSpec, Range
 
 
