@@ -1,0 +1,193 @@
+"""Putting a plan's QuantizeLinear and DequantizeLinear nodes into a graph. Each target's emitter says how to write them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import version_converter
+
+from quantkit import __version__
+from quantkit.errors import PlanError
+from quantkit.graph import Graph
+from quantkit.plan import ActivationPlan, BiasPlan, Plan, WeightPlan
+
+
+# The IR version that came with each operator set (onnx/docs/Versioning.md): what newer readers ask for is never less.
+IR_VERSIONS = {19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QdqStyle:
+    """How a target wants its Q/DQ pairs written.
+
+    Attributes:
+        opset: the least operator set; a model of an older one is raised to it.
+        zero_points: write zero points that are 0 too. Without one, QuantizeLinear says its type in `output_dtype`,
+            which exists from opset 21.
+    """
+
+    opset: int
+    zero_points: bool
+
+
+def insert_qdq(graph: Graph, plan: Plan, style: QdqStyle) -> ir.Model:
+    """Return a copy of the model in which the plan's tensors pass through Q/DQ and its weights are stored as codes.
+
+    Raises:
+        PlanError: the plan is of another model, or names what the graph does not have.
+    """
+    if plan.fingerprint != graph.fingerprint:
+        raise PlanError(
+            f"plan: solved for model {plan.model} (fingerprint {plan.fingerprint[:12]}), "
+            f"but {graph.name} has {graph.fingerprint[:12]}; solve it again from this model's cache."
+        )
+    model = graph.model.clone()
+    if graph.opset < style.opset:
+        version_converter.convert_version(model, style.opset)
+    model.ir_version = IR_VERSIONS[model.graph.opset_imports[""]]
+    model.producer_name, model.producer_version = "quantkit", __version__
+    writer = _Writer(model, style)
+    for activation in plan.activations.values():
+        writer.activation(activation)
+    for weight in plan.weights:
+        writer.weight(weight)
+    for bias in plan.biases:
+        writer.bias(bias)
+    writer.drop_unused_initializers()
+    return writer.model
+
+
+class _Writer:
+    def __init__(self, model: ir.Model, style: QdqStyle) -> None:
+        self.model = model
+        self.style = style
+        graph = model.graph
+        self.nodes = {str(node.name): node for node in graph}
+        self.values = {str(v.name): v for v in graph.inputs} | dict(graph.initializers)
+        for node in graph:
+            self.values.update({str(v.name): v for v in node.outputs if v.name})
+        self.node_names = set(self.nodes)
+
+    def activation(self, plan: ActivationPlan) -> None:
+        value = self._value(plan.name)
+        uses = [(n, i) for n, i in value.uses()]
+        if plan.readers:
+            wanted = set(plan.readers)
+            uses = [(n, i) for n, i in uses if (str(n.name), i) in wanted]
+            if len(uses) != len(wanted):
+                raise PlanError(f"plan: {plan.name} is not read by {sorted(wanted)}; solve it again for this model.")
+        dtype = ir.DataType.from_numpy(plan.spec.format.dtype)
+        parameters = self._parameters(
+            plan.name, plan.qparams.scale, plan.qparams.zero_point, dtype, value.dtype or ir.DataType.FLOAT
+        )
+        attributes = {} if len(parameters) == 2 else {"output_dtype": int(dtype)}
+        quantize = self._node("QuantizeLinear", plan.name, [value, *parameters], attributes, dtype)
+        dequantize = self._node("DequantizeLinear", plan.name, [quantize.outputs[0], *parameters], {}, value.dtype)
+        dequantize.outputs[0].shape = quantize.outputs[0].shape = value.shape
+        producer = value.producer()
+        if producer is not None:
+            self.model.graph.insert_after(producer, [quantize, dequantize])
+        else:
+            self.model.graph.insert_before(self.model.graph[0], [quantize, dequantize])
+        for node, index in uses:
+            node.replace_input_with(index, dequantize.outputs[0])
+
+    def weight(self, plan: WeightPlan) -> None:
+        value = self._value(plan.name)
+        qtensor = plan.qtensor
+        dtype = ir.DataType.from_numpy(qtensor.spec.format.dtype)
+        codes = self._constant(f"{plan.name}_quantized", qtensor.qvalue, dtype)
+        parameters = self._parameters(
+            plan.name, qtensor.qparams.scale, qtensor.qparams.zero_point, dtype, value.dtype or ir.DataType.FLOAT
+        )
+        attributes = {} if qtensor.spec.axis is None else {"axis": qtensor.spec.axis}
+        self._dequantized(plan.name, [codes, *parameters], attributes, value, plan.readers)
+
+    def bias(self, plan: BiasPlan) -> None:
+        value = self._value(plan.name)
+        codes = self._constant(f"{plan.name}_quantized", plan.qvalue, ir.DataType.INT32)
+        scale = self._constant(f"{plan.name}_scale", plan.scale, value.dtype or ir.DataType.FLOAT)
+        self._dequantized(plan.name, [codes, scale], {"axis": 0}, value, (plan.reader,))
+
+    def drop_unused_initializers(self) -> None:
+        graph = self.model.graph
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del graph.initializers[name]
+
+    def _dequantized(
+        self,
+        name: str,
+        inputs: list[ir.Value],
+        attributes: dict[str, int],
+        value: ir.Value,
+        readers: tuple[tuple[str, int], ...],
+    ) -> None:
+        """Put DequantizeLinear(inputs) before the first reader, and let the readers read it."""
+        node = self._node("DequantizeLinear", name, inputs, attributes, value.dtype)
+        node.outputs[0].shape = value.shape
+        users = [(self._reader(n, name, i), i) for n, i in readers]
+        order = {id(n): position for position, n in enumerate(self.model.graph)}
+        first = min((user for user, _ in users), key=lambda n: order[id(n)])
+        self.model.graph.insert_before(first, [node])
+        for user, index in users:
+            user.replace_input_with(index, node.outputs[0])
+
+    def _parameters(
+        self,
+        name: str,
+        scale: np.ndarray,
+        zero_point: np.ndarray | None,
+        dtype: ir.DataType,
+        scale_dtype: ir.DataType,
+    ) -> list[ir.Value]:
+        inputs = [self._constant(f"{name}_scale", scale, scale_dtype)]
+        if self.style.zero_points or (zero_point is not None and np.any(zero_point != 0)):
+            zero = np.zeros(scale.shape, dtype.numpy()) if zero_point is None else zero_point
+            inputs.append(self._constant(f"{name}_zero_point", zero, dtype))
+        return inputs
+
+    def _constant(self, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
+        name = self._free_name(name)
+        tensor = ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy())).reshape(array.shape), dtype=dtype, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor)
+        self.model.graph.register_initializer(value)
+        self.values[name] = value
+        return value
+
+    def _node(
+        self,
+        op_type: str,
+        name: str,
+        inputs: list[ir.Value],
+        attributes: dict[str, int],
+        dtype: ir.DataType | None,
+    ) -> ir.Node:
+        output = self._free_name(f"{name}_{op_type}_Output")
+        node_name = f"{name}_{op_type}"
+        while node_name in self.node_names:
+            node_name += "_"
+        self.node_names.add(node_name)
+        node = ir.node(op_type, inputs, attributes=attributes, name=node_name)
+        value = node.outputs[0]
+        value.name = output
+        if dtype is not None:
+            value.type = ir.TensorType(dtype)
+        self.values[output] = value
+        return node
+
+    def _free_name(self, name: str) -> str:
+        while name in self.values:
+            name += "_"
+        return name
+
+    def _value(self, name: str) -> ir.Value:
+        if name not in self.values:
+            raise PlanError(f"plan: the graph has no tensor {name}; solve it again for this model.")
+        return self.values[name]
+
+    def _reader(self, node: str, tensor: str, index: int) -> ir.Node:
+        found = self.nodes.get(node)
+        if found is None or index >= len(found.inputs) or found.inputs[index] is None:
+            raise PlanError(f"plan: {tensor} is not input {index} of node {node}; solve it again for this model.")
+        return found

@@ -1,0 +1,195 @@
+"""Statistics and a placement become a plan. No data is needed, and nothing of the model is run."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce
+
+import numpy as np
+import onnx_ir as ir
+
+from quantkit.calibrators import Calibrator, weight_range
+from quantkit.errors import SpecError
+from quantkit.formats import QParams, qparams_from_range, quantize
+from quantkit.graph import Graph, Site, find_sites, sharing_groups
+from quantkit.placement import Placement, place
+from quantkit.plan import ActivationPlan, BiasPlan, Plan, WeightPlan
+from quantkit.presets import Preset, Target
+from quantkit.statistics import FloatHistogram
+
+_INT32_MAX = 2**31 - 1
+
+
+def solve(
+    graph: Graph,
+    histograms: Mapping[str, FloatHistogram],
+    *,
+    preset: Preset,
+    target: Target,
+    calibrator: Calibrator,
+    everything: bool = False,
+) -> Plan:
+    """Return the plan that `calibrator` finds.
+
+    Tensors that MaxPool, Concat and their like tie together are solved from their merged histogram, so they get one
+    scale. A tensor whose statistics hold no finite value, or NaN or infinities (an attention mask's −inf, say), and
+    a weight that is not finite, stay in float and are listed.
+
+    Args:
+        graph: the cleaned model.
+        histograms: statistics by tensor name, as calibration gathered them.
+        preset: formats and what stays in float by default.
+        target: what will run the model.
+        calibrator: the method for activations. Weights are known whole: theirs is the scale of least squared error.
+        everything: quantize also what the preset leaves in float.
+    """
+    unfit = _unfit(graph, histograms)
+    placement = place(graph, preset, target, everything=everything, unfit=unfit)
+    activations = _solve_activations(graph, histograms, placement, calibrator)
+    weights, biases = _solve_weights(graph, placement, preset, activations, integer_bias=target.integer_bias)
+    return Plan(
+        model=graph.name,
+        fingerprint=graph.fingerprint,
+        preset=preset.name,
+        target=target.name,
+        method=calibrator.name,
+        activations=activations,
+        weights=weights,
+        biases=biases,
+        nodes=placement.nodes,
+        left=placement.left,
+    )
+
+
+def _unfit(graph: Graph, histograms: Mapping[str, FloatHistogram]) -> dict[str, str]:
+    unfit: dict[str, str] = {}
+    for site in find_sites(graph)[0]:
+        if site.role == "weight":
+            if site.name not in unfit and not np.all(np.isfinite(graph.array(site.name).astype(np.float32))):
+                unfit[site.name] = f"weight {site.name} holds NaN or infinity"
+            continue
+        histogram = histograms.get(site.name)
+        if histogram is None or histogram.count == 0:
+            unfit[site.name] = f"tensor {site.name} was never computed during calibration"
+        elif histogram.nan_count or histogram.inf_count:
+            unfit[site.name] = (
+                f"tensor {site.name} had {histogram.nan_count} NaN and {histogram.inf_count} infinite values"
+            )
+    return unfit
+
+
+def _solve_activations(
+    graph: Graph, histograms: Mapping[str, FloatHistogram], placement: Placement, calibrator: Calibrator
+) -> dict[str, ActivationPlan]:
+    plans: dict[str, ActivationPlan] = {}
+    solved: set[str] = set()
+    for group in [*sharing_groups(graph), *({name} for name in placement.activations)]:
+        members = sorted((group & placement.activations.keys()) - solved)
+        if not members:
+            continue
+        solved.update(members)
+        merged = reduce(FloatHistogram.merge, (histograms[name] for name in members))
+        found = calibrator.solve(merged, placement.spec)
+        for name in members:
+            qparams = qparams_from_range(found, placement.spec, scale_dtype=_float_dtype(graph, name))
+            plans[name] = ActivationPlan(
+                name=name,
+                spec=placement.spec,
+                range=found,
+                qparams=qparams,
+                readers=placement.activations[name],
+            )
+    return dict(sorted(plans.items()))
+
+
+def _solve_weights(
+    graph: Graph,
+    placement: Placement,
+    preset: Preset,
+    activations: Mapping[str, ActivationPlan],
+    *,
+    integer_bias: bool,
+) -> tuple[list[WeightPlan], list[BiasPlan]]:
+    sites: dict[tuple[str, int | None], list[Site]] = {}
+    for site in placement.weights:
+        sites.setdefault((site.name, site.axis), []).append(site)
+    weights: list[WeightPlan] = []
+    biases: list[BiasPlan] = []
+    for (name, axis), readers in sites.items():
+        w = graph.array(name)
+        spec = replace(preset.weights, axis=axis)
+        qparams = qparams_from_range(
+            weight_range(w.astype(np.float32), spec, method="mse", name=name),
+            spec,
+            scale_dtype=_float_dtype(graph, name),
+        )
+        with_bias = [s for s in readers if integer_bias and _bias(graph.node(s.node)) is not None]
+        for site in with_bias:
+            qparams = _wide_enough(graph, site, qparams, _input_scale(graph, site, activations))
+        weights.append(
+            WeightPlan(
+                name=name,
+                qtensor=quantize(w, qparams, spec),
+                readers=tuple((s.node, s.index) for s in readers),
+            )
+        )
+        for site in with_bias:
+            biases.append(_solve_bias(graph, site, qparams, _input_scale(graph, site, activations)))
+    return weights, biases
+
+
+def _bias(node: ir.Node) -> ir.Value | None:
+    """The constant bias of a Conv, ConvTranspose or Gemm that an integer kernel can add; None without one."""
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.inputs) < 3:
+        return None
+    bias = node.inputs[2]
+    if bias is None or not bias.is_initializer() or bias.shape is None or len(bias.shape) != 1:
+        return None
+    if node.op_type == "ConvTranspose":
+        # ONNX Runtime has no integer ConvTranspose.
+        return None
+    if node.op_type == "Gemm":
+        for factor in ("alpha", "beta"):
+            attribute = node.attributes.get(factor)
+            if attribute is not None and attribute.as_float() != 1.0:
+                return None
+        weight = node.inputs[1]
+        transposed = node.attributes.get("transB")
+        axis = 0 if transposed is not None and transposed.as_int() else 1
+        if weight is None or weight.shape is None or weight.shape[axis] != bias.shape[0]:
+            return None
+    return bias
+
+
+def _input_scale(graph: Graph, site: Site, activations: Mapping[str, ActivationPlan]) -> np.float32:
+    other = graph.node(site.node).inputs[1 - site.index]
+    assert other is not None
+    return np.float32(activations[str(other.name)].qparams.scale)
+
+
+def _wide_enough(graph: Graph, site: Site, qparams: QParams, input_scale: np.float32) -> QParams:
+    """Enlarge the weight scales of channels so small that their bias would overflow int32."""
+    bias = graph.array(_bias_name(graph, site)).astype(np.float64)
+    least = np.abs(bias) / (float(input_scale) * _INT32_MAX)
+    # Twice, so that rounding the product of the scales cannot overflow again.
+    return replace(qparams, scale=np.maximum(qparams.scale, (2 * least).astype(np.float32)))
+
+
+def _solve_bias(graph: Graph, site: Site, qparams: QParams, input_scale: np.float32) -> BiasPlan:
+    name = _bias_name(graph, site)
+    scale = input_scale * qparams.scale
+    codes = np.rint(graph.array(name).astype(np.float64) / scale.astype(np.float64))
+    return BiasPlan(name=name, qvalue=codes.astype(np.int32), scale=scale, reader=(site.node, 2))
+
+
+def _bias_name(graph: Graph, site: Site) -> str:
+    bias = _bias(graph.node(site.node))
+    if bias is None:
+        raise SpecError(f"{site.node}: has no constant bias; leave it in float.")
+    return str(bias.name)
+
+
+def _float_dtype(graph: Graph, name: str) -> np.dtype:
+    """The float type of a tensor, in which its scale is stored."""
+    dtype = graph.values[name].dtype
+    return np.dtype(np.float32) if dtype is None else np.dtype(dtype.numpy())
+
