@@ -9,8 +9,8 @@ writes beside this file, the same bytes each time on the same machine and versio
     calib/       256 of the training images, 8-bit gray PNG
     eval.npz     the images that training never saw: images uint8 [597, 1, 8, 8], labels uint8 [597]
 
-PyTorch is needed here only: quantkit does not depend on it, and the demo runs on the files as they are. The ONNX
-graph is written node by node, so that BatchNormalization stays in it for quantkit to fold.
+PyTorch is needed here only: quantkit does not depend on it, and the demo runs on the files as they are. The
+ONNX graph is written node by node, so that BatchNormalization stays in it for quantkit to fold.
 """
 
 from pathlib import Path
