@@ -1,0 +1,30 @@
+"""Calibration and evaluation data: from files and Python objects to the samples that a model takes.
+
+    what was given ──▶ records ──▶ samples ──▶ batches
+       source.py      files.py    slicing.py   batching.py
+                   python_data.py (matching.py, casting.py)
+                                   images.py
+
+Samples are read when they are asked for, checked against the model's inputs, and refused with the place, what
+was found and what the model wants. Nothing is ever made up.
+"""
+
+from quantkit.data.batching import batches, sample_fingerprint
+from quantkit.data.images import ImagePreprocessing
+from quantkit.data.inputs import InputSpec, Sample, batch_axes, fixed_batch_size
+from quantkit.data.labels import open_labels
+from quantkit.data.source import SampleSource, open_data, reopen_data
+
+__all__ = [
+    "ImagePreprocessing",
+    "InputSpec",
+    "Sample",
+    "SampleSource",
+    "batch_axes",
+    "batches",
+    "fixed_batch_size",
+    "open_data",
+    "open_labels",
+    "reopen_data",
+    "sample_fingerprint",
+]

@@ -1,0 +1,85 @@
+"""Samples into batches, and the fingerprint by which a sample is known again."""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from quantkit.data.inputs import InputSpec, Sample, batch_axes, fixed_batch_size
+from quantkit.errors import DataError
+
+
+def batches(source: Iterable[Sample], inputs: Sequence[InputSpec], batch_size: int) -> Iterator[Sample]:
+    """Stack consecutive samples, up to `batch_size`, along each input's batch axis.
+
+    Samples of different shapes, or with different values of an input without a batch axis, are not stacked:
+    the order is kept and a new batch begins. A model with a fixed batch size gets exactly that many at a
+    time, whatever `batch_size` is; samples that do not fill a batch are left out with a warning.
+
+    Raises:
+        DataError: `batch_size` < 1, or not one batch of a fixed size is filled.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch size {batch_size}: a batch holds at least one sample; give a number ≥ 1.")
+    axes, fixed = batch_axes(inputs), fixed_batch_size(inputs)
+    size = fixed or (batch_size if any(a is not None for a in axes.values()) else 1)
+    filled = left_out = 0
+    for group in _groups(source, axes, size):
+        if fixed is not None and len(group) < fixed:
+            left_out += len(group)
+            continue
+        filled += 1
+        yield _stack(group, axes)
+    if left_out == 0:
+        return
+    if filled == 0:
+        raise DataError(
+            f"{left_out} samples: the model takes exactly {fixed} of one shape at a time and no batch is full; "
+            f"give at least {fixed}, or a model with a free batch dimension."
+        )
+    warnings.warn(
+        f"{left_out} samples were left out: the model takes exactly {fixed} of one shape at a time.",
+        stacklevel=2,
+    )
+
+
+def sample_fingerprint(sample: Sample) -> bytes:
+    """Return 8 bytes by which a sample is known again: BLAKE2b of names, types, shapes and contents."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(sample):
+        array = np.ascontiguousarray(sample[name])
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("<"))
+        # ascontiguousarray makes scalars one-dimensional: the shape is that of the sample's own.
+        digest.update(repr((name, array.dtype.name, sample[name].shape)).encode())
+        digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+    return digest.digest()
+
+
+def _groups(source: Iterable[Sample], axes: dict[str, int | None], size: int) -> Iterator[list[Sample]]:
+    group: list[Sample] = []
+    for sample in source:
+        if group and not _stackable(group[0], sample, axes):
+            yield group
+            group = []
+        group.append(sample)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _stackable(a: Sample, b: Sample, axes: dict[str, int | None]) -> bool:
+    return all(
+        a[name].shape == b[name].shape and (axis is not None or np.array_equal(a[name], b[name]))
+        for name, axis in axes.items()
+    )
+
+
+def _stack(group: Sequence[Sample], axes: dict[str, int | None]) -> Sample:
+    return {
+        name: group[0][name] if axis is None else np.concatenate([s[name] for s in group], axis)
+        for name, axis in axes.items()
+    }

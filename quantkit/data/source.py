@@ -1,0 +1,271 @@
+"""`open_data`: from what a user points at to samples, read as they are asked for."""
+
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from quantkit.data import python_data
+from quantkit.data.files import ARRAY_FILES, Record
+from quantkit.data.folder import list_files, one_kind
+from quantkit.data.images import ImagePreprocessing, ImageTransform
+from quantkit.data.inputs import InputSpec, Sample
+from quantkit.data.slicing import Slicer
+from quantkit.errors import DataError
+
+
+class SampleSource(ABC):
+    """Samples that can be gone through again and again, in the same order, one in memory at a time.
+
+    Attributes:
+        description: where they come from and how they are prepared, as JSON holds it: kind ("images",
+            "npy", "npz", "safetensors" or "python"), path and number of files for files, and preprocessing, mapping and
+            samples where given.
+    """
+
+    def __init__(self, *, name: str, description: dict[str, Any], limit: int | None) -> None:
+        self.description = description
+        self._name = name
+        self._limit = limit
+
+    def __len__(self) -> int:
+        """Return the number of samples.
+
+        Raises:
+            TypeError: it is not known before they have been gone through.
+        """
+        count = self._count()
+        return count if self._limit is None else min(count, self._limit)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield the samples.
+
+        Raises:
+            DataError: a sample cannot be read or does not fit the model, or there is none at all.
+        """
+        count = 0
+        for sample in islice(self._samples(), self._limit):
+            count += 1
+            yield sample
+        if count == 0:
+            raise _no_samples(self._name)
+
+    @abstractmethod
+    def _samples(self) -> Iterator[Sample]: ...
+
+    @abstractmethod
+    def _count(self) -> int: ...
+
+
+class RecordSource(SampleSource):
+    """Samples cut from records: array files, or Python items."""
+
+    def __init__(
+        self,
+        records: Callable[[], Iterator[Record]],
+        slicer: Slicer,
+        *,
+        countable: bool,
+        name: str,
+        description: dict[str, Any],
+        limit: int | None,
+    ) -> None:
+        super().__init__(name=name, description=description, limit=limit)
+        self._records = records
+        self._slicer = slicer
+        self._countable = countable
+
+    def _samples(self) -> Iterator[Sample]:
+        for record in self._records():
+            yield from self._slicer.samples(record)
+
+    def _count(self) -> int:
+        if not self._countable:
+            raise TypeError(
+                f"{self._name}: the number of samples is known only once they have been gone through"
+            )
+        count = 0
+        for record in self._records():
+            count += self._slicer.count(record)
+            if self._limit is not None and count >= self._limit:
+                break
+        return count
+
+
+class ImageSource(SampleSource):
+    """One sample a picture."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        transform: ImageTransform,
+        *,
+        name: str,
+        description: dict[str, Any],
+        limit: int | None,
+    ) -> None:
+        super().__init__(name=name, description=description, limit=limit)
+        self._paths = paths
+        self._transform = transform
+
+    def _samples(self) -> Iterator[Sample]:
+        for path in self._paths:
+            yield {self._transform.spec.name: self._transform.read(path)}
+
+    def _count(self) -> int:
+        return len(self._paths)
+
+
+def open_data(
+    data: object,
+    inputs: Sequence[InputSpec],
+    *,
+    image: ImagePreprocessing | None = None,
+    samples: int | None = None,
+    mapping: Mapping[str, str] | None = None,
+) -> SampleSource:
+    """Return the samples that `data` holds for a model with these inputs.
+
+    Args:
+        data: a file or folder of images, .npy, .npz or .safetensors (folders are searched with their
+            subfolders, in the order of the paths), a list of such files, or from Python an array, a dict of
+            arrays, or an iterable, data set or reader of either. See `InputSlicer` for how arrays are cut
+            into samples.
+        inputs: what the model wants.
+        image: how pixels become input values; without it images are scaled to 0…1.
+        samples: at most this many, from the start.
+        mapping: {input: key} where the arrays are not named as the inputs.
+
+    Raises:
+        DataError: nothing is there, or it does not fit the model. What only the contents show is raised by
+            iterating.
+    """
+    if not inputs:
+        raise DataError("the model has no inputs, so there is nothing to feed; give a model that takes data.")
+    if samples is not None and samples < 1:
+        raise DataError(
+            f"samples {samples}: at least one sample is needed; give a number ≥ 1, or none for all."
+        )
+    description: dict[str, Any] = {}
+    if image is not None:
+        description["preprocessing"] = image.to_json()
+    if mapping:
+        description["mapping"] = dict(mapping)
+    if samples is not None:
+        description["samples"] = samples
+    if isinstance(data, str | os.PathLike):
+        root = Path(data).expanduser()
+        description = {"path": str(root.resolve()), **description}
+        return _open_files(str(root), list_files(root), inputs, image, mapping or {}, samples, description)
+    if isinstance(data, list | tuple) and data and all(isinstance(d, str | os.PathLike) for d in data):
+        paths = [file for d in data for file in list_files(Path(d).expanduser())]
+        return _open_files("data", paths, inputs, image, mapping or {}, samples, description)
+    return _open_python(data, inputs, image, mapping or {}, samples, description)
+
+
+def reopen_data(
+    description: Mapping[str, Any], inputs: Sequence[InputSpec], *, samples: int | None = None
+) -> SampleSource:
+    """Open again what a `SampleSource.description` describes.
+
+    Raises:
+        DataError: it was no file or folder, or is no longer there.
+    """
+    if "path" not in description:
+        raise DataError("the data came from Python and cannot be opened again; give it with --data.")
+    fields = description.get("preprocessing")
+    return open_data(
+        description["path"],
+        inputs,
+        image=None if fields is None else ImagePreprocessing.from_json(fields),
+        samples=samples if samples is not None else description.get("samples"),
+        mapping=description.get("mapping"),
+    )
+
+
+def _open_files(
+    name: str,
+    paths: Sequence[Path],
+    inputs: Sequence[InputSpec],
+    image: ImagePreprocessing | None,
+    mapping: Mapping[str, str],
+    samples: int | None,
+    description: dict[str, Any],
+) -> SampleSource:
+    kind = one_kind(name, paths)
+    description = {"kind": kind, "files": len(paths), **description}
+    if kind == "images":
+        if len(inputs) > 1 or mapping:
+            raise DataError(
+                f"{name}: pictures have no names and feed one input; the model wants "
+                f"{', '.join(map(str, inputs))}; store its inputs in .npz files, keyed by name."
+            )
+        image = image or ImagePreprocessing.preset("0-1")
+        description["preprocessing"] = image.to_json()
+        _warn_of_folders_left_out(name, paths, samples)
+        transform = ImageTransform(image, inputs[0])
+        return ImageSource(paths, transform, name=name, description=description, limit=samples)
+    if kind == "npy" and len(inputs) > 1:
+        raise DataError(
+            f"{name}: .npy files have no names and feed one input; the model wants "
+            f"{', '.join(map(str, inputs))}; store .npz files, keyed by name."
+        )
+    slicer = Slicer(inputs, image, mapping)
+    slicer.count(ARRAY_FILES["." + kind](paths[0]))  # what is wrong with all of them is wrong with the first
+
+    def records() -> Iterator[Record]:
+        return (ARRAY_FILES["." + kind](path) for path in paths)
+
+    return RecordSource(records, slicer, countable=True, name=name, description=description, limit=samples)
+
+
+def _open_python(
+    data: object,
+    inputs: Sequence[InputSpec],
+    image: ImagePreprocessing | None,
+    mapping: Mapping[str, str],
+    samples: int | None,
+    description: dict[str, Any],
+) -> SampleSource:
+    slicer = Slicer(inputs, image, mapping)
+    description = {"kind": "python", **description}
+    if python_data.is_record(data):
+        one: Record = python_data.record("data", data, inputs)
+        slicer.count(one)
+
+        def single() -> Iterator[Record]:
+            return iter((one,))
+
+        return RecordSource(
+            single, slicer, countable=True, name="data", description=description, limit=samples
+        )
+    start = python_data.items(data)
+
+    def records() -> Iterator[Record]:
+        for index, item in enumerate(start()):
+            yield python_data.record(f"data, item {index}", item, inputs)
+
+    # Only what is in memory already is gone through to count it.
+    countable = isinstance(data, list | tuple)
+    if countable and not data:
+        raise _no_samples("data")
+    return RecordSource(
+        records, slicer, countable=countable, name="data", description=description, limit=samples
+    )
+
+
+def _warn_of_folders_left_out(name: str, paths: Sequence[Path], samples: int | None) -> None:
+    taken, folders = {p.parent for p in paths[:samples]}, {p.parent for p in paths}
+    if len(taken) < len(folders):
+        warnings.warn(
+            f"{name}: the first {samples} images lie in {len(taken)} of {len(folders)} folders; where they "
+            "are classes, copy some images of each into one folder.",
+            stacklevel=4,
+        )
+
+
+def _no_samples(name: str) -> DataError:
+    return DataError(f"{name}: no samples; give real inputs of the model, at least one, better some hundred.")
