@@ -5,7 +5,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.cache_file import damaged, decode, encode
+from quantkit.cache_identity import SUFFIX, ModelIdentity, find_cache
 from quantkit.cache_merge import check_overlap, merge_data, merge_method, merge_statistics, merge_versions
 from quantkit.errors import CacheError
 from quantkit.files import atomic_write
@@ -21,25 +22,6 @@ from quantkit.statistics.tensor import TensorStatistics
 from quantkit.tables import Table
 
 __all__ = ["SUFFIX", "CalibrationCache", "ModelIdentity", "TensorStatistics", "find_cache"]
-
-SUFFIX = ".calib"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelIdentity:
-    """Which model was observed.
-
-    Attributes:
-        path: where it lay, absolute or relative to the current folder; "" for a model that was never a file.
-        Not
-            compared: a model that was moved is the same model.
-        name: the stem of its file, after which exported files are named.
-        fingerprint: of the cleaned graph and its weights.
-    """
-
-    path: str = field(compare=False)
-    name: str
-    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +85,7 @@ class CalibrationCache:
         Raises:
             FileError: the file cannot be written there.
         """
-        encoded = self._encode(model_path=_relative(self.model.path, Path(path).parent))
+        encoded = self._encode(model_path=self.model.path_from(Path(path).parent))
         with atomic_write(path) as temporary:
             temporary.write_bytes(encoded)
 
@@ -183,7 +165,7 @@ class CalibrationCache:
         """
         if fingerprint != self.model.fingerprint:
             raise CacheError(
-                f"{what}: the calibration cache belongs to another model: {self._model_in_words()}, "
+                f"{what}: the calibration cache belongs to another model: {self.model.in_words()}, "
                 f"while this one's fingerprint is {fingerprint[:12]}; "
                 f"run `quantkit calibrate {what}`, or name the cache of this model with --cache."
             )
@@ -215,8 +197,8 @@ class CalibrationCache:
         for cache in caches[1:]:
             if cache.model.fingerprint != first.model.fingerprint:
                 raise CacheError(
-                    f"caches to merge: they belong to different models ({first._model_in_words()} and "
-                    f"{cache._model_in_words()}); merge caches of one model."
+                    f"caches to merge: they belong to different models ({first.model.in_words()} and "
+                    f"{cache.model.in_words()}); merge caches of one model."
                 )
         if not allow_overlap:
             check_overlap([cache.sample_fingerprints for cache in caches])
@@ -241,7 +223,7 @@ class CalibrationCache:
         """Return what the cache is, in words: model, samples, data, method, versions."""
         options = ", ".join(f"{k}={v}" for k, v in self.method_options.items())
         return {
-            "model": self._model_in_words(),
+            "model": self.model.in_words(),
             "samples": f"{self.sample_count:,}",
             "data": ", ".join(f"{k} {_plain(v)}" for k, v in self.data.items()),
             "method": f"{self.method} ({options})" if options else self.method,
@@ -277,9 +259,6 @@ class CalibrationCache:
         headers = ("tensor", "dtype", "count", "min", "max", "zeros %", "NaN, inf", "channels")
         return Table(headers, [tuple(row.values()) for row in self.summary()])
 
-    def _model_in_words(self) -> str:
-        return f"{self.model.path or self.model.name} ({self.model.fingerprint[:12]})"
-
     def __str__(self) -> str:
         return f"{self._heading().text()}\n\n{self.table().text()}"
 
@@ -294,41 +273,6 @@ class CalibrationCache:
 
     def _heading(self) -> Table:
         return Table(("", ""), list(self.header().items()))
-
-
-def find_cache(folder: str | os.PathLike[str]) -> Path:
-    """Return the one calibration cache in `folder`.
-
-    Raises:
-        CacheError: there is none, or more than one.
-    """
-    found = sorted(p for p in Path(folder).glob(f"*{SUFFIX}") if p.is_file())
-    if not found:
-        where = "the current folder" if os.path.abspath(folder) == os.getcwd() else str(folder)
-        raise CacheError(
-            f"{where}: holds no calibration cache (*{SUFFIX}); "
-            "make one with `quantkit calibrate MODEL --data DATA`, or name one with --cache."
-        )
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found[:5]) + (
-            f" and {len(found) - 5} more" if len(found) > 5 else ""
-        )
-        raise CacheError(
-            f"{folder}: holds {len(found)} calibration caches ({names}); choose one with --cache."
-        )
-    return found[0]
-
-
-def _relative(model_path: str, folder: Path) -> str:
-    """The model's path as seen from `folder`, in forward slashes."""
-    if not model_path:
-        return ""
-    try:
-        relative = Path(os.path.relpath(model_path, folder))
-    except ValueError:
-        # Another drive of Windows.
-        return os.path.abspath(model_path)
-    return model_path if os.path.isabs(model_path) and ".." in relative.parts else relative.as_posix()
 
 
 def _plain(value: object) -> str:
