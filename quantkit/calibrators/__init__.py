@@ -5,6 +5,6 @@ A calibrator is a pure function of a `FloatHistogram` and a `QuantSpec`; weights
 """
 
 from quantkit.calibrators.base import Calibrator, get_calibrator, list_calibrators
-from quantkit.calibrators.weights import weight_range
+from quantkit.calibrators.weights import WeightMethod, weight_range
 
-__all__ = ["Calibrator", "get_calibrator", "list_calibrators", "weight_range"]
+__all__ = ["Calibrator", "WeightMethod", "get_calibrator", "list_calibrators", "weight_range"]
