@@ -35,8 +35,8 @@ def batches(source: Iterable[Sample], inputs: Sequence[InputSpec], batch_size: i
         return
     if filled == 0:
         raise DataError(
-            f"{left_out} samples: the model takes exactly {fixed} of one shape at a time and no batch is full; "
-            f"give at least {fixed}, or a model with a free batch dimension."
+            f"{left_out} samples: the model takes exactly {fixed} of one shape at a time, and no batch is "
+            f"full; give at least {fixed}, or a model with a free batch dimension."
         )
     warnings.warn(
         f"{left_out} samples were left out: the model takes exactly {fixed} of one shape at a time.",

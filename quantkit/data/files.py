@@ -189,6 +189,9 @@ def _reading(path: Path) -> Iterator[None]:
         EOFError,
         ValueError,
         KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,  # a damaged header asks for more than there is
         RuntimeError,  # an encrypted archive, or an unknown compression
         zipfile.BadZipFile,
         zlib.error,

@@ -30,7 +30,7 @@ def list_files(root: Path) -> list[Path]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         for name in names:
             path = Path(folder, name)
             suffix = path.suffix.lower()

@@ -47,7 +47,7 @@ class ImagePreprocessing:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+            object.__setattr__(self, name, tuple(float(v) for v in np.atleast_1d(getattr(self, name))))
         if not self.mean or not all(0 <= m <= 1 for m in self.mean):
             raise DataError(
                 f"image preprocessing: mean {self.mean} is not within 0…1; pixels are scaled to 0…1, so "
@@ -142,7 +142,7 @@ class ImageTransform:
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether `shape` is a picture (H, W, C) or (C, H, W), or several along a leading axis."""
-        return len(shape) in (3, 4) and self.channels in (shape[-1], shape[-3])
+        return len(shape) in (3, 4) and 0 not in shape[-3:] and self.channels in (shape[-1], shape[-3])
 
     def apply(self, pixels: Array) -> Array:
         """Return uint8 `pixels`, (H, W, C) or (C, H, W), as this input wants them, with a batch axis of 1."""
@@ -153,7 +153,7 @@ class ImageTransform:
             pixels = np.moveaxis(pixels, 0, -1)
         pixels = np.ascontiguousarray(pixels)
         if self.size is not None and pixels.shape[:2] != self.size:
-            picture = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels, _MODES[self.channels])
+            picture = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
             return self._finish(self._fit(picture))
         return self._finish(pixels)
 
@@ -198,7 +198,7 @@ def _convert(picture: "Image.Image", channels: int) -> "Image.Image":
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("its pixels are not within 0…65535")
         grey8 = ((grey.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
-        picture = Image.fromarray(grey8, "L")
+        picture = Image.fromarray(grey8)
     elif picture.mode == "F":
         raise ValueError("its pixels are floats of unknown range; store it as .npy")
     elif picture.mode == "P":

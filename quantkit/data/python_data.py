@@ -12,7 +12,7 @@ from quantkit.errors import DataError
 
 def is_array(value: object) -> bool:
     """Whether `value` is an array, of NumPy's or of another library."""
-    return any(
+    return not isinstance(value, np.generic) and any(
         hasattr(value, name) for name in ("__array__", "__array_interface__", "__cuda_array_interface__")
     )
 
@@ -58,10 +58,11 @@ def items(data: object) -> Callable[[], Iterator[object]]:
         DataError: it is none of these.
     """
     if hasattr(data, "get_next"):
-        return _once(iter(data.get_next, None), rewind=getattr(data, "rewind", None))
+        get_next = data.get_next
+        return _once(lambda: iter(get_next, None), rewind=getattr(data, "rewind", None))
     if isinstance(data, Iterable):
         if isinstance(data, Iterator):
-            return _once(data, rewind=None)
+            return _once(lambda: data, rewind=None)
         return lambda: iter(data)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         # Not the sequence protocol: a data set need not raise IndexError past its end.
@@ -75,7 +76,7 @@ def items(data: object) -> Callable[[], Iterator[object]]:
 
 
 def _once(
-    iterator: Iterator[object], *, rewind: Callable[[], object] | None
+    begin: Callable[[], Iterator[object]], *, rewind: Callable[[], object] | None
 ) -> Callable[[], Iterator[object]]:
     started = False
 
@@ -89,7 +90,7 @@ def _once(
                 )
             rewind()
         started = True
-        return iterator
+        return begin()
 
     return start
 

@@ -19,7 +19,8 @@ class InputSlicer:
 
         rank r        holds one sample per index of the batch axis,
         rank r − 1    is one sample,
-        rank r + 1    holds batches, where the model takes a fixed number at a time.
+        rank r + 1    holds batches: of the fixed number that the model takes at a time, or of one sample
+                      where the batch axis is not the first.
 
     Without a batch axis, rank r is one value that all samples of the record share, and rank r + 1 holds one
     value per sample.
@@ -30,7 +31,7 @@ class InputSlicer:
     ) -> None:
         self.spec = spec
         self._axis = axis
-        self._batch_size = batch_size
+        self._per_block = batch_size if batch_size is not None else 1 if axis else None
         self._transform = transform
         self._row = tuple(1 if a == axis else d for a, d in enumerate(spec.shape))
 
@@ -55,17 +56,16 @@ class InputSlicer:
         if self._axis is None:
             if _fits(shape, self.spec.shape):
                 return None
-            if _fits(shape[1:], self.spec.shape) and shape:
+            if shape and _fits(shape[1:], self.spec.shape):
                 return shape[0]
-            raise self._misfit(header, f"give {array_type(self.spec.dtype, self.spec.shape)}")
+            raise Misfit(array_type(header.dtype, shape), "give that shape, or several along a first axis")
         if len(shape) == rank and _fits(_without(shape, self._axis), _without(self._row, self._axis)):
             return shape[self._axis]
         if _fits(shape, _without(self._row, self._axis)):
             return 1
-        if self._batch_size is not None and _fits(shape[1:], self.spec.shape) and shape:
-            return shape[0] * self._batch_size
-        one = array_type(self.spec.dtype, _without(self.spec.shape, self._axis))
-        raise self._misfit(header, f"store samples along axis {self._axis}, or one sample as {one}")
+        if self._per_block is not None and shape and _fits(shape[1:], self._block()):
+            return shape[0] * self._per_block
+        raise Misfit(array_type(header.dtype, shape), self._mend(shape))
 
     def take(self, array: Array, index: int) -> Array:
         """Return sample `index` of an array that `count` accepted.
@@ -79,15 +79,24 @@ class InputSlicer:
         if self._axis is None:
             row = array if array.ndim == rank else array[index]
         else:
-            if array.ndim == rank + 1 and self._batch_size is not None:
-                array, index = array[index // self._batch_size], index % self._batch_size
+            if array.ndim == rank + 1 and self._per_block is not None:
+                array, index = array[index // self._per_block], index % self._per_block
             elif array.ndim == rank - 1:
                 array = np.expand_dims(array, self._axis)
             row = array[(slice(None),) * self._axis + (slice(index, index + 1),)]
         return cast(np.asarray(row), self.spec.dtype)
 
-    def _misfit(self, header: Header, mend: str) -> Misfit:
-        return Misfit(array_type(header.dtype, header.shape), mend)
+    def _block(self) -> tuple[Dim, ...]:
+        return tuple(self._per_block if a == self._axis else d for a, d in enumerate(self.spec.shape))
+
+    def _mend(self, shape: tuple[int, ...]) -> str:
+        if len(shape) == len(self._row) == 4:
+            for layout, order in (("NHWC", (0, 3, 1, 2)), ("NCHW", (0, 2, 3, 1))):
+                if _fits(tuple(shape[a] for a in order)[1:], self._row[1:]):
+                    return f"this looks like {layout}, so transpose it by {order}"
+        assert self._axis is not None
+        one = array_type(self.spec.dtype, _without(self.spec.shape, self._axis))
+        return f"store samples along axis {self._axis}, or one sample as {one}"
 
 
 class Slicer:
@@ -116,6 +125,10 @@ class Slicer:
             DataError: it does not fit the model.
         """
         return self._settle(record)[1]
+
+    def ignored(self, record: Record) -> list[str]:
+        """Return the keys of `record` that feed no input."""
+        return sorted(set(record.headers()) - set(self._settle(record)[0].values()))
 
     def samples(self, record: Record) -> Iterator[Sample]:
         """Yield the samples of `record`.

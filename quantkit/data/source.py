@@ -21,9 +21,9 @@ class SampleSource(ABC):
     """Samples that can be gone through again and again, in the same order, one in memory at a time.
 
     Attributes:
-        description: where they come from and how they are prepared, as JSON holds it: kind ("images",
-            "npy", "npz", "safetensors" or "python"), path and number of files for files, and preprocessing, mapping and
-            samples where given.
+        description: where they come from and how they are prepared, as JSON holds it. "kind" is images, npy,
+            npz, safetensors or python; files have "path" and their number, "files"; "preprocessing", "mapping",
+            "samples" and "ignored" (keys that feed no input) stand there where there are any.
     """
 
     def __init__(self, *, name: str, description: dict[str, Any], limit: int | None) -> None:
@@ -214,7 +214,8 @@ def _open_files(
             f"{', '.join(map(str, inputs))}; store .npz files, keyed by name."
         )
     slicer = Slicer(inputs, image, mapping)
-    slicer.count(ARRAY_FILES["." + kind](paths[0]))  # what is wrong with all of them is wrong with the first
+    # What is wrong with all of them is wrong with the first.
+    description |= _examine(name, ARRAY_FILES["." + kind](paths[0]), slicer, only=len(paths) == 1)
 
     def records() -> Iterator[Record]:
         return (ARRAY_FILES["." + kind](path) for path in paths)
@@ -234,7 +235,7 @@ def _open_python(
     description = {"kind": "python", **description}
     if python_data.is_record(data):
         one: Record = python_data.record("data", data, inputs)
-        slicer.count(one)
+        description |= _examine("data", one, slicer, only=True)
 
         def single() -> Iterator[Record]:
             return iter((one,))
@@ -255,6 +256,14 @@ def _open_python(
     return RecordSource(
         records, slicer, countable=countable, name="data", description=description, limit=samples
     )
+
+
+def _examine(name: str, record: Record, slicer: Slicer, *, only: bool) -> dict[str, Any]:
+    """Check a record by its headers, and return what the description says of it."""
+    if slicer.count(record) == 0 and only:
+        raise _no_samples(name)
+    ignored = slicer.ignored(record)
+    return {"ignored": ignored} if ignored else {}
 
 
 def _warn_of_folders_left_out(name: str, paths: Sequence[Path], samples: int | None) -> None:
