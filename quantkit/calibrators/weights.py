@@ -19,7 +19,9 @@ _OCTAVES = 8
 _CHUNK = 1 << 15
 
 
-def weight_range(w: NDArray[np.floating], spec: QuantSpec, method: WeightMethod = "amax") -> Range:
+def weight_range(
+    w: NDArray[np.floating], spec: QuantSpec, method: WeightMethod = "amax", *, name: str = "weight"
+) -> Range:
     """Return the range of a weight for `spec`: shape (channels,) along `spec.axis`, or () where that is None.
 
     "amax" holds every value. "mse" shrinks the range of each channel, both ends by one factor, to the least
@@ -30,19 +32,20 @@ def weight_range(w: NDArray[np.floating], spec: QuantSpec, method: WeightMethod 
         w: the weight, any float type, finite.
         spec: its format and axis; not in blocks.
         method: "amax" or "mse".
+        name: what errors call the weight.
 
     Raises:
         SpecError: `w` is empty or not finite, has no such axis, or `spec` is in blocks.
         UnknownNameError: `method` is neither.
     """
     if method not in get_args(WeightMethod):
-        raise UnknownNameError(f"weight method {method}: choose one of {', '.join(get_args(WeightMethod))}.")
-    rows = _rows(w, spec)
+        raise UnknownNameError(
+            f"{name}: no weight method {method}; choose one of {', '.join(get_args(WeightMethod))}."
+        )
+    rows = _rows(w, spec, name)
     lo, hi = rows.min(axis=1), rows.max(axis=1)
     if not (np.all(np.isfinite(lo)) and np.all(np.isfinite(hi))):
-        raise SpecError(
-            f"weight of shape {w.shape}: NaN or infinity in it; mend the model or keep it in float."
-        )
+        raise SpecError(f"{name}: NaN or infinity in it; mend the model or keep it in float.")
     if method == "mse":
         keep = _best_shrinks(rows, lo, hi, spec)
         lo, hi = lo * keep, hi * keep
@@ -50,17 +53,19 @@ def weight_range(w: NDArray[np.floating], spec: QuantSpec, method: WeightMethod 
     return Range(lo.reshape(shape), hi.reshape(shape))
 
 
-def _rows(w: NDArray[np.floating], spec: QuantSpec) -> NDArray[np.float32]:
+def _rows(w: NDArray[np.floating], spec: QuantSpec, name: str) -> NDArray[np.float32]:
     """The weight with its channels in rows, shape (channels, values); one row where there is one scale."""
     if spec.block_size is not None:
-        raise SpecError(f"{spec}: a weight's range is per tensor or per channel; use block_size=None.")
+        raise SpecError(
+            f"{name}: {spec} is in blocks, a range is per tensor or channel; use block_size=None."
+        )
     if w.size == 0:
-        raise SpecError(f"weight of shape {w.shape}: empty; leave it in float.")
+        raise SpecError(f"{name}: empty, of shape {w.shape}; leave it in float.")
     values = np.asarray(w, np.float32)
     if spec.axis is None:
         return values.reshape(1, -1)
     if not -w.ndim <= spec.axis < w.ndim:
-        raise SpecError(f"weight of shape {w.shape}: no axis {spec.axis}; choose 0 to {w.ndim - 1}.")
+        raise SpecError(f"{name}: no axis {spec.axis} in shape {w.shape}; choose 0 to {w.ndim - 1}.")
     return np.ascontiguousarray(np.moveaxis(values, spec.axis, 0)).reshape(w.shape[spec.axis], -1)
 
 
