@@ -276,4 +276,6 @@ class CalibrationCache:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return " and ".join(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

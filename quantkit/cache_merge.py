@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from quantkit.errors import CacheError
 from quantkit.statistics.tensor import TensorStatistics
 
-PREPROCESSING = "preprocessing"
+# What must be equal in the descriptions of the data, because it decides what the model was fed.
+_PREPARATION = ("preprocessing", "mapping")
 
 
 def merge_statistics(parts: Sequence[Mapping[str, TensorStatistics]]) -> dict[str, TensorStatistics]:
@@ -39,19 +40,32 @@ def _merge_tensor(name: str, parts: Sequence[TensorStatistics]) -> TensorStatist
 
 
 def merge_data(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return one description of all data: what differs becomes the sorted list of all that was found.
+    """Return one description of all data, see `SampleSource.description`.
+
+    Numbers of files add, and so does a limit on samples where all have one. Whatever else differs (paths
+    above all) becomes the sorted list of all that was found.
 
     Raises:
         CacheError: the samples were not prepared in the same way.
     """
-    ways = _distinct([part.get(PREPROCESSING) for part in parts])
-    if len(ways) > 1:
-        raise CacheError(
-            f"caches to merge: their samples were prepared in different ways ({json.dumps(ways[0])} and "
-            f"{json.dumps(ways[1])}); calibrate all shards with the same preprocessing."
-        )
-    keys = sorted(set().union(*parts))
-    return {key: _join([part[key] for part in parts if key in part]) for key in keys}
+    for key in _PREPARATION:
+        ways = _distinct([part.get(key) for part in parts])
+        if len(ways) > 1:
+            raise CacheError(
+                f"caches to merge: their samples were prepared in different ways ({key} "
+                f"{json.dumps(ways[0])} and {json.dumps(ways[1])}); calibrate all shards in the same way."
+            )
+    merged = {}
+    for key in sorted(set().union(*parts)):
+        values = [part[key] for part in parts if key in part]
+        if key == "files":
+            merged[key] = sum(values)
+        elif key != "samples":
+            merged[key] = _join(values)
+        elif len(values) == len(parts):
+            # Where one shard had no limit, neither has the whole.
+            merged[key] = sum(values)
+    return merged
 
 
 def merge_versions(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -95,10 +109,9 @@ def check_overlap(parts: Sequence[NDArray[np.uint64]]) -> None:
 
 
 def _join(values: Sequence[Any]) -> Any:
-    found = _distinct([v for value in values for v in (value if isinstance(value, list) else [value])])
     if len(_distinct(values)) == 1:
         return values[0]
-    return found
+    return _distinct([v for value in values for v in (value if isinstance(value, list) else [value])])
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:

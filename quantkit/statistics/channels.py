@@ -60,7 +60,8 @@ class ChannelStats:
         axis = self.axis % values.ndim
         before = int(np.prod(values.shape[:axis]))
         cube = np.ascontiguousarray(values).reshape(before, values.shape[axis], -1)
-        lo, hi = cube.min(axis=(0, 2)), cube.max(axis=(0, 2))
+        # −0 becomes 0: which of the two a minimum returns depends on their order.
+        lo, hi = cube.min(axis=(0, 2)) + np.float32(0), cube.max(axis=(0, 2)) + np.float32(0)
         total = _sums(cube)
         negative = _sums(np.minimum(cube, 0)) if lo.min() < 0 or np.isnan(lo).any() else np.zeros_like(total)
         self._include(lo, hi, total, total - 2 * negative, cube.shape[0] * cube.shape[2])
@@ -132,7 +133,7 @@ class ChannelStats:
         if not isinstance(other, ChannelStats):
             return NotImplemented
         mine, theirs = self.to_arrays(), other.to_arrays()
-        return all(np.array_equal(mine[key], theirs[key]) for key in mine)
+        return all(np.array_equal(mine[key], theirs[key], equal_nan=True) for key in mine)
 
     __hash__ = None  # type: ignore[assignment]
 

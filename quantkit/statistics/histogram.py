@@ -96,7 +96,8 @@ class FloatHistogram:
             if flat.size == 0:
                 return
             lo, hi = float(flat.min()), float(flat.max())
-        self.min, self.max = min(self.min, lo), max(self.max, hi)
+        # −0 becomes 0: which of the two a minimum returns depends on their order.
+        self.min, self.max = min(self.min, lo + 0.0), max(self.max, hi + 0.0)
         self._raise_exponent(_exponent_of(max(-lo, hi)))
         self.zero_count += flat.size - int(np.count_nonzero(flat))
         self._count_linear(flat, nonnegative=lo >= 0)
