@@ -45,7 +45,8 @@ def solve(
     unfit = _unfit(graph, histograms)
     placement = place(graph, preset, target, everything=everything, unfit=unfit)
     activations = _solve_activations(graph, histograms, placement, calibrator)
-    weights, biases = _solve_weights(graph, placement, preset, activations, integer_bias=target.integer_bias)
+    integer_bias = target.integer_bias and preset.activations.format.kind == "integer"
+    weights, biases = _solve_weights(graph, placement, preset, activations, integer_bias=integer_bias)
     return Plan(
         model=graph.name,
         fingerprint=graph.fingerprint,
@@ -118,7 +119,7 @@ def _solve_weights(
         w = graph.array(name)
         spec = replace(preset.weights, axis=axis)
         qparams = qparams_from_range(
-            weight_range(w.astype(np.float32), spec, method="mse", name=name),
+            weight_range(w.astype(np.float32), spec, method="mse"),
             spec,
             scale_dtype=_float_dtype(graph, name),
         )

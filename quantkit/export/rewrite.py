@@ -24,10 +24,13 @@ class QdqStyle:
         opset: the least operator set; a model of an older one is raised to it.
         zero_points: write zero points that are 0 too. Without one, QuantizeLinear says its type in `output_dtype`,
             which exists from opset 21.
+        cast: write DequantizeLinear as Cast and Mul, which no optimizer takes for a pattern of its own. For formats
+            without zero points.
     """
 
     opset: int
     zero_points: bool
+    cast: bool = False
 
 
 def insert_qdq(graph: Graph, plan: Plan, style: QdqStyle) -> ir.Model:
@@ -82,15 +85,15 @@ class _Writer:
         )
         attributes = {} if len(parameters) == 2 else {"output_dtype": int(dtype)}
         quantize = self._node("QuantizeLinear", plan.name, [value, *parameters], attributes, dtype)
-        dequantize = self._node("DequantizeLinear", plan.name, [quantize.outputs[0], *parameters], {}, value.dtype)
-        dequantize.outputs[0].shape = quantize.outputs[0].shape = value.shape
+        quantize.outputs[0].shape = value.shape
+        nodes = [quantize, *self._dequantize(plan.name, [quantize.outputs[0], *parameters], None, value)]
         producer = value.producer()
         if producer is not None:
-            self.model.graph.insert_after(producer, [quantize, dequantize])
+            self.model.graph.insert_after(producer, nodes)
         else:
-            self.model.graph.insert_before(self.model.graph[0], [quantize, dequantize])
+            self.model.graph.insert_before(self.model.graph[0], nodes)
         for node, index in uses:
-            node.replace_input_with(index, dequantize.outputs[0])
+            node.replace_input_with(index, nodes[-1].outputs[0])
 
     def weight(self, plan: WeightPlan) -> None:
         value = self._value(plan.name)
@@ -100,14 +103,13 @@ class _Writer:
         parameters = self._parameters(
             plan.name, qtensor.qparams.scale, qtensor.qparams.zero_point, dtype, value.dtype or ir.DataType.FLOAT
         )
-        attributes = {} if qtensor.spec.axis is None else {"axis": qtensor.spec.axis}
-        self._dequantized(plan.name, [codes, *parameters], attributes, value, plan.readers)
+        self._read_dequantized(plan.name, [codes, *parameters], qtensor.spec.axis, value, plan.readers)
 
     def bias(self, plan: BiasPlan) -> None:
         value = self._value(plan.name)
         codes = self._constant(f"{plan.name}_quantized", plan.qvalue, ir.DataType.INT32)
         scale = self._constant(f"{plan.name}_scale", plan.scale, value.dtype or ir.DataType.FLOAT)
-        self._dequantized(plan.name, [codes, scale], {"axis": 0}, value, (plan.reader,))
+        self._read_dequantized(plan.name, [codes, scale], 0, value, (plan.reader,))
 
     def drop_unused_initializers(self) -> None:
         graph = self.model.graph
@@ -115,23 +117,42 @@ class _Writer:
             if not value.uses() and not value.is_graph_output():
                 del graph.initializers[name]
 
-    def _dequantized(
+    def _read_dequantized(
         self,
         name: str,
         inputs: list[ir.Value],
-        attributes: dict[str, int],
+        axis: int | None,
         value: ir.Value,
         readers: tuple[tuple[str, int], ...],
     ) -> None:
-        """Put DequantizeLinear(inputs) before the first reader, and let the readers read it."""
-        node = self._node("DequantizeLinear", name, inputs, attributes, value.dtype)
-        node.outputs[0].shape = value.shape
+        """Dequantize a constant before the first of its readers, and let them read that."""
+        nodes = self._dequantize(name, inputs, axis, value)
         users = [(self._reader(n, name, i), i) for n, i in readers]
         order = {id(n): position for position, n in enumerate(self.model.graph)}
         first = min((user for user, _ in users), key=lambda n: order[id(n)])
-        self.model.graph.insert_before(first, [node])
+        self.model.graph.insert_before(first, nodes)
         for user, index in users:
-            user.replace_input_with(index, node.outputs[0])
+            user.replace_input_with(index, nodes[-1].outputs[0])
+
+    def _dequantize(
+        self, name: str, inputs: list[ir.Value], axis: int | None, value: ir.Value
+    ) -> list[ir.Node]:
+        """The nodes that turn inputs = [codes, scale, zero point or nothing] into the floats of `value`."""
+        dtype = value.dtype or ir.DataType.FLOAT
+        if self.style.cast and len(inputs) == 2:
+            codes, scale = inputs
+            if axis is not None:
+                rank = len(value.shape) if value.shape is not None else 0
+                spread = scale.const_value.numpy().reshape([-1 if i == axis % rank else 1 for i in range(rank)])
+                scale = self._constant(f"{scale.name}_spread", spread, dtype)
+            cast = self._node("Cast", name, [codes], {"to": int(dtype)}, dtype)
+            nodes = [cast, self._node("Mul", name, [cast.outputs[0], scale], {}, dtype)]
+        else:
+            attributes = {} if axis is None else {"axis": axis}
+            nodes = [self._node("DequantizeLinear", name, inputs, attributes, dtype)]
+        for node in nodes:
+            node.outputs[0].shape = value.shape
+        return nodes
 
     def _parameters(
         self,

@@ -1,0 +1,260 @@
+"""The Python API: calibrate a model, export it, evaluate it. The command line calls these and nothing else.
+
+    cache = quantkit.calibrate_model("model.onnx", "calib/", method="entropy")
+    exported = quantkit.export_model("model.onnx", cache, preset="int8")
+    quantkit.evaluate_model("model.onnx", exported.path, "eval/", labels="labels.npy")
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from tqdm.auto import tqdm
+
+from quantkit import __version__
+from quantkit.cache import CalibrationCache, ModelIdentity
+from quantkit.calibrators import get_calibrator
+from quantkit.data import ImagePreprocessing, SampleSource, open_data
+from quantkit.errors import CacheError
+from quantkit.export import get_emitter
+from quantkit.export.verify import Verification, verify
+from quantkit.files import atomic_write
+from quantkit.graph import Graph, load_graph
+from quantkit.observe import observe
+from quantkit.plan import Plan
+from quantkit.presets import get_preset
+from quantkit.solve import solve
+from quantkit.tables import Table
+
+ModelLike = str | os.PathLike[str] | onnx.ModelProto | ir.Model | Graph
+
+# Files beyond this keep their weights beside them: protobuf holds 2 GiB at most.
+_EXTERNAL_BYTES = 2**31 - 2**24
+
+
+def calibrate_model(
+    model: ModelLike,
+    data: object,
+    *,
+    method: str = "entropy",
+    method_options: Mapping[str, Any] | None = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    image: ImagePreprocessing | None = None,
+    mapping: Mapping[str, str] | None = None,
+    max_memory: int | None = None,
+    progress: bool = False,
+) -> CalibrationCache:
+    """Run the float model once over the data and return the statistics of everything that could be quantized.
+
+    The cache serves every method, format and target; `method` is only what an export takes unless told otherwise.
+
+    Args:
+        model: path of an .onnx file, or a model in memory.
+        data: a path or Python data; see `quantkit.data.open_data`.
+        method: entropy, minmax, percentile, mse, or a plug-in's.
+        method_options: its options, such as {"percentile": 99.99}.
+        samples: at most so many, from the start.
+        batch_size: samples to run at a time; None for what memory allows, at most 32.
+        image: how pixels become input values.
+        mapping: {input: key} where the arrays are not named as the inputs.
+        max_memory: bytes that fetched tensors may take; None for 128 MiB, and for what a given batch size needs.
+        progress: show a bar.
+
+    Raises:
+        ModelError: the model cannot be read or run.
+        DataError: the data are missing or do not fit.
+        UnknownNameError, SpecError: the method or its options are unknown.
+    """
+    options = dict(method_options or {})
+    get_calibrator(method, **options)
+    graph = load_graph(model if isinstance(model, onnx.ModelProto | ir.Model | Graph) else Path(model))
+    source = open_data(data, graph.inputs, image=image, samples=samples, mapping=mapping)
+    with tqdm(total=_count(source), desc="calibrate", unit="sample", disable=not progress, leave=False) as bar:
+        found = observe(graph, source, batch_size=batch_size, max_memory=max_memory, on_samples=bar.update)
+    return CalibrationCache(
+        model=ModelIdentity(
+            path=str(graph.path) if graph.path else "", name=graph.name, fingerprint=graph.fingerprint
+        ),
+        statistics=found.statistics,
+        sample_fingerprints=found.fingerprints,
+        data=source.description,
+        method=method,
+        method_options=options,
+        probe=found.probe,
+        versions=_versions(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A written model.
+
+    Attributes:
+        path: the file.
+        plan: what was quantized, how, and what was not.
+        size_bytes: of the file and its external data.
+        float_size_bytes: of the float model's weights.
+        verification: what running it once showed; None where the cache held no sample to run.
+    """
+
+    path: Path
+    plan: Plan
+    size_bytes: int
+    float_size_bytes: int
+    verification: Verification | None
+
+    def table(self) -> Table:
+        """Return what was quantized, by operator, and what was left, by reason."""
+        done: dict[str, int] = {}
+        for op_type in self.plan.nodes.values():
+            done[op_type] = done.get(op_type, 0) + 1
+        kept: dict[tuple[str, str], int] = {}
+        for left in self.plan.left:
+            kept[left.op_type, left.reason] = kept.get((left.op_type, left.reason), 0) + 1
+        rows = [(op_type, count, None, "") for op_type, count in sorted(done.items())]
+        rows += [(op_type, None, count, reason) for (op_type, reason), count in sorted(kept.items())]
+        return Table(("operator", "quantized", "float", "why"), rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON would hold it."""
+        return {
+            "path": str(self.path),
+            "model": self.plan.model,
+            "preset": self.plan.preset,
+            "target": self.plan.target,
+            "method": self.plan.method,
+            "quantized": dict(self.plan.nodes),
+            "left_in_float": [
+                {"node": left.node, "op_type": left.op_type, "reason": left.reason} for left in self.plan.left
+            ],
+            "activations": {
+                name: {
+                    "format": str(a.spec),
+                    "scale": float(a.qparams.scale),
+                    "zero_point": None if a.qparams.zero_point is None else int(a.qparams.zero_point),
+                    "range": [float(a.range.lo), float(a.range.hi)],
+                }
+                for name, a in self.plan.activations.items()
+            },
+            "size_bytes": self.size_bytes,
+            "float_size_bytes": self.float_size_bytes,
+            "verified_sqnr_db": None if self.verification is None else _finite(self.verification.plan_sqnr_db),
+        }
+
+    def __str__(self) -> str:
+        return self.table().text()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+
+def export_model(
+    model: ModelLike | None,
+    cache: CalibrationCache | str | os.PathLike[str],
+    *,
+    preset: str = "int8",
+    method: str | None = None,
+    method_options: Mapping[str, Any] | None = None,
+    target: str = "tensorrt",
+    everything: bool = False,
+    out: str | os.PathLike[str] | None = None,
+) -> Exported:
+    """Solve a plan from the cache and write the quantized model; the float model is not run over data again.
+
+    The file is opened again, checked, run once on a sample that the cache keeps, and compared with NumPy's reading
+    of the plan before it gets its name.
+
+    Args:
+        model: the float model; None for the one the cache was made from.
+        cache: a cache or its path.
+        preset: int8 or fp8.
+        method: the calibration method; None for the cache's.
+        method_options: its options.
+        target: tensorrt, ort, ort-cpu, or a plug-in's.
+        everything: quantize also what the preset leaves in float for speed or accuracy.
+        out: the file to write; None for `<stem>.<preset>[.<target> unless tensorrt].onnx` in the current folder.
+
+    Raises:
+        CacheError: the cache is damaged or of another model.
+        ExportError: the written file failed its check.
+        FileError: it could not be written.
+    """
+    held = cache if isinstance(cache, CalibrationCache) else CalibrationCache.load(cache)
+    emitter, wanted = get_emitter(target), get_preset(preset)
+    if method is None:
+        method, method_options = held.method, {**held.method_options, **(method_options or {})}
+    calibrator = get_calibrator(method, **(method_options or {}))
+    graph = load_graph(_model_of(held) if model is None else model)
+    held.check_model(graph.fingerprint, str(graph.path or graph.name))
+    plan = solve(
+        graph,
+        {name: s.histogram for name, s in held.statistics.items()},
+        preset=wanted,
+        target=emitter.target,
+        calibrator=calibrator,
+        everything=everything,
+    )
+    path = Path(out) if out is not None else Path(default_name(graph.name, preset, target))
+    written = emitter.emit(graph, plan)
+    with atomic_write(path) as temporary:
+        save(written, temporary)
+        checked = verify(temporary, graph, plan, held.probe) if held.probe else None
+        size = sum(file.stat().st_size for file in temporary.parent.iterdir())
+    return Exported(
+        path=path,
+        plan=plan,
+        size_bytes=size,
+        float_size_bytes=graph.weight_bytes,
+        verification=checked,
+    )
+
+
+def default_name(stem: str, preset: str, target: str) -> str:
+    """Return the name of the exported file: `<stem>.<preset>[.<target> unless tensorrt].onnx`."""
+    return f"{stem}.{preset}.onnx" if target == "tensorrt" else f"{stem}.{preset}.{target}.onnx"
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write the model, its weights beside it where protobuf could not hold them."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > _EXTERNAL_BYTES else None)
+
+
+def _model_of(cache: CalibrationCache) -> Path:
+    if not cache.model.path:
+        raise CacheError(f"cache: made from {cache.model.name}, a model in memory; give the model too.")
+    path = Path(cache.model.path)
+    if not path.exists():
+        raise CacheError(
+            f"cache: its model {path} is not there; name it: quantkit export {path.name}, or put it back."
+        )
+    return path
+
+
+def _count(source: SampleSource) -> int | None:
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {"quantkit": __version__}
+    for package in ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            # Only one of the two ONNX Runtimes is ever installed.
+            continue
+    return found
+
+
+def _finite(value: float) -> float | str:
+    return value if abs(value) < float("inf") else str(value)
+

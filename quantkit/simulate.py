@@ -1,0 +1,156 @@
+"""NumPy's reading of a plan: the float model, with every quantized tensor rounded by this package's own formats.
+
+It shares neither the Q/DQ nodes nor the kernels of the files that emitters write, so it can judge them.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from quantkit.formats import dequantize, fake_quantize
+from quantkit.graph import Graph
+from quantkit.plan import ActivationPlan, Plan
+from quantkit.runtime import Session
+
+_QUANTIZED = "::quantized"
+
+
+def simulate(graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the model's outputs, by name, when the plan is followed to the letter.
+
+    The graph is cut at every quantized activation. What lies between two cuts runs in float in ONNX Runtime; at a
+    cut NumPy quantizes and dequantizes. Weights and biases are replaced by the values that their codes stand for.
+
+    Args:
+        graph: the cleaned model that the plan was solved for.
+        plan: the plan.
+        feeds: input name → array.
+
+    Raises:
+        ModelError: ONNX Runtime cannot run a part of the model.
+    """
+    model = graph.model.clone()
+    _replace_constants(model, plan)
+    _cut(model, plan.activations)
+    known: dict[str, np.ndarray] = dict(feeds)
+    for name in list(known):
+        _quantize_into(known, name, plan.activations)
+    owners = _owners(model)
+    for stage in _stages(model):
+        outputs = _needed_later(stage, owners, plan.activations)
+        inputs = sorted({str(v.name) for n in stage for v in _reads(n) if str(v.name) in known})
+        part = ir.Model(
+            ir.convenience.extract(model.graph, inputs, outputs), ir_version=model.ir_version
+        )
+        part.graph.name = "part"
+        for name, array in Session(part).run({n: known[n] for n in inputs}).items():
+            known[name] = array
+            _quantize_into(known, name, plan.activations)
+    return {name: known[name] if name in known else graph.array(name) for name in graph.outputs}
+
+
+def _replace_constants(model: ir.Model, plan: Plan) -> None:
+    nodes = {str(n.name): n for n in model.graph}
+    replaced = [(w.name, dequantize(w.qtensor), w.readers) for w in plan.weights]
+    replaced += [(b.name, b.qvalue * b.scale, (b.reader,)) for b in plan.biases]
+    for number, (name, array, readers) in enumerate(replaced):
+        old = model.graph.initializers[name]
+        dtype = old.dtype or ir.DataType.FLOAT
+        tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=f"{name}::{number}")
+        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+        model.graph.register_initializer(value)
+        for node, index in readers:
+            nodes[node].replace_input_with(index, value)
+
+
+def _cut(model: ir.Model, activations: Mapping[str, ActivationPlan]) -> None:
+    """Give every quantized tensor a graph input of its own that its readers read instead."""
+    values = {str(v.name): v for n in model.graph for v in n.outputs} | {
+        str(v.name): v for v in model.graph.inputs
+    }
+    for name, plan in activations.items():
+        value = values[name]
+        cut = ir.Value(name=name + _QUANTIZED, shape=value.shape, type=value.type)
+        model.graph.inputs.append(cut)
+        for node, index in list(value.uses()):
+            if not plan.readers or (str(node.name), index) in plan.readers:
+                node.replace_input_with(index, cut)
+
+
+def _stages(model: ir.Model) -> Iterator[list[ir.Node]]:
+    """Yield the nodes between one cut and the next, in an order in which each stage needs only earlier ones."""
+    depth: dict[str, int] = {}
+    stages: dict[int, list[ir.Node]] = {}
+    for node in model.graph:
+        deepest = 0
+        for value in _reads(node):
+            name = str(value.name)
+            if name.endswith(_QUANTIZED):
+                deepest = max(deepest, depth.get(name.removesuffix(_QUANTIZED), -1) + 1)
+            else:
+                deepest = max(deepest, depth.get(name, 0))
+        for output in node.outputs:
+            depth[str(output.name)] = deepest
+        stages.setdefault(deepest, []).append(node)
+    for _, stage in sorted(stages.items()):
+        yield stage
+
+
+def _needed_later(
+    stage: list[ir.Node], owners: Mapping[int, int], activations: Mapping[str, ActivationPlan]
+) -> list[str]:
+    inside = {id(n) for n in stage}
+    return [
+        str(value.name)
+        for node in stage
+        for value in node.outputs
+        if value.name
+        and (
+            value.is_graph_output()
+            or str(value.name) in activations
+            or any(owners[id(user)] not in inside for user, _ in value.uses())
+        )
+    ]
+
+
+def _owners(model: ir.Model) -> dict[int, int]:
+    """For every node, those of branches and loop bodies included, the node of the main graph that holds it."""
+    owners: dict[int, int] = {}
+
+    def enter(node: ir.Node, owner: int) -> None:
+        owners[id(node)] = owner
+        for graph in _bodies(node):
+            for inner in graph:
+                enter(inner, owner)
+
+    for node in model.graph:
+        enter(node, id(node))
+    return owners
+
+
+def _reads(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node reads, its branches and loop bodies included."""
+    for value in node.inputs:
+        if value is not None:
+            yield value
+    for graph in _bodies(node):
+        for inner in graph:
+            yield from _reads(inner)
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def _quantize_into(
+    known: dict[str, np.ndarray], name: str, activations: Mapping[str, ActivationPlan]
+) -> None:
+    plan = activations.get(name)
+    if plan is not None:
+        array = known[name]
+        known[name + _QUANTIZED] = fake_quantize(array.astype(np.float32), plan.qparams, plan.spec).astype(array.dtype)
