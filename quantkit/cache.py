@@ -4,8 +4,8 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,16 @@ from quantkit.tables import Table
 
 __all__ = ["SUFFIX", "CalibrationCache", "ModelIdentity", "TensorStatistics", "find_cache"]
 
+_KINDS: dict[str, type] = {
+    "model": dict,
+    "tensors": list,
+    "data": dict,
+    "method": str,
+    "method_options": dict,
+    "probe": list,
+    "versions": dict,
+}
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CalibrationCache:
@@ -31,12 +41,15 @@ class CalibrationCache:
     Two caches are equal when a saved file of the one would be a saved file of the other.
 
     Attributes:
-        model: which model was observed. statistics: tensor name → its statistics; sorted by name.
-        sample_fingerprints: uint64, sorted, one for every sample (a sample seen twice is there twice). data:
-        where the samples came from and how they were prepared ("preprocessing"), as JSON would hold it.
-        method: the calibration method that an export takes unless told otherwise. method_options: the options
-        of that method. probe: one real sample, input name → array, that of the smallest fingerprint; an
-        exported file is run on it. versions: package → version of what observed.
+        model: which model was observed.
+        statistics: tensor name → its statistics; sorted by name.
+        sample_fingerprints: uint64, sorted, one for every sample (a sample seen twice is there twice).
+        data: where the samples came from and how they were prepared, see `SampleSource.description`.
+        method: the calibration method that an export takes unless told otherwise.
+        method_options: the options of that method.
+        probe: one real sample, input name → array, that of the smallest fingerprint; an exported file is run
+            on it.
+        versions: package → version of what observed.
     """
 
     model: ModelIdentity
@@ -73,14 +86,13 @@ class CalibrationCache:
 
     __hash__ = None  # type: ignore[assignment]
 
-    # --- files
-    # ---------------------------------------------------------------------------------------------------
+    # --- files ---
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to `path`, whole or not at all.
 
-        The model's path is written relative to the folder of `path`, so that the two can be moved together;
-        an absolute one is, only when the model lies in that folder or below.
+        The model's path is written relative to the folder of `path`, so that the two can be moved together.
+        An absolute path stays absolute unless the model lies in that folder or below.
 
         Raises:
             FileError: the file cannot be written there.
@@ -97,27 +109,16 @@ class CalibrationCache:
             CacheError: there is no such file, or it is no cache, is damaged, or is of a newer quantkit.
         """
         text, arrays = decode(path)
-        parts: defaultdict[str, dict[str, NDArray[Any]]] = defaultdict(dict)
-        for key, array in arrays.items():
-            part, _, name = key.rpartition(".")
-            parts[part][name] = array
         try:
-            model = dict(text["model"])
-            if model["path"]:
-                model["path"] = os.path.normpath(Path(path).parent / model["path"])
+            for key, kind in _KINDS.items():
+                if not isinstance(text[key], kind):
+                    raise TypeError(f"{key} is no {kind.__name__}")
+            model = ModelIdentity(**text["model"])
+            if model.path:
+                model = replace(model, path=os.path.normpath(Path(path).parent / model.path))
             return cls(
-                model=ModelIdentity(**model),
-                statistics={
-                    tensor["name"]: TensorStatistics(
-                        histogram=FloatHistogram.from_arrays(parts[f"{i:05d}.histogram"]),
-                        channels=ChannelStats.from_arrays(parts[f"{i:05d}.channels"])
-                        if tensor["channels"]
-                        else None,
-                        dtype=tensor["dtype"],
-                        shape=tuple(tensor["shape"]),
-                    )
-                    for i, tensor in enumerate(text["tensors"])
-                },
+                model=model,
+                statistics=_read_statistics(text["tensors"], arrays, path),
                 sample_fingerprints=arrays["samples"],
                 data=text["data"],
                 method=text["method"],
@@ -125,7 +126,7 @@ class CalibrationCache:
                 probe={name: arrays[f"probe.{i}"] for i, name in enumerate(text["probe"])},
                 versions=text["versions"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError, CacheError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(path, f"{type(error).__name__}: {error}") from error
 
     def _encode(self, *, model_path: str) -> bytes:
@@ -150,8 +151,7 @@ class CalibrationCache:
         }
         return encode(text, arrays)
 
-    # --- belonging
-    # -----------------------------------------------------------------------------------------------
+    # --- belonging ---
 
     def check_model(self, fingerprint: str, what: str) -> None:
         """Do nothing if the cache was made for the model of this fingerprint.
@@ -180,9 +180,10 @@ class CalibrationCache:
         """Return the cache of all their samples together, in whatever order; the operands do not change.
 
         Args:
-            others: caches of the same model and the same preprocessing, over other samples. allow_overlap:
-            count a sample that is in several of them several times, instead of refusing. method: the method
-            to record, with `method_options`; needed only where the caches record different ones.
+            others: caches of the same model and the same preprocessing, over other samples.
+            allow_overlap: count a sample that is in several of them several times, instead of refusing.
+            method: the method to record, with `method_options`; needed only where the caches record different
+                ones.
             method_options: the options of `method`.
 
         Raises:
@@ -216,8 +217,7 @@ class CalibrationCache:
             versions=merge_versions([cache.versions for cache in caches]),
         )
 
-    # --- showing
-    # -------------------------------------------------------------------------------------------------
+    # --- showing ---
 
     def header(self) -> dict[str, str]:
         """Return what the cache is, in words: model, samples, data, method, versions."""
@@ -273,6 +273,27 @@ class CalibrationCache:
 
     def _heading(self) -> Table:
         return Table(("", ""), list(self.header().items()))
+
+
+def _read_statistics(
+    tensors: Sequence[Mapping[str, Any]], arrays: Mapping[str, NDArray[Any]], path: str | os.PathLike[str]
+) -> dict[str, TensorStatistics]:
+    parts: defaultdict[str, dict[str, NDArray[Any]]] = defaultdict(dict)
+    for key, array in arrays.items():
+        part, _, name = key.rpartition(".")
+        parts[part][name] = array
+    found = {}
+    for i, tensor in enumerate(tensors):
+        try:
+            found[tensor["name"]] = TensorStatistics(
+                histogram=FloatHistogram.from_arrays(parts[f"{i:05d}.histogram"]),
+                channels=ChannelStats.from_arrays(parts[f"{i:05d}.channels"]) if tensor["channels"] else None,
+                dtype=tensor["dtype"],
+                shape=tuple(tensor["shape"]),
+            )
+        except CacheError as error:
+            raise CacheError(f"{path}: tensor {tensor['name']}: {error}") from error
+    return found
 
 
 def _plain(value: object) -> str:

@@ -80,7 +80,7 @@ def decode(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDAr
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise damaged(path, str(error)) from error
     for name, dtype in text["raw"].items():
-        if name not in arrays or dtype not in _RAW:
+        if name not in arrays or dtype not in _RAW or arrays[name].dtype != f"u{_RAW[dtype].itemsize}":
             raise damaged(path, f"{name} of type {dtype}")
         arrays[name] = arrays[name].view(_RAW[dtype])
     return text, arrays
@@ -113,18 +113,17 @@ def _read_text(file: BinaryIO, path: str | os.PathLike[str]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise _not_a_cache(path, "a safetensors file without quantkit's metadata") from error
     schema = text.get("schema")
-    if (
-        not isinstance(schema, int)
-        or schema < 1
-        or (schema == SCHEMA and not isinstance(text.get("raw"), dict))
-    ):
+    if type(schema) is not int or schema < 1 or (schema == SCHEMA and not isinstance(text.get("raw"), dict)):
         raise damaged(path, f"schema {schema}")
     if schema > SCHEMA:
         raise CacheError(
             f"{path}: written by a newer quantkit (schema {schema}, this one reads {SCHEMA}); "
             "update quantkit, or calibrate again."
         )
-    data_end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    try:
+        data_end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    except (KeyError, TypeError, IndexError) as error:
+        raise damaged(path, "its header makes no sense") from error
     if 8 + length + data_end > size:
         raise damaged(path, f"cut short: {size} of {8 + length + data_end} bytes")
     return dict(text)

@@ -15,8 +15,7 @@ class ModelIdentity:
 
     Attributes:
         path: where it lay, absolute or relative to the current folder; "" for a model that was never a file.
-        Not
-            compared: a model that was moved is the same model.
+            Not compared: a model that was moved is the same model.
         name: the stem of its file, after which exported files are named.
         fingerprint: of the cleaned graph and its weights.
     """

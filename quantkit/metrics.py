@@ -29,14 +29,13 @@ class OutputMetrics:
     """What one output of a quantized model lost; None where a measure has no meaning for that output.
 
     Attributes:
-        sqnr_db: 10·log10(Σ ref² / Σ (q − ref)²) over all elements; inf where the two are identical. cosine: Σ
-        ref·q / √(Σ ref² · Σ q²) over all elements. top1_agreement: fraction of rows whose largest element is
-        at the same place in both. kl_mnat: mean over rows of KL(softmax(ref) ‖ softmax(q)) in milli-nats.
+        sqnr_db: 10·log10(Σ ref² / Σ (q − ref)²) over all elements; inf where the two are identical.
+        cosine: Σ ref·q / √(Σ ref² · Σ q²) over all elements.
+        top1_agreement: fraction of rows whose largest element is at the same place in both.
+        kl_mnat: mean over rows of KL(softmax(ref) ‖ softmax(q)) in milli-nats.
         accuracy_float, accuracy_quantized: fraction of labelled rows whose largest element is at the label.
         perplexity_float, perplexity_quantized: exp of the mean cross-entropy of the labels (next tokens).
-        broken_count: elements that are finite (or otherwise infinite) in the float model, and are not so in
-        the
-            quantized one.
+        broken_count: elements that are not finite in the quantized model, and not so in the float model.
     """
 
     sqnr_db: float | None
@@ -139,10 +138,10 @@ class OutputComparison:
         """Take in one batch of both models.
 
         Args:
-            reference: the float model's output, shape (..., classes). quantized: the quantized model's, of
-            the same shape. labels: integers of shape (...): the right class, or the next token where the
-            output has rank 3. Negative
-                ones are ignored, as −100 is by PyTorch.
+            reference: the float model's output, shape (..., classes).
+            quantized: the quantized model's, of the same shape.
+            labels: integers of shape (...): the right class, or the next token where the output has rank 3.
+                Negative ones are ignored, as −100 is by PyTorch.
 
         Raises:
             DataError: the shapes do not fit, or a label is no class.

@@ -14,7 +14,8 @@ class Table:
     """Headers and rows of cells; numbers stand right, text left, None is a dash.
 
     Floats are shown with four significant digits; give a string to have it otherwise. A column is one of
-    numbers when it holds at least one number and nothing but numbers and None.
+    numbers when it holds at least one number and nothing but numbers and None. Where every header is "", none
+    are shown.
     """
 
     headers: tuple[str, ...]

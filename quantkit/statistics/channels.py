@@ -12,9 +12,9 @@ from quantkit.errors import CacheError, DataError
 class ChannelStats:
     """Signed minimum, maximum, Σx, Σ|x| and count along the axis that a linear operator contracts.
 
-    What SmoothQuant (arXiv 2211.10438) reads as max|X_j|, AWQ (arXiv 2306.00978) as mean|X_j|, and bias correction
-    (arXiv 1906.04721, section 4.2) as E[x_j]. Sums are kept in float64: float32 sums stall after a few thousand
-    batches. NaN and infinities are carried into the channel they appear in.
+    What SmoothQuant (arXiv 2211.10438) reads as max|X_j|, AWQ (arXiv 2306.00978) as mean|X_j|, and bias
+    correction (arXiv 1906.04721, section 4.2) as E[x_j]. Sums are kept in float64: float32 sums stall after a
+    few thousand batches. NaN and infinities are carried into the channel they appear in.
 
     Attributes:
         axis: the channel axis of the observed tensors (may be negative).
@@ -62,9 +62,13 @@ class ChannelStats:
         cube = np.ascontiguousarray(values).reshape(before, values.shape[axis], -1)
         # −0 becomes 0: which of the two a minimum returns depends on their order.
         lo, hi = cube.min(axis=(0, 2)) + np.float32(0), cube.max(axis=(0, 2)) + np.float32(0)
-        total = _sums(cube)
-        negative = _sums(np.minimum(cube, 0)) if lo.min() < 0 or np.isnan(lo).any() else np.zeros_like(total)
-        self._include(lo, hi, total, total - 2 * negative, cube.shape[0] * cube.shape[2])
+        # ∞ − ∞ is NaN, and is meant to be.
+        with np.errstate(invalid="ignore"):
+            total = _sums(cube)
+            has_negative = lo.min() < 0 or np.isnan(lo).any()
+            negative = _sums(np.minimum(cube, 0)) if has_negative else np.zeros_like(total)
+            absolute = np.where(np.isneginf(negative), np.inf, total - 2 * negative)
+        self._include(lo, hi, total, absolute, cube.shape[0] * cube.shape[2])
 
     def merge(self, other: "ChannelStats") -> "ChannelStats":
         """Return the statistics of both together; neither operand changes.
@@ -73,7 +77,9 @@ class ChannelStats:
             DataError: the axes or the numbers of channels differ.
         """
         if self.axis != other.axis:
-            raise DataError(f"channel statistics: axes {self.axis} and {other.axis} differ; merge the same tensor's.")
+            raise DataError(
+                f"channel statistics: axes {self.axis} and {other.axis} differ; merge the same tensor's."
+            )
         merged = ChannelStats(self.axis)
         for part in (self, other):
             if part.count:
@@ -97,7 +103,8 @@ class ChannelStats:
             )
         else:
             self.min, self.max = np.minimum(self.min, lo), np.maximum(self.max, hi)
-            self.sum, self.abs_sum = self.sum + total, self.abs_sum + absolute
+            with np.errstate(invalid="ignore"):
+                self.sum, self.abs_sum = self.sum + total, self.abs_sum + absolute
         self.count += count
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:

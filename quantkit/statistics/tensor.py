@@ -12,9 +12,10 @@ class TensorStatistics:
     """What is remembered of one activation tensor.
 
     Attributes:
-        histogram: counts of its values. channels: per-channel statistics; None where no linear operator reads
-        the tensor. dtype: its element type in the model, by NumPy's name ("float32", "float16"). shape: its
-        dimensions in the model: an int, the name of a dynamic axis, or None where nothing is known.
+        histogram: counts of its values.
+        channels: per-channel statistics; None where no linear operator reads the tensor.
+        dtype: its element type in the model, by NumPy's name ("float32", "float16").
+        shape: its dimensions in the model: an int, the name of a dynamic axis, or None where not known.
     """
 
     histogram: FloatHistogram

@@ -58,3 +58,17 @@ def test_the_sign_of_zero_leaves_no_trace_of_the_order():
 
 def test_statistics_with_nan_equal_themselves():
     assert statistics([[np.nan, 1.0]]) == statistics([[np.nan, 1.0]])
+
+
+@pytest.mark.parametrize(("value", "absolute"), [(np.inf, np.inf), (-np.inf, np.inf), (np.nan, np.nan)])
+def test_what_is_not_finite_stays_in_its_channel(value, absolute):
+    seen = statistics([[value, 1.0], [2.0, -3.0]]).merge(statistics([[-1.0, 1.0]])).channels
+    assert np.array_equal(seen.abs_sum, [absolute, 5.0], equal_nan=True)
+    assert np.array_equal(seen.sum, [value, -1.0], equal_nan=True)
+
+
+def test_opposite_infinities_have_no_sum_and_an_infinite_magnitude():
+    seen = statistics([[np.inf, 1.0]]).merge(statistics([[-np.inf, 1.0]])).channels
+    assert np.isnan(seen.sum[0])
+    assert seen.abs_sum[0] == np.inf
+    assert seen.amax[0] == np.inf
