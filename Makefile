@@ -7,8 +7,6 @@ PYTEST_ARGS ?=
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DIGITS := ../examples/digits
-# Lint and format hold for what git keeps, not for what a demo or a notebook leaves behind.
-SOURCES := quantkit tests benchmarks examples notebooks
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types clean
@@ -62,8 +60,8 @@ test: lint types
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-test
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/installed-test
 	$(BIN)/mypy
