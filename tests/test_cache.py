@@ -294,19 +294,22 @@ def test_any_reader_of_safetensors_opens_a_cache(saved):
         assert file.get_tensor("samples").tolist() == [3, 7]
 
 
-@given(data=st.data())
-def test_a_cache_cut_short_anywhere_is_refused_in_one_line(folder, data):
+@pytest.fixture(scope="module")
+def whole(folder):
     cache().save(folder / "whole.calib")
-    content = (folder / "whole.calib").read_bytes()
+    return (folder / "whole.calib").read_bytes()
+
+
+@given(data=st.data())
+def test_a_cache_cut_short_anywhere_is_refused_in_one_line(folder, whole, data):
     path = folder / "cut.calib"
-    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     refusal(path)
 
 
 @given(data=st.data())
-def test_a_cache_with_any_byte_changed_is_read_or_refused_in_one_line(folder, data):
-    cache().save(folder / "whole.calib")
-    content = bytearray((folder / "whole.calib").read_bytes())
+def test_a_cache_with_any_byte_changed_is_read_or_refused_in_one_line(folder, whole, data):
+    content = bytearray(whole)
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path = folder / "changed.calib"
     path.write_bytes(content)
