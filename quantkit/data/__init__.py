@@ -1,19 +1,19 @@
 """Calibration and evaluation data: from files and Python objects to the samples that a model takes.
 
-    what was given ──▶ records ──▶ samples ──▶ batches
-       source.py      files.py    slicing.py   batching.py
-                   python_data.py (matching.py, casting.py)
-                                   images.py
+    what was given ──▶ records ───────▶ samples ──▶ batches
+    opening.py         files.py         slicing.py  batching.py
+    folder.py          python_data.py   images.py
 
 Samples are read when they are asked for, checked against the model's inputs, and refused with the place, what
 was found and what the model wants. Nothing is ever made up.
 """
 
 from quantkit.data.batching import batches, sample_fingerprint
-from quantkit.data.images import ImagePreprocessing
 from quantkit.data.inputs import InputSpec, Sample, batch_axes, fixed_batch_size
 from quantkit.data.labels import open_labels
-from quantkit.data.source import SampleSource, open_data, reopen_data
+from quantkit.data.opening import open_data, reopen_data
+from quantkit.data.preprocessing import ImagePreprocessing
+from quantkit.data.source import SampleSource
 
 __all__ = [
     "ImagePreprocessing",

@@ -106,7 +106,7 @@ def _check_finite(array: Array) -> None:
 
 
 def _same_values(before: Array, after: Array) -> bool:
-    if kind(after.dtype) == "float" and bool((np.abs(after) >= 2.0**63).any()):
+    if kind(after.dtype) == "float" and bool((np.abs(after.astype(np.float64)) >= 2.0**63).any()):
         return False  # what casting back gives then depends on the processor
     # An overflow can come back by the same way (int64 → uint64 → int64): the signs must agree too.
     with np.errstate(over="ignore", invalid="ignore"):

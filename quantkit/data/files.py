@@ -1,6 +1,7 @@
 """Files of arrays: what they hold, by header, and their arrays, mapped where the format lets them be."""
 
 import json
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -190,6 +191,8 @@ def _reading(path: Path) -> Iterator[None]:
         ValueError,
         KeyError,
         TypeError,
+        SyntaxError,  # a damaged header: NumPy parses it as Python
+        tokenize.TokenError,
         OverflowError,
         MemoryError,  # a damaged header asks for more than there is
         RuntimeError,  # an encrypted archive, or an unknown compression

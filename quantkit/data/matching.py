@@ -41,7 +41,7 @@ def match_names(
         if len(keys) == 1:
             return {spec.name: keys[0]}
     raise DataError(
-        f"{where}: {_found(headers)}; the model wants {_wanted(inputs)}; {_mend(missing, headers)}."
+        f"{where}: {_found(headers)}; the model wants {_wanted(inputs)}; {_mend(missing, headers, matched)}."
     )
 
 
@@ -73,9 +73,12 @@ def _wanted(inputs: Sequence[InputSpec]) -> str:
     return ", ".join(str(s) for s in inputs)
 
 
-def _mend(missing: Sequence[InputSpec], headers: Mapping[str, Header]) -> str:
+def _mend(missing: Sequence[InputSpec], headers: Mapping[str, Header], matched: Mapping[str, str]) -> str:
     if NAMELESS in headers:
         return "store one .npz a sample whose keys are the inputs' names"
     spec = missing[0]
-    near = difflib.get_close_matches(spec.name, [k for k in headers if k], n=1, cutoff=0.3)
+    spare = [key for key in headers if key not in matched.values()]
+    if not spare:
+        return f"add an array {spec.name}"
+    near = difflib.get_close_matches(spec.name, spare, n=1, cutoff=0.3)
     return f"name the arrays as the inputs, or say --input {spec.name}={near[0] if near else 'KEY'}"

@@ -19,7 +19,7 @@ def is_array(value: object) -> bool:
 
 def is_record(data: object) -> bool:
     """Whether `data` is one array or one dict of arrays, not an iterable of them."""
-    return is_array(data) or isinstance(data, Mapping)
+    return is_array(data) or isinstance(data, Mapping | np.generic)
 
 
 def record(where: str, item: object, inputs: Sequence[InputSpec]) -> ArrayRecord:

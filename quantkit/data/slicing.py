@@ -6,10 +6,13 @@ import numpy as np
 
 from quantkit.data.casting import Misfit, cast, check_castable, kind
 from quantkit.data.files import Header, Record
-from quantkit.data.images import ImagePreprocessing, ImageTransform
+from quantkit.data.images import ImageTransform
 from quantkit.data.inputs import Array, Dim, InputSpec, Sample, array_type, batch_axes, fixed_batch_size
 from quantkit.data.matching import match_names
+from quantkit.data.preprocessing import ImagePreprocessing
 from quantkit.errors import DataError
+
+_MAPPED_BYTES = 16 * 2**20
 
 
 class InputSlicer:
@@ -138,7 +141,12 @@ class Slicer:
         """
         keys, count = self._settle(record)
         arrays = {name: record.read(key) for name, key in keys.items()}
+        mapped = {name for name, array in arrays.items() if isinstance(array, np.memmap)}
+        stride = 1 + _MAPPED_BYTES * count // (1 + sum(arrays[name].nbytes for name in mapped))
         for index in range(count):
+            if index and index % stride == 0:
+                # What was touched of a mapped file counts as the process's memory until it is unmapped.
+                arrays |= {name: record.read(keys[name]) for name in mapped}
             sample = {}
             for name, array in arrays.items():
                 try:
