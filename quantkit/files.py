@@ -73,14 +73,15 @@ def _publish(folder: Path, final: Path) -> None:
     assert (folder / final.name).is_file(), f"the block did not write {final.name}"
     for name in (*names, final.name):
         _check_target(final.parent / name)
-        _flush(folder / name)
+        # For writing: Windows flushes no other.
+        _flush(folder / name, os.O_RDWR)
     if names:
         _publish_group(folder, final, names)
     else:
         os.replace(folder / final.name, final)
     with suppress(OSError):
         # The renames have happened; some file systems cannot flush a folder.
-        _flush(final.parent)
+        _flush(final.parent, os.O_RDONLY)
 
 
 def _publish_group(folder: Path, final: Path, names: list[str]) -> None:
@@ -103,8 +104,8 @@ def _publish_group(folder: Path, final: Path, names: list[str]) -> None:
         raise
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
