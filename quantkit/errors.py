@@ -8,6 +8,7 @@ QuantkitError                 everything below; the command line turns it into o
  ├── UnknownNameError         a method, format, target or preset nobody has registered
  ├── PlanError                a plan that does not fit the graph it is to be applied to
  ├── ExportError              a written model that does not do what its plan says
+ ├── KernelError              a kernel that cannot be built or launched, or breaks a rule in the emulator
  └── FileError                a file that could not be written: disk full, no permission, no such folder
 
 Each message names the thing, what was found, and the mend.
@@ -48,3 +49,7 @@ class ExportError(QuantkitError):
 
 class FileError(QuantkitError):
     """A file that could not be written; nothing was left behind, and what was there before is whole."""
+
+
+class KernelError(QuantkitError):
+    """A GPU kernel that does not compile, cannot be launched so, or did what no GPU promises to do right."""

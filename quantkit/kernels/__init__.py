@@ -1,0 +1,1 @@
+"""GPU kernels: CUDA C++ that this project writes, compiled for the exact GPU, emulated on the CPU for its tests."""

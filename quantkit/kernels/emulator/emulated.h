@@ -1,0 +1,189 @@
+// The emulator body of instructions.h: its templates, handed to the emulator's library with their parameters as
+// ordinary arguments. Functions that are not templates are defined in that library directly.
+#pragma once
+
+namespace qk {
+
+// A set of registers that reports being touched while a wgmma still owns it.
+template <class T, int COUNT>
+struct Registers {
+  T value[COUNT];
+  mutable emulator::RegisterState state;
+
+  Registers() { memset(value, 0xcd, sizeof value); }
+  ~Registers() {
+    if (state.pending) emulator::abandon_registers(value);
+  }
+  Registers(const Registers&) = delete;
+  Registers& operator=(const Registers&) = delete;
+  T& operator[](int i) {
+    emulator::touch_registers(state, i, COUNT);
+    return value[i];
+  }
+  const T& operator[](int i) const {
+    emulator::touch_registers(state, i, COUNT);
+    return value[i];
+  }
+};
+
+template <class T>
+QK_TEMPLATE T ld_shared(uint32_t address, emulator::Place place) {
+  T value;
+  emulator::load_shared(address, &value, sizeof value, place);
+  return value;
+}
+template <class T>
+QK_TEMPLATE void st_shared(uint32_t address, T value, emulator::Place place) {
+  emulator::store_shared(address, &value, sizeof value, place);
+}
+template <class T>
+QK_TEMPLATE T ld_global(const T* pointer, emulator::Place place) {
+  T value;
+  emulator::load_global(pointer, &value, sizeof value, place);
+  return value;
+}
+template <class T>
+QK_TEMPLATE void st_global(T* pointer, T value, emulator::Place place) {
+  emulator::store_global(pointer, &value, sizeof value, place);
+}
+template <class T>
+QK_TEMPLATE T ld_global_once(const T* pointer, emulator::Place place) {
+  return ld_global(pointer, place);
+}
+
+template <int BYTES>
+QK_TEMPLATE void cp_async_small(uint32_t shared, const void* global, int valid_bytes, emulator::Place place) {
+  static_assert(BYTES == 4 || BYTES == 8, "cp.async copies 4, 8 or 16 bytes");
+  emulator::cp_async(shared, global, BYTES, valid_bytes, place);
+}
+template <int PENDING>
+QK_TEMPLATE void cp_async_wait(emulator::Place place) {
+  emulator::cp_async_wait(PENDING, place);
+}
+
+template <class Type>
+QK_TEMPLATE void mma(typename Type::Accumulator (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     emulator::Place place) {
+  emulator::mma(Type::CODE, d, a, b, place);
+}
+
+template <int RANK>
+QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, const int (&at)[RANK],
+                          emulator::Place place) {
+  emulator::tma_load(shared, map, barrier, 0, at, RANK, place);
+}
+template <int RANK>
+QK_TEMPLATE void tma_load_multicast(uint32_t shared, const TensorMap* map, uint32_t barrier, uint16_t blocks,
+                                    const int (&at)[RANK], emulator::Place place) {
+  emulator::tma_load(shared, map, barrier, blocks | 0x10000u, at, RANK, place);
+}
+template <int RANK>
+QK_TEMPLATE void tma_store(const TensorMap* map, uint32_t shared, const int (&at)[RANK], emulator::Place place) {
+  emulator::tma_store(map, shared, at, RANK, false, place);
+}
+template <int RANK>
+QK_TEMPLATE void tma_reduce_add(const TensorMap* map, uint32_t shared, const int (&at)[RANK], emulator::Place place) {
+  emulator::tma_store(map, shared, at, RANK, true, place);
+}
+template <int PENDING>
+QK_TEMPLATE void store_wait_read(emulator::Place place) {
+  emulator::store_wait(PENDING, true, place);
+}
+template <int PENDING>
+QK_TEMPLATE void store_wait(emulator::Place place) {
+  emulator::store_wait(PENDING, false, place);
+}
+
+template <class Type, int N>
+constexpr bool wgmma_has_n = N % 8 == 0 && N >= 8 && N <= 256 && (Type::CODE != S8::CODE || N <= 24 || N % 16 == 0);
+
+template <class Type, int N>
+QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, N / 2>& d, uint64_t a, uint64_t b, bool accumulate,
+                       emulator::Place place) {
+  static_assert(wgmma_has_n<Type, N>, "wgmma has no instruction of this N");
+  emulator::wgmma({Type::CODE, N, a, b, accumulate, d.value, &d.state, nullptr, nullptr}, place);
+}
+template <class Type, int N>
+QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, N / 2>& d, Registers<uint32_t, 4>& a, uint64_t b,
+                       bool accumulate, emulator::Place place) {
+  static_assert(wgmma_has_n<Type, N>, "wgmma has no instruction of this N");
+  emulator::wgmma({Type::CODE, N, 0, b, accumulate, d.value, &d.state, a.value, &a.state}, place);
+}
+template <int PENDING>
+QK_TEMPLATE void wgmma_wait(emulator::Place place) {
+  emulator::wgmma_wait(PENDING, place);
+}
+template <int COUNT>
+QK_TEMPLATE void increase_registers(emulator::Place place) {
+  static_assert(COUNT >= 24 && COUNT <= 256 && COUNT % 8 == 0, "setmaxnreg takes multiples of 8 from 24 to 256");
+  emulator::set_registers(COUNT, true, place);
+}
+template <int COUNT>
+QK_TEMPLATE void decrease_registers(emulator::Place place) {
+  static_assert(COUNT >= 24 && COUNT <= 256 && COUNT % 8 == 0, "setmaxnreg takes multiples of 8 from 24 to 256");
+  emulator::set_registers(COUNT, false, place);
+}
+
+namespace emulator {
+template <class T>
+static inline T shuffle_any(T value, Shuffle mode, int operand, Place place) {
+  static_assert(sizeof(T) == 4, "shuffles move 4 bytes");
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits = shuffle(bits, mode, operand, place);
+  memcpy(&value, &bits, 4);
+  return value;
+}
+}  // namespace emulator
+template <class T>
+QK_TEMPLATE T shuffle(T value, int lane, emulator::Place place) {
+  return emulator::shuffle_any(value, emulator::Shuffle::INDEX, lane, place);
+}
+template <class T>
+QK_TEMPLATE T shuffle_xor(T value, int mask, emulator::Place place) {
+  return emulator::shuffle_any(value, emulator::Shuffle::XOR, mask, place);
+}
+template <class T>
+QK_TEMPLATE T shuffle_down(T value, int delta, emulator::Place place) {
+  return emulator::shuffle_any(value, emulator::Shuffle::DOWN, delta, place);
+}
+
+template <int LUT>
+QK_TEMPLATE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 8; i++)  // one minterm a bit of the table
+    if (LUT >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return d;
+}
+
+namespace emulator {
+// A launch hands over parameters as the driver does: an array of pointers, copied byte by byte.
+template <class T>
+static inline T parameter(void* pointer) {
+  alignas(T) unsigned char bytes[sizeof(T)];
+  memcpy(bytes, pointer, sizeof(T));
+  return *reinterpret_cast<T*>(bytes);
+}
+template <class... P, int... I>
+static inline void call(void (*kernel)(P...), void** arguments, std::integer_sequence<int, I...>) {
+  kernel(parameter<std::remove_const_t<P>>(arguments[I])...);
+}
+template <class... P>
+static inline void call(void (*kernel)(P...), void** arguments) {
+  call(kernel, arguments, std::make_integer_sequence<int, sizeof...(P)>());
+}
+struct ParameterSizes {
+  uint64_t count;
+  uint64_t bytes[64];
+};
+template <class... P>
+constexpr ParameterSizes parameter_sizes(void (*)(P...)) {
+  return {sizeof...(P), {sizeof(P)...}};
+}
+}  // namespace emulator
+}  // namespace qk
+
+#define QK_EXPORT(kernel)                                                                                        \
+  extern "C" void qk_entry_##kernel(void** arguments) { ::qk::emulator::call(kernel, arguments); }               \
+  extern "C" const ::qk::emulator::ParameterSizes qk_parameters_##kernel;                                        \
+  const ::qk::emulator::ParameterSizes qk_parameters_##kernel = ::qk::emulator::parameter_sizes(kernel);

@@ -1,0 +1,293 @@
+// Shared and global memory: range, alignment, unfinished asynchronous writes and reads, and cp.async.
+#include "machine.h"
+
+namespace qk {
+namespace emulator {
+
+SharedAddress resolve(uint32_t address, int bytes, int alignment) {
+  Thread& t = self();
+  Block* block = t.parent;
+  const uint32_t rank = address >> RANK_SHIFT, offset = address & ((1u << RANK_SHIFT) - 1);
+  if (rank) {
+    if (rank > block->cluster->blocks.size())
+      fail("out of range", "shared address 0x%x is of block %u of the cluster, which has %zu", address, rank - 1,
+           block->cluster->blocks.size());
+    block = block->cluster->blocks[rank - 1].get();
+    if (block->ended)
+      fail("out of range", "block %u of the cluster has ended, its shared memory is gone; "
+           "let all blocks meet in cluster_wait before they end", rank - 1);
+  }
+  if (offset < SHARED_START || offset + uint64_t(bytes) > block->shared.size())
+    fail("out of range", "%d bytes at shared offset %lld, but the launch has %zu bytes of shared memory", bytes,
+         (long long)offset - SHARED_START, block->shared.size() - SHARED_START);
+  if (offset % alignment)
+    fail("misaligned", "shared offset %lld is not a multiple of %d", (long long)offset - SHARED_START, alignment);
+  return {block, offset};
+}
+
+void check_global(const void* pointer, size_t bytes, int alignment, const char* what) {
+  const char* p = static_cast<const char*>(pointer);
+  static size_t last = 0;
+  auto& buffers = machine->buffers;
+  auto inside = [&](const Buffer& b) { return p >= b.start && p + bytes <= b.start + b.bytes; };
+  if (last >= buffers.size() || !inside(buffers[last])) {
+    size_t i = 0;
+    while (i < buffers.size() && !inside(buffers[i])) i++;
+    if (i == buffers.size()) {
+      for (size_t k = 0; k < buffers.size(); k++)
+        if (p >= buffers[k].start - 4096 && p < buffers[k].start + buffers[k].bytes + 4096)
+          fail("out of range", "%s %zu bytes at byte %td of buffer %zu, which has %zu bytes", what, bytes,
+               p - buffers[k].start, k, buffers[k].bytes);
+      fail("out of range", "%s %zu bytes at %p, which is in no buffer of this launch", what, bytes, pointer);
+    }
+    last = i;
+  }
+  if (reinterpret_cast<uintptr_t>(p) % alignment)
+    fail("misaligned", "%s %zu bytes at byte %td of buffer %zu: not a multiple of %d", what, bytes,
+         p - buffers[last].start, last, alignment);
+}
+
+// ---- what is in flight ---------------------------------------------------------------------------------------
+
+void check_read(Block& block, uint32_t offset, int bytes, bool async_proxy) {
+  for (uint32_t c = offset / 16; c * 16 < offset + bytes; c++)
+    if (block.chunks[c].writes)
+      fail("unfinished copy", "reads shared offset %u, which an unfinished operation still writes: %s; wait for it",
+           c * 16 - SHARED_START, describe(block.chunks[c].writer).c_str());
+  for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++) {
+    const Word& word = block.words[w];
+    if (word.barrier)
+      fail("mbarrier", "reads shared offset %u, which is an mbarrier's", w * 4 - SHARED_START);
+    if (async_proxy && word.time > block.threads[word.thread].fence_time)
+      fail("proxy", "reads shared offset %u through the async proxy, but thread %u wrote it and has not called "
+           "fence_proxy_async since", w * 4 - SHARED_START, word.thread);
+  }
+}
+
+void check_write(Block& block, uint32_t offset, int bytes) {
+  for (uint32_t c = offset / 16; c * 16 < offset + bytes; c++) {
+    const Chunk& chunk = block.chunks[c];
+    if (chunk.reads)
+      fail("overwrite", "writes shared offset %u, which an unfinished operation may still read: %s; wait for it",
+           c * 16 - SHARED_START, describe(chunk.reader).c_str());
+    if (chunk.writes)
+      fail("overwrite", "writes shared offset %u, which an unfinished operation still writes: %s; wait for it",
+           c * 16 - SHARED_START, describe(chunk.writer).c_str());
+  }
+  for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++)
+    if (block.words[w].barrier)
+      fail("mbarrier", "writes shared offset %u, which is an mbarrier's; it was not invalidated",
+           w * 4 - SHARED_START);
+}
+
+void note_write(Block& block, uint32_t offset, int bytes) {
+  Thread& t = self();
+  const uint32_t time = ++machine->time;
+  for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++) {
+    block.words[w].time = time;
+    // A cluster neighbour's write is kept under this block's thread of the same number.
+    block.words[w].thread = t.linear;
+  }
+}
+
+void begin_write(Block& block, uint32_t offset, uint32_t bytes, uint32_t operation) {
+  for (uint32_t c = offset / 16; c * 16 < offset + bytes; c++) {
+    block.chunks[c].writes++;
+    block.chunks[c].writer = operation;
+  }
+}
+
+void end_write(Block& block, uint32_t offset, uint32_t bytes) {
+  for (uint32_t c = offset / 16; c * 16 < offset + bytes; c++) block.chunks[c].writes--;
+}
+
+void forget_writes(Block& block, uint32_t offset, uint32_t bytes) {
+  for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++) block.words[w].time = 0;
+}
+
+// ---- plain accesses ------------------------------------------------------------------------------------------
+
+void load_shared(uint32_t address, void* value, int bytes, Place place) {
+  enter("ld_shared", place);
+  SharedAddress s = resolve(address, bytes, bytes);
+  check_read(*s.block, s.offset, bytes, false);
+  memcpy(value, &s.block->shared[s.offset], bytes);
+}
+
+void store_shared(uint32_t address, const void* value, int bytes, Place place) {
+  enter("st_shared", place);
+  SharedAddress s = resolve(address, bytes, bytes);
+  check_write(*s.block, s.offset, bytes);
+  memcpy(&s.block->shared[s.offset], value, bytes);
+  note_write(*s.block, s.offset, bytes);
+}
+
+void load_global(const void* pointer, void* value, int bytes, Place place) {
+  enter("ld_global", place);
+  check_global(pointer, bytes, bytes, "reads");
+  memcpy(value, pointer, bytes);
+}
+
+void store_global(void* pointer, const void* value, int bytes, Place place) {
+  enter("st_global", place);
+  check_global(pointer, bytes, bytes, "writes");
+  memcpy(pointer, value, bytes);
+  machine->idle_polls = 0;
+}
+
+// ---- cp.async ------------------------------------------------------------------------------------------------
+
+static void copy_now(Block& block, const Copy& copy) {
+  uint8_t* destination = &block.shared[copy.offset];
+  if (copy.valid) memcpy(destination, copy.source, copy.valid);
+  memset(destination + copy.valid, 0, copy.bytes - copy.valid);
+}
+
+void cp_async(uint32_t shared, const void* global, int bytes, int valid_bytes, Place place) {
+  Thread& t = enter(bytes == 16 ? "cp_async16" : "cp_async_small", place);
+  SharedAddress s = resolve(shared, bytes, bytes);
+  if (valid_bytes < 0 || valid_bytes > bytes)
+    fail("out of range", "%d valid bytes of %d", valid_bytes, bytes);
+  check_global(global, valid_bytes, bytes, "reads");
+  // Smaller copies may share a chunk with each other; whole chunks belong to one copy.
+  if (bytes == 16) check_write(*s.block, s.offset, bytes);
+  Copy copy{s.offset, static_cast<const char*>(global), bytes, valid_bytes, t.copy_groups,
+            record(t.instruction, place)};
+  begin_write(*s.block, s.offset, bytes, copy.operation);
+  if (machine->lazy()) memset(&s.block->shared[s.offset], 0xee, bytes);
+  else copy_now(*s.block, copy);
+  t.copies.push_back(copy);
+}
+
+void finish_copies(Thread& t, int groups) {
+  size_t kept = 0;
+  for (Copy& copy : t.copies) {
+    if (copy.group >= groups) {
+      t.copies[kept++] = copy;
+      continue;
+    }
+    if (machine->lazy()) copy_now(*t.parent, copy);
+    end_write(*t.parent, copy.offset, copy.bytes);
+    note_write(*t.parent, copy.offset, copy.bytes);
+  }
+  t.copies.resize(kept);
+}
+
+void cp_async_wait(int pending, Place place) {
+  Thread& t = enter("cp_async_wait", place);
+  finish_copies(t, t.copy_groups - pending);
+}
+
+}  // namespace emulator
+
+using namespace emulator;
+
+void cp_async16(uint32_t shared, const void* global, int valid_bytes, Place place) {
+  cp_async(shared, global, 16, valid_bytes, place);
+}
+
+void cp_async_commit(Place place) { enter("cp_async_commit", place).copy_groups++; }
+
+uint32_t shared_base() { return SHARED_START; }
+
+void fence_proxy_async(Place place) { enter("fence_proxy_async", place).fence_time = machine->time; }
+
+// ---- between blocks ------------------------------------------------------------------------------------------
+
+namespace {
+
+uint32_t* word(const char* instruction, const void* pointer, Place place) {
+  enter(instruction, place);
+  check_global(pointer, 4, 4, "accesses");
+  return static_cast<uint32_t*>(const_cast<void*>(pointer));
+}
+
+}  // namespace
+
+uint32_t ld_acquire(const uint32_t* pointer, Place place) {
+  const uint32_t value = *word("ld_acquire", pointer, place);
+  poll();
+  return value;
+}
+
+void st_release(uint32_t* pointer, uint32_t value, Place place) {
+  *word("st_release", pointer, place) = value;
+  machine->idle_polls = 0;
+}
+
+uint32_t atomic_add(uint32_t* pointer, uint32_t value, Place place) {
+  uint32_t* p = word("atomic_add", pointer, place);
+  const uint32_t old = *p;
+  *p = old + value;
+  machine->idle_polls = 0;
+  return old;
+}
+
+uint32_t atomic_add_acq_rel(uint32_t* pointer, uint32_t value, Place place) {
+  return atomic_add(pointer, value, place);
+}
+
+uint32_t atomic_cas(uint32_t* pointer, uint32_t expected, uint32_t value, Place place) {
+  uint32_t* p = word("atomic_cas", pointer, place);
+  const uint32_t old = *p;
+  if (old == expected) {
+    *p = value;
+    machine->idle_polls = 0;
+  } else {
+    poll();  // most often a lock that is taken
+  }
+  return old;
+}
+
+uint32_t atomic_max(uint32_t* pointer, uint32_t value, Place place) {
+  uint32_t* p = word("atomic_max", pointer, place);
+  const uint32_t old = *p;
+  if (value > old) *p = value;
+  return old;
+}
+
+void red_add(float* pointer, float value, Place place) {
+  word("red_add", pointer, place);
+  *pointer += value;
+  machine->idle_polls = 0;
+}
+
+void red_add(int32_t* pointer, int32_t value, Place place) {
+  *word("red_add", pointer, place) += static_cast<uint32_t>(value);
+  machine->idle_polls = 0;
+}
+
+void fence_gpu(Place place) { enter("fence_gpu", place); }
+
+// ---- clusters ------------------------------------------------------------------------------------------------
+
+uint32_t map_to_rank(uint32_t address, uint32_t rank, Place place) {
+  Thread& t = enter("map_to_rank", place);
+  if (rank >= t.parent->cluster->blocks.size())
+    fail("out of range", "rank %u in a cluster of %zu blocks", rank, t.parent->cluster->blocks.size());
+  if (address >> RANK_SHIFT) fail("out of range", "0x%x is already a cluster address", address);
+  return (rank + 1) << RANK_SHIFT | address;
+}
+
+uint32_t ld_cluster(uint32_t address, Place place) {
+  enter("ld_cluster", place);
+  SharedAddress s = resolve(address, 4, 4);
+  check_read(*s.block, s.offset, 4, false);
+  uint32_t value;
+  memcpy(&value, &s.block->shared[s.offset], 4);
+  return value;
+}
+
+void st_cluster(uint32_t address, uint32_t value, Place place) {
+  enter("st_cluster", place);
+  SharedAddress s = resolve(address, 4, 4);
+  check_write(*s.block, s.offset, 4);
+  memcpy(&s.block->shared[s.offset], &value, 4);
+  note_write(*s.block, s.offset, 4);
+}
+
+uint32_t cluster_rank() { return self().parent->rank; }
+uint32_t cluster_size() { return self().parent->cluster->blocks.size(); }
+uint32_t lane_id() { return self().lane; }
+
+}  // namespace qk

@@ -1,0 +1,128 @@
+// The arithmetic inside the matrix instructions, and the model of how they round.
+//
+// Integers: exact, wrapping at 32 bits.
+//
+// Floats: products are exact. Tensor cores do not round after every addition: they take `group` products and the
+// accumulator together, align all of them to the largest exponent among them (a product's exponent is the sum of its
+// factors'), cut each term off below `fraction_bits` bits under that exponent, add the cut terms exactly, and cut the
+// sum to float32 (fp8 on Hopper: to as many fraction bits again). Toward zero everywhere.
+//
+//   type             group  fraction_bits  sum kept to
+//   fp8, wgmma          32             13    13 bits     about 14 significant bits: "FP22"
+//   fp8, mma.sync       16             13    13 bits
+//   bf16, fp16          16             25    23 bits
+//
+// The fp8 figures are those of DeepSeek-V3's technical report (section 3.5.2) and DeepGEMM; small integers, whose sums
+// fit, are exact under any of them.
+#include <math.h>
+
+#include "machine.h"
+
+namespace qk {
+namespace emulator {
+
+namespace {
+
+void multiply_s8(int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32], uint32_t (*d)[256]) {
+  static int16_t wide[256][32];
+  for (int n = 0; n < columns; n++)
+    for (int k = 0; k < 32; k++) wide[n][k] = static_cast<int8_t>(b[n][k]);
+  for (int m = 0; m < rows; m++) {
+    int16_t row[32];
+    for (int k = 0; k < 32; k++) row[k] = static_cast<int8_t>(a[m][k]);
+    for (int n = 0; n < columns; n++) {
+      int32_t sum = 0;
+      for (int k = 0; k < 32; k++) sum += row[k] * wide[n][k];
+      d[m][n] += static_cast<uint32_t>(sum);
+    }
+  }
+}
+
+struct Rounding {
+  int group, fraction_bits, kept_bits;
+};
+
+float element(int type, const uint8_t* row, int k) {
+  uint16_t pair;
+  memcpy(&pair, row + k * 2, 2);
+  switch (type) {
+    case E4M3::CODE: return portable::e4m3_to_float(row[k]);
+    case E5M2::CODE: return portable::e5m2_to_float(row[k]);
+    case BF16::CODE: return portable::bf16_to_float(pair);
+    default: return portable::half_to_float(pair);
+  }
+}
+
+// The power of two at or below |x|: what the hardware's exponent field stands for (subnormals as normalised).
+float magnitude(float x) {
+  if (x == 0 || !isfinite(x)) return 0;
+  return ldexpf(1.0f, ilogbf(x));
+}
+
+// Toward zero, to a float32 with `bits` fraction bits.
+float cut(double x, int bits) {
+  float nearest = static_cast<float>(x);
+  if (fabs(nearest) > fabs(x)) nearest = nextafterf(nearest, 0.0f);
+  if (bits < 23) nearest = portable::bits_float(portable::float_bits(nearest) & ~0u << (23 - bits));
+  return nearest;
+}
+
+void multiply_floats(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32],
+                     uint32_t (*d)[256], Rounding rounding) {
+  const int depth = type == E4M3::CODE || type == E5M2::CODE ? 32 : 16;
+  static double b_value[32][256], b_power[32][256];
+  bool finite = true;
+  for (int n = 0; n < columns; n++)
+    for (int k = 0; k < depth; k++) {
+      const float x = element(type, b[n], k);
+      b_value[k][n] = x;
+      b_power[k][n] = magnitude(x);
+      finite = finite && isfinite(x);
+    }
+  for (int m = 0; m < rows; m++) {
+    double a_value[32], a_power[32];
+    bool row_finite = finite;
+    for (int k = 0; k < depth; k++) {
+      const float x = element(type, a[m], k);
+      a_value[k] = x;
+      a_power[k] = magnitude(x);
+      row_finite = row_finite && isfinite(x);
+    }
+    float* sums = reinterpret_cast<float*>(d[m]);
+    for (int first = 0; first < depth; first += rounding.group) {
+      static double largest[256], sum[256], scale[256];
+      for (int n = 0; n < columns; n++) {
+        largest[n] = magnitude(sums[n]);
+        row_finite = row_finite && isfinite(sums[n]);
+      }
+      if (!row_finite) {  // NaN and infinity follow IEEE whatever the order
+        for (int n = 0; n < columns; n++)
+          for (int k = first; k < first + rounding.group; k++) sums[n] += float(a_value[k] * b_value[k][n]);
+        continue;
+      }
+      for (int k = first; k < first + rounding.group; k++)
+        for (int n = 0; n < columns; n++) largest[n] = fmax(largest[n], a_power[k] * b_power[k][n]);
+      for (int n = 0; n < columns; n++) {
+        scale[n] = largest[n] > 0 ? exp2(double(rounding.fraction_bits)) / largest[n] : 0;
+        sum[n] = trunc(sums[n] * scale[n]);
+      }
+      for (int k = first; k < first + rounding.group; k++)
+        for (int n = 0; n < columns; n++) sum[n] += trunc(a_value[k] * b_value[k][n] * scale[n]);
+      for (int n = 0; n < columns; n++)
+        sums[n] = scale[n] > 0 ? cut(sum[n] / scale[n], rounding.kept_bits) : 0.0f;
+    }
+  }
+}
+
+}  // namespace
+
+void multiply(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32], uint32_t (*d)[256],
+              bool warpgroup) {
+  if (type == S8::CODE) return multiply_s8(rows, columns, a, b, d);
+  const bool fp8 = type == E4M3::CODE || type == E5M2::CODE;
+  multiply_floats(type, rows, columns, a, b, d,
+                  fp8 ? Rounding{warpgroup ? 32 : 16, 13, 13} : Rounding{16, 25, 23});
+}
+
+}  // namespace emulator
+}  // namespace qk
