@@ -1,3 +1,57 @@
-"""quantkit: post-training quantization and calibration for ONNX models on NVIDIA GPUs."""
+"""quantkit: post-training quantization and calibration for ONNX models on NVIDIA GPUs.
+
+    import quantkit
+
+    cache = quantkit.calibrate_model("model.onnx", "calib/", method="entropy")
+    exported = quantkit.export_model("model.onnx", cache, preset="int8")
+    quantkit.evaluate_model("model.onnx", exported.path, "eval/")
+
+Names are imported when they are first used, so that `import quantkit` is quick and needs no runtime.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from quantkit.cache import CalibrationCache
+    from quantkit.data import ImagePreprocessing
+    from quantkit.errors import QuantkitError
+    from quantkit.evaluation import Evaluation
+    from quantkit.pipeline import Exported, calibrate_model, evaluate_model, export_model
+
+_HOMES = {
+    "CalibrationCache": "quantkit.cache",
+    "Evaluation": "quantkit.evaluation",
+    "Exported": "quantkit.pipeline",
+    "ImagePreprocessing": "quantkit.data",
+    "QuantkitError": "quantkit.errors",
+    "calibrate_model": "quantkit.pipeline",
+    "evaluate_model": "quantkit.pipeline",
+    "export_model": "quantkit.pipeline",
+}
+
+__all__ = [
+    "CalibrationCache",
+    "Evaluation",
+    "Exported",
+    "ImagePreprocessing",
+    "QuantkitError",
+    "__version__",
+    "calibrate_model",
+    "evaluate_model",
+    "export_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,24 +1,29 @@
 """Running the float model once and reducing every tensor that could be quantized as it arrives."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
-import onnx_ir as ir
-import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
-from quantkit.data import Sample, SampleSource, batch_axes, batches, fixed_batch_size, sample_fingerprint
+from quantkit.data import (
+    Sample,
+    SampleSource,
+    batch_axes,
+    batch_length,
+    batches,
+    fixed_batch_size,
+    peek,
+    sample_fingerprint,
+)
 from quantkit.errors import DataError
 from quantkit.graph import Graph, find_sites
+from quantkit.memory import DEFAULT_MAX_MEMORY, fitting_batch, tensor_bytes
 from quantkit.runtime import Session
 from quantkit.statistics import ChannelStats, FloatHistogram
 from quantkit.statistics.tensor import TensorStatistics
-
-DEFAULT_MAX_MEMORY = 128 * 2**20
-_LARGEST_AUTOMATIC_BATCH = 32
 
 
 @dataclass(kw_only=True)
@@ -46,7 +51,7 @@ def observe(
     *,
     batch_size: int | None = None,
     max_memory: int | None = None,
-    on_samples: Callable[[int], None] = lambda count: None,
+    on_samples: Callable[[int], object] = lambda count: None,
 ) -> Observation:
     """Run the model over the data and return the statistics of every site of every target.
 
@@ -68,11 +73,11 @@ def observe(
         ModelError: the model does not run.
     """
     wanted = _wanted(graph)
-    first, samples = _peek(source)
-    sizes = _sizes(graph, first, list(wanted))
+    first, samples = peek(source)
+    sizes = tensor_bytes(graph, first, list(wanted))
     axes = batch_axes(graph.inputs)
     budget = max_memory or DEFAULT_MAX_MEMORY
-    size = fixed_batch_size(graph.inputs) or batch_size or _automatic_batch(sum(sizes.values()), budget)
+    size = fixed_batch_size(graph.inputs) or batch_size or fitting_batch(sum(sizes.values()), budget // 2)
     if max_memory is None and batch_size is not None:
         budget = 2 * size * sum(sizes.values())
     fed = {spec.name for spec in graph.inputs}
@@ -101,7 +106,7 @@ def observe(
                     smallest[0] = key
                     found.probe = {name: array.copy() for name, array in sample.items()}
                 fingerprints.append(key)
-            on_samples(_count_of(batch, axes))
+            on_samples(batch_length(batch, axes))
 
     with ThreadPoolExecutor(max_workers=1) as runner:
         running: tuple[Sample, Future[Sample], bool] | None = None
@@ -125,7 +130,9 @@ def _wanted(graph: Graph) -> dict[str, int | None]:
             axis = site.axis if site.role == "input" else None
             wanted[site.name] = wanted.get(site.name) if wanted.get(site.name) is not None else axis
     if not wanted:
-        raise DataError(f"{graph.name}: no Conv, MatMul or Gemm that can be quantized; there is nothing to calibrate.")
+        raise DataError(
+            f"{graph.name}: no Conv, MatMul or Gemm that can be quantized; there is nothing to calibrate."
+        )
     return wanted
 
 
@@ -135,44 +142,10 @@ def _empty(graph: Graph, name: str, axis: int | None) -> TensorStatistics:
         histogram=FloatHistogram(),
         channels=None if axis is None else ChannelStats(axis),
         dtype=np.dtype(value.dtype.numpy()).name if value.dtype is not None else "float32",
-        shape=tuple(d if isinstance(d, int) else d.value for d in value.shape) if value.shape is not None else (),
+        shape=tuple(d if isinstance(d, int) else d.value for d in value.shape)
+        if value.shape is not None
+        else (),
     )
-
-
-def _peek(source: SampleSource) -> tuple[Sample, Iterator[Sample]]:
-    samples = iter(source)
-    head = list(islice(samples, 1))
-    if not head:
-        raise DataError("data: no samples; give real inputs of the model.")
-    return head[0], chain(head, samples)
-
-
-def _sizes(graph: Graph, sample: Sample, names: Sequence[str]) -> dict[str, int]:
-    """Bytes of each tensor for one sample, by shape inference; what it cannot tell counts as the largest input."""
-    model = graph.model.clone()
-    for value in model.graph.inputs:
-        if str(value.name) in sample:
-            value.shape = ir.Shape(sample[str(value.name)].shape)
-    for node in model.graph:
-        for output in node.outputs:
-            output.shape = None
-    passes.ShapeInferencePass()(model)
-    values = {str(v.name): v for node in model.graph for v in node.outputs} | {
-        str(v.name): v for v in model.graph.inputs
-    }
-    largest = max(array.nbytes for array in sample.values())
-    sizes = {}
-    for name in names:
-        value = values[name]
-        known = value.shape is not None and all(isinstance(d, int) for d in value.shape)
-        itemsize = value.dtype.itemsize if value.dtype is not None else 4
-        count = int(np.prod([d for d in value.shape if isinstance(d, int)])) if value.shape is not None else 0
-        sizes[name] = int(count * itemsize) if known else largest
-    return sizes
-
-
-def _automatic_batch(sample_bytes: int, max_memory: int) -> int:
-    return max(1, min(_LARGEST_AUTOMATIC_BATCH, max_memory // 2 // max(sample_bytes, 1)))
 
 
 def _groups(sizes: dict[str, int], batch_size: int, max_memory: int) -> list[list[str]]:
@@ -189,11 +162,8 @@ def _groups(sizes: dict[str, int], batch_size: int, max_memory: int) -> list[lis
 
 
 def _samples_of(batch: Sample, axes: dict[str, int | None]) -> Iterator[Sample]:
-    for i in range(_count_of(batch, axes)):
+    for i in range(batch_length(batch, axes)):
         yield {
-            name: array if axes[name] is None else array.take([i], axis=axes[name]) for name, array in batch.items()
+            name: array if axes[name] is None else array.take([i], axis=axes[name])
+            for name, array in batch.items()
         }
-
-
-def _count_of(batch: Sample, axes: dict[str, int | None]) -> int:
-    return next((batch[name].shape[axis] for name, axis in axes.items() if axis is not None), 1)

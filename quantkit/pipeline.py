@@ -1,8 +1,8 @@
 """The Python API: calibrate a model, export it, evaluate it. The command line calls these and nothing else.
 
-    cache = quantkit.calibrate_model("model.onnx", "calib/", method="entropy")
-    exported = quantkit.export_model("model.onnx", cache, preset="int8")
-    quantkit.evaluate_model("model.onnx", exported.path, "eval/", labels="labels.npy")
+cache = quantkit.calibrate_model("model.onnx", "calib/", method="entropy")
+exported = quantkit.export_model("model.onnx", cache, preset="int8")
+quantkit.evaluate_model("model.onnx", exported.path, "eval/", labels="labels.npy")
 """
 
 import os
@@ -12,26 +12,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 from tqdm.auto import tqdm
 
 from quantkit import __version__
 from quantkit.cache import CalibrationCache, ModelIdentity
 from quantkit.calibrators import get_calibrator
-from quantkit.data import ImagePreprocessing, SampleSource, open_data
+from quantkit.data import ImagePreprocessing, SampleSource, open_data, open_labels
 from quantkit.errors import CacheError
+from quantkit.evaluate import evaluate
+from quantkit.evaluation import Evaluation
 from quantkit.export import get_emitter
 from quantkit.export.verify import Verification, verify
 from quantkit.files import atomic_write
-from quantkit.graph import Graph, load_graph
+from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.observe import observe
 from quantkit.plan import Plan
 from quantkit.presets import get_preset
 from quantkit.solve import solve
-from quantkit.tables import Table
-
-ModelLike = str | os.PathLike[str] | onnx.ModelProto | ir.Model | Graph
+from quantkit.tables import Cell, Table
 
 # Files beyond this keep their weights beside them: protobuf holds 2 GiB at most.
 _EXTERNAL_BYTES = 2**31 - 2**24
@@ -73,10 +72,18 @@ def calibrate_model(
     """
     options = dict(method_options or {})
     get_calibrator(method, **options)
-    graph = load_graph(model if isinstance(model, onnx.ModelProto | ir.Model | Graph) else Path(model))
+    graph = load_graph(model)
     source = open_data(data, graph.inputs, image=image, samples=samples, mapping=mapping)
-    with tqdm(total=_count(source), desc="calibrate", unit="sample", disable=not progress, leave=False) as bar:
-        found = observe(graph, source, batch_size=batch_size, max_memory=max_memory, on_samples=bar.update)
+    with tqdm(
+        total=_count(source), desc="calibrate", unit="sample", disable=not progress, leave=False
+    ) as bar:
+        found = observe(
+            graph,
+            source,
+            batch_size=batch_size,
+            max_memory=max_memory,
+            on_samples=lambda count: bar.update(count),
+        )
     return CalibrationCache(
         model=ModelIdentity(
             path=str(graph.path) if graph.path else "", name=graph.name, fingerprint=graph.fingerprint
@@ -101,6 +108,7 @@ class Exported:
         size_bytes: of the file and its external data.
         float_size_bytes: of the float model's weights.
         verification: what running it once showed; None where the cache held no sample to run.
+        warnings: what the user should know before trusting it.
     """
 
     path: Path
@@ -108,6 +116,7 @@ class Exported:
     size_bytes: int
     float_size_bytes: int
     verification: Verification | None
+    warnings: tuple[str, ...] = ()
 
     def table(self) -> Table:
         """Return what was quantized, by operator, and what was left, by reason."""
@@ -117,7 +126,7 @@ class Exported:
         kept: dict[tuple[str, str], int] = {}
         for left in self.plan.left:
             kept[left.op_type, left.reason] = kept.get((left.op_type, left.reason), 0) + 1
-        rows = [(op_type, count, None, "") for op_type, count in sorted(done.items())]
+        rows: list[tuple[Cell, ...]] = [(op_type, count, None, "") for op_type, count in sorted(done.items())]
         rows += [(op_type, None, count, reason) for (op_type, reason), count in sorted(kept.items())]
         return Table(("operator", "quantized", "float", "why"), rows)
 
@@ -144,7 +153,10 @@ class Exported:
             },
             "size_bytes": self.size_bytes,
             "float_size_bytes": self.float_size_bytes,
-            "verified_sqnr_db": None if self.verification is None else _finite(self.verification.plan_sqnr_db),
+            "warnings": list(self.warnings),
+            "verified_sqnr_db": None
+            if self.verification is None
+            else _finite(self.verification.plan_sqnr_db),
         }
 
     def __str__(self) -> str:
@@ -215,6 +227,56 @@ def export_model(
     )
 
 
+def evaluate_model(
+    model: ModelLike,
+    quantized: str | os.PathLike[str] | Graph,
+    data: object,
+    *,
+    labels: object = None,
+    per_layer: bool = False,
+    optimize: bool = False,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    image: ImagePreprocessing | None = None,
+    mapping: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Run both models over the data and say what the quantized one lost.
+
+    Args:
+        model: the float model.
+        quantized: the quantized file.
+        data: as for `calibrate_model`.
+        labels: a path or array of integers, one a sample (or a row a sample for sequences); "next-token" for the
+            model's own integer input shifted by one; None for a comparison of outputs alone.
+        per_layer: also the SQNR of every linear operator's output.
+        optimize: run the quantized file with all of ONNX Runtime's optimizations. By default it is judged at
+            ORT_ENABLE_BASIC: above that, and in one pass even there, the CPU provider changes some quantized models.
+        samples: at most so many, from the start.
+        batch_size: samples to run at a time.
+        image, mapping, progress: as for `calibrate_model`.
+
+    Raises:
+        ModelError, DataError: see `calibrate_model`; also when the two files are not of one network.
+    """
+    graph = load_graph(model)
+    source = open_data(data, graph.inputs, image=image, samples=samples, mapping=mapping)
+    next_token = isinstance(labels, str) and labels == "next-token"
+    known = None if labels is None or next_token else open_labels(labels)
+    with tqdm(total=_count(source), desc="evaluate", unit="sample", disable=not progress, leave=False) as bar:
+        return evaluate(
+            graph,
+            quantized if isinstance(quantized, Graph) else Path(quantized),
+            source,
+            labels=known,
+            next_token=next_token,
+            per_layer=per_layer,
+            optimize=optimize,
+            batch_size=batch_size,
+            on_samples=lambda count: bar.update(count),
+        )
+
+
 def default_name(stem: str, preset: str, target: str) -> str:
     """Return the name of the exported file: `<stem>.<preset>[.<target> unless tensorrt].onnx`."""
     return f"{stem}.{preset}.onnx" if target == "tensorrt" else f"{stem}.{preset}.{target}.onnx"
@@ -257,4 +319,3 @@ def _versions() -> dict[str, str]:
 
 def _finite(value: float) -> float | str:
     return value if abs(value) < float("inf") else str(value)
-

@@ -57,7 +57,8 @@ def place(
     unfit = unfit or {}
     reasons = _float_nodes(graph, sites, preset, everything, unfit)
     left = left + [
-        LeftAlone(node=node, op_type=graph.node(node).op_type, reason=reason) for node, reason in reasons.items()
+        LeftAlone(node=node, op_type=graph.node(node).op_type, reason=reason)
+        for node, reason in reasons.items()
     ]
     integer = preset.activations.format.kind == "integer"
     linear = {s.node: s.op_type for s in sites if s.role == "weight" or s.role == "input"}
@@ -98,7 +99,9 @@ def _float_nodes(
         elif everything:
             continue
         elif not preset.gemm and site.op_type == "Gemm":
-            reasons.setdefault(site.node, f"{preset.name} leaves Gemm in float by default (--all quantizes it)")
+            reasons.setdefault(
+                site.node, f"{preset.name} leaves Gemm in float by default (--all quantizes it)"
+            )
         elif not preset.narrow_convolutions and is_depthwise_or_narrow(graph.node(site.node)):
             reasons.setdefault(
                 site.node,
@@ -126,7 +129,11 @@ def _choose_outputs(
         operands = [s for s in parts if s.role == "operand"]
         output = next(s for s in parts if s.role == "output")
         names = {s.name for s in operands} | {output.name}
-        if names & unfit.keys() or output.name in outputs or not any(s.name in choice.readers for s in operands):
+        if (
+            names & unfit.keys()
+            or output.name in outputs
+            or not any(s.name in choice.readers for s in operands)
+        ):
             continue
         for site in operands:
             choice.readers.setdefault(site.name, set())

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar, cast
+from typing import Generic, TypeVar
 
 from quantkit.errors import UnknownNameError
 
@@ -38,7 +38,8 @@ class Registry(Generic[T]):
         if name not in plugins:
             raise UnknownNameError(self._unknown(name))
         try:
-            return cast(T, plugins[name].load())
+            loaded: T = plugins[name].load()
+            return loaded
         except Exception as error:
             raise UnknownNameError(
                 f"{self.noun} {name}: its plug-in {plugins[name].value} does not load "
@@ -59,9 +60,10 @@ class Registry(Generic[T]):
     def _load_builtin(self, name: str) -> T:
         value = self._builtin[name]
         if isinstance(value, str):
-            value = cast(T, EntryPoint(name=name, value=value, group=self.group).load())
-            self._builtin[name] = value
-        return cast(T, value)
+            loaded: T = EntryPoint(name=name, value=value, group=self.group).load()
+            self._builtin[name] = loaded
+            return loaded
+        return value
 
     def _plugins(self) -> dict[str, EntryPoint]:
         return {e.name: e for e in entry_points(group=self.group) if e.name not in self._builtin}

@@ -64,7 +64,9 @@ class Session:
             )
         except Exception as error:
             # ONNX Runtime's exceptions share no base class but Exception.
-            raise ModelError(f"{what}: ONNX Runtime cannot load it: {reason(error)}; check it with onnx.checker.") from error
+            raise ModelError(
+                f"{what}: ONNX Runtime cannot load it: {reason(error)}; check it with onnx.checker."
+            ) from error
         self._what = what
         self._inputs = {i.name: i.type for i in self._session.get_inputs()}
         self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
@@ -77,7 +79,9 @@ class Session:
         """
         names = list(outputs) if outputs is not None else self.output_names
         try:
-            results = self._session.run_with_ort_values(names, {n: self._value(n, a) for n, a in feeds.items()})
+            results = self._session.run_with_ort_values(
+                names, {n: self._value(n, a) for n, a in feeds.items()}
+            )
             return dict(zip(names, [r.numpy() for r in results], strict=True))
         except Exception as error:
             shapes = ", ".join(f"{n} {a.dtype} {list(a.shape)}" for n, a in feeds.items())
@@ -125,11 +129,19 @@ def _serialized(model: ir.Model, outputs: Sequence[str] | None) -> tuple[bytes, 
             continue
         weights[name] = np.ascontiguousarray(tensor.numpy())
         value.const_value = ir.ExternalTensor(
-            "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
+            "weights",
+            0,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(weights[name].shape),
+            name=name,
+            base_dir="",
         )
     proto = ir.serde.serialize_model(copy)
     if proto.ByteSize() > _PROTOBUF_LIMIT:
-        raise ModelError(f"model: its graph alone takes {proto.ByteSize()} bytes, more than protobuf holds; split it.")
+        raise ModelError(
+            f"model: its graph alone takes {proto.ByteSize()} bytes, more than protobuf holds; split it."
+        )
     return proto.SerializeToString(), weights
 
 

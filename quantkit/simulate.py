@@ -40,9 +40,7 @@ def simulate(graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]) -> dict[
     for stage in _stages(model):
         outputs = _needed_later(stage, owners, plan.activations)
         inputs = sorted({str(v.name) for n in stage for v in _reads(n) if str(v.name) in known})
-        part = ir.Model(
-            ir.convenience.extract(model.graph, inputs, outputs), ir_version=model.ir_version
-        )
+        part = ir.Model(ir.convenience.extract(model.graph, inputs, outputs), ir_version=model.ir_version)
         part.graph.name = "part"
         for name, array in Session(part).run({n: known[n] for n in inputs}).items():
             known[name] = array
@@ -58,7 +56,9 @@ def _replace_constants(model: ir.Model, plan: Plan) -> None:
         old = model.graph.initializers[name]
         dtype = old.dtype or ir.DataType.FLOAT
         tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=f"{name}::{number}")
-        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+        value = ir.Value(
+            name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
+        )
         model.graph.register_initializer(value)
         for node, index in readers:
             nodes[node].replace_input_with(index, value)
@@ -153,4 +153,6 @@ def _quantize_into(
     plan = activations.get(name)
     if plan is not None:
         array = known[name]
-        known[name + _QUANTIZED] = fake_quantize(array.astype(np.float32), plan.qparams, plan.spec).astype(array.dtype)
+        known[name + _QUANTIZED] = fake_quantize(array.astype(np.float32), plan.qparams, plan.spec).astype(
+            array.dtype
+        )

@@ -119,7 +119,7 @@ def _solve_weights(
         w = graph.array(name)
         spec = replace(preset.weights, axis=axis)
         qparams = qparams_from_range(
-            weight_range(w.astype(np.float32), spec, method="mse"),
+            weight_range(w.astype(np.float32), spec, method="amax"),
             spec,
             scale_dtype=_float_dtype(graph, name),
         )
@@ -193,4 +193,3 @@ def _float_dtype(graph: Graph, name: str) -> np.dtype:
     """The float type of a tensor, in which its scale is stored."""
     dtype = graph.values[name].dtype
     return np.dtype(np.float32) if dtype is None else np.dtype(dtype.numpy())
-

@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -42,6 +43,24 @@ def batches(source: Iterable[Sample], inputs: Sequence[InputSpec], batch_size: i
         f"{left_out} samples were left out: the model takes exactly {fixed} of one shape at a time.",
         stacklevel=2,
     )
+
+
+def peek(source: Iterable[Sample]) -> tuple[Sample, Iterator[Sample]]:
+    """Return the first sample, and all of them from the start: a source is gone through only once.
+
+    Raises:
+        DataError: there is none.
+    """
+    samples = iter(source)
+    first = next(samples, None)
+    if first is None:
+        raise DataError("data: no samples; give real inputs of the model, at least one.")
+    return first, chain([first], samples)
+
+
+def batch_length(batch: Sample, axes: dict[str, int | None]) -> int:
+    """Return the number of samples in a batch, `axes` being the model's `batch_axes`."""
+    return next((batch[name].shape[axis] for name, axis in axes.items() if axis is not None), 1)
 
 
 def sample_fingerprint(sample: Sample) -> bytes:

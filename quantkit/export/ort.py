@@ -38,4 +38,6 @@ class OrtEmitter:
 def ort_style(plan: Plan) -> QdqStyle:
     """Integer Q/DQ with their zero points; float8 without, and cast back."""
     integer = all(a.spec.format.kind == "integer" for a in plan.activations.values())
-    return QdqStyle(opset=19, zero_points=True) if integer else QdqStyle(opset=21, zero_points=False, cast=True)
+    return (
+        QdqStyle(opset=19, zero_points=True) if integer else QdqStyle(opset=21, zero_points=False, cast=True)
+    )

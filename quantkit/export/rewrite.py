@@ -78,7 +78,9 @@ class _Writer:
             wanted = set(plan.readers)
             uses = [(n, i) for n, i in uses if (str(n.name), i) in wanted]
             if len(uses) != len(wanted):
-                raise PlanError(f"plan: {plan.name} is not read by {sorted(wanted)}; solve it again for this model.")
+                raise PlanError(
+                    f"plan: {plan.name} is not read by {sorted(wanted)}; solve it again for this model."
+                )
         dtype = ir.DataType.from_numpy(plan.spec.format.dtype)
         parameters = self._parameters(
             plan.name, plan.qparams.scale, plan.qparams.zero_point, dtype, value.dtype or ir.DataType.FLOAT
@@ -101,7 +103,11 @@ class _Writer:
         dtype = ir.DataType.from_numpy(qtensor.spec.format.dtype)
         codes = self._constant(f"{plan.name}_quantized", qtensor.qvalue, dtype)
         parameters = self._parameters(
-            plan.name, qtensor.qparams.scale, qtensor.qparams.zero_point, dtype, value.dtype or ir.DataType.FLOAT
+            plan.name,
+            qtensor.qparams.scale,
+            qtensor.qparams.zero_point,
+            dtype,
+            value.dtype or ir.DataType.FLOAT,
         )
         self._read_dequantized(plan.name, [codes, *parameters], qtensor.spec.axis, value, plan.readers)
 
@@ -143,7 +149,7 @@ class _Writer:
             codes, scale = inputs
             if axis is not None:
                 rank = len(value.shape) if value.shape is not None else 0
-                spread = scale.const_value.numpy().reshape([-1 if i == axis % rank else 1 for i in range(rank)])
+                spread = _array(scale).reshape([-1 if i == axis % rank else 1 for i in range(rank)])
                 scale = self._constant(f"{scale.name}_spread", spread, dtype)
             cast = self._node("Cast", name, [codes], {"to": int(dtype)}, dtype)
             nodes = [cast, self._node("Mul", name, [cast.outputs[0], scale], {}, dtype)]
@@ -170,8 +176,12 @@ class _Writer:
 
     def _constant(self, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
         name = self._free_name(name)
-        tensor = ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy())).reshape(array.shape), dtype=dtype, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor)
+        tensor = ir.tensor(
+            np.ascontiguousarray(array.astype(dtype.numpy())).reshape(array.shape), dtype=dtype, name=name
+        )
+        value = ir.Value(
+            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
+        )
         self.model.graph.register_initializer(value)
         self.values[name] = value
         return value
@@ -210,5 +220,13 @@ class _Writer:
     def _reader(self, node: str, tensor: str, index: int) -> ir.Node:
         found = self.nodes.get(node)
         if found is None or index >= len(found.inputs) or found.inputs[index] is None:
-            raise PlanError(f"plan: {tensor} is not input {index} of node {node}; solve it again for this model.")
+            raise PlanError(
+                f"plan: {tensor} is not input {index} of node {node}; solve it again for this model."
+            )
         return found
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    tensor = value.const_value
+    assert tensor is not None
+    return tensor.numpy()

@@ -46,7 +46,9 @@ def verify(path: Path, graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         # The checker raises its own errors, and shape inference another family.
-        raise ExportError(f"{path.name}: the written model is not valid ONNX ({reason(error)}); report this.") from error
+        raise ExportError(
+            f"{path.name}: the written model is not valid ONNX ({reason(error)}); report this."
+        ) from error
     try:
         written = Session(path, optimize=False).run(feeds)
     except ModelError as error:

@@ -1,7 +1,7 @@
 """Element types: the numbers that a code of so many bits can stand for."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -63,7 +63,7 @@ class Format:
 
 
 def _float(name: str, dtype: type) -> Format:
-    info = ml_dtypes.finfo(dtype)
+    info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     return Format(
         name=name,
         bits=int(info.bits),
@@ -75,7 +75,7 @@ def _float(name: str, dtype: type) -> Format:
 
 
 def _integer(name: str, dtype: type) -> Format:
-    info = ml_dtypes.iinfo(dtype)
+    info: Any = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
     return Format(
         name=name,
         bits=int(info.bits),

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,7 +65,9 @@ class Graph:
     @property
     def weight_bytes(self) -> int:
         """Bytes that the initializers take."""
-        return sum(v.const_value.nbytes for v in self.model.graph.initializers.values() if v.const_value is not None)
+        return sum(
+            v.const_value.nbytes for v in self.model.graph.initializers.values() if v.const_value is not None
+        )
 
     def node(self, name: str) -> ir.Node:
         """Return the node of that name."""
@@ -100,7 +103,10 @@ class Graph:
         return digest.hexdigest()
 
 
-def load_graph(model: str | Path | onnx.ModelProto | ir.Model | Graph) -> Graph:
+ModelLike = str | os.PathLike[str] | onnx.ModelProto | ir.Model | Graph
+
+
+def load_graph(model: ModelLike) -> Graph:
     """Read a model and clean it.
 
     Older operator sets are raised to 19 by ONNX's converter; constants are folded, BatchNormalization is merged into
@@ -196,7 +202,9 @@ def _at_working_opset(model: ir.Model, what: str) -> ir.Model:
 
     opset = model.graph.opset_imports.get("")
     if opset is None:
-        raise ModelError(f"{what}: uses no standard ONNX operators; quantkit quantizes Conv, MatMul and Gemm.")
+        raise ModelError(
+            f"{what}: uses no standard ONNX operators; quantkit quantizes Conv, MatMul and Gemm."
+        )
     if opset > NEWEST_OPSET:
         raise ModelError(
             f"{what}: operator set {opset}; TensorRT and ONNX Runtime read quantized models up to {NEWEST_OPSET}: "
@@ -236,7 +244,9 @@ def _describe(model: ir.Model) -> Iterator[str]:
     """The structure as lines of text that do not depend on how the file was written."""
     graph = model.graph
     yield repr(sorted(graph.opset_imports.items()))
-    yield repr([(v.name, str(v.dtype), str(v.shape)) for v in graph.inputs if v.name not in graph.initializers])
+    yield repr(
+        [(v.name, str(v.dtype), str(v.shape)) for v in graph.inputs if v.name not in graph.initializers]
+    )
     yield repr([v.name for v in graph.outputs])
     for node in graph:
         yield from _describe_node(node)
@@ -264,7 +274,9 @@ def _numpy_dtype(value: ir.Value) -> np.dtype:
 
 def _free_shape(value: ir.Value) -> tuple[int | str | None, ...]:
     if value.shape is None:
-        raise ModelError(f"{value.name}: the input's rank is not given; export the model with the rank of every input.")
+        raise ModelError(
+            f"{value.name}: the input's rank is not given; export the model with the rank of every input."
+        )
     return tuple(d if isinstance(d, int) else d.value for d in value.shape)
 
 

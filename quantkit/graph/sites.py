@@ -234,7 +234,12 @@ def _site(node: ir.Node, index: int, role: Role, axis: int | None) -> Site:
 def _output_site(node: ir.Node) -> Site:
     value = fused_output(node)
     return Site(
-        name=str(value.name), role="output", node=str(node.name), op_type=node.op_type, index=0, shape=_shape(value)
+        name=str(value.name),
+        role="output",
+        node=str(node.name),
+        op_type=node.op_type,
+        index=0,
+        shape=_shape(value),
     )
 
 

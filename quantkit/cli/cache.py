@@ -1,0 +1,49 @@
+"""`quantkit cache`: look into calibration caches and put them together."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import options
+
+app = typer.Typer(help="Show and merge calibration caches.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("show")
+def show(
+    path: Annotated[Path | None, typer.Argument(help="The cache (default: the one *.calib here).")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what a cache holds: its model, its data, and the statistics of every tensor."""
+    from quantkit.cache import CalibrationCache, find_cache
+
+    cache = CalibrationCache.load(path or find_cache(Path()))
+    if as_json:
+        options.print_json({**cache.header(), "tensors": cache.summary()})
+    else:
+        typer.echo(str(cache))
+
+
+@app.command("merge")
+def merge(
+    paths: Annotated[list[Path], typer.Argument(help="Caches of one model over different samples.")],
+    out: Annotated[Path, typer.Option("--out", help="The cache to write.")],
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="The method to record, where the caches record different ones."),
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Count samples that are in several caches several times.")
+    ] = False,
+) -> None:
+    """Add caches of one model up: the result is that of calibrating on all their samples at once, bit for bit."""
+    from quantkit.cache import CalibrationCache
+    from quantkit.calibrators import get_calibrator
+
+    if method is not None:
+        get_calibrator(method)
+    first, *others = [CalibrationCache.load(path) for path in paths]
+    merged = first.merge(*others, allow_overlap=allow_overlap, method=method)
+    merged.save(out)
+    typer.echo(f"wrote {out}: {merged.sample_count} samples from {len(paths)} caches")

@@ -1,0 +1,87 @@
+"""`quantkit export`."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantkit.cli import options
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Exported
+
+
+def export(
+    model: Annotated[
+        Path | None, typer.Argument(help="The float model (default: the one the cache was made from).")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="The calibration cache (default: the one *.calib here).")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="INT8 activations, INT8 weights per channel.")] = False,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="FP8 (E4M3) activations, FP8 weights per channel.")
+    ] = False,
+    method: options.Method = None,
+    percentile: options.Percentile = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            help="tensorrt: Q/DQ as TensorRT 10 and 11 read it. ort: right on ONNX Runtime's CUDA and CPU providers. "
+            "ort-cpu: uint8, placed so that the CPU provider runs integers from end to end.",
+        ),
+    ] = "tensorrt",
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Quantize also what stays in float by default (FP8: narrow convolutions, Gemm)."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The file to write (default: <model>.<int8|fp8>[.<target>].onnx here)."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write a quantized model from a calibration cache, check it, and say what was quantized and what was not."""
+    from quantkit.cache import CalibrationCache, find_cache
+    from quantkit.errors import SpecError
+    from quantkit.pipeline import export_model
+
+    if int8 == fp8:
+        raise SpecError("export: give one of --int8 and --fp8.")
+    held = CalibrationCache.load(cache or find_cache(Path()))
+    exported = export_model(
+        model,
+        held,
+        preset="int8" if int8 else "fp8",
+        method=method,
+        method_options=options.method_options(method or held.method, percentile),
+        target=target,
+        everything=everything,
+        out=out,
+    )
+    if as_json:
+        options.print_json(exported.to_dict())
+    else:
+        _show(exported, model or Path(held.model.path))
+
+
+def _show(exported: "Exported", model: Path) -> None:
+    plan = exported.plan
+    typer.echo(exported.table().text())
+    share = exported.size_bytes / max(exported.float_size_bytes, 1)
+    typer.echo(
+        f"\nwrote {exported.path}: {plan.preset} for {plan.target}, method {plan.method}, "
+        f"{options.size(exported.size_bytes)} ({share:.0%} of the float weights' {options.size(exported.float_size_bytes)})"
+    )
+    if exported.verification is not None:
+        found = exported.verification
+        agrees = "exactly" if found.plan_sqnr_db == float("inf") else f"to {found.plan_sqnr_db:.0f} dB"
+        typer.echo(f"checked: opened again, run once; output {found.output} follows the plan {agrees}")
+    for warning in exported.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    words = ["quantkit", "evaluate", str(model), str(exported.path)]
+    typer.echo(f"\nnext: {shlex.join(words)} --data EVAL [--labels LABELS]")

@@ -1,0 +1,150 @@
+"""Options that several commands share, and what they mean together."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from quantkit.data import ImagePreprocessing
+
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        help="A folder of images, .npy, .npz or .safetensors, or one such file. Arrays are keyed by the inputs' "
+        "names; their first axis is samples.",
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option("--samples", min=1, help="Use at most so many samples, from the start.")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size", min=1, help="Samples to run at a time (default: what memory allows, at most 32)."
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option("--mean", help="Mean of pixels scaled to 0…1: one number, or one per channel: 0.5,0.5,0.5."),
+]
+Std = Annotated[
+    str | None, typer.Option("--std", help="Standard deviation of pixels scaled to 0…1, likewise.")
+]
+Size = Annotated[
+    str | None, typer.Option("--size", help="Image size, HEIGHTxWIDTH or one number (default: the model's).")
+]
+Layout = Annotated[
+    str | None, typer.Option("--layout", help="NCHW or NHWC (default: found from the model's input).")
+]
+ImagePreset = Annotated[
+    str | None, typer.Option("--image-preset", help="imagenet or 0-1 (0-1 is the default for images).")
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", help="NAME=KEY: the model's input NAME is fed with the array KEY."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method", help="entropy, minmax, percentile, mse, or a plug-in's (see `quantkit plugins`)."
+    ),
+]
+Percentile = Annotated[
+    float | None,
+    typer.Option("--percentile", help="For --method percentile: how much of the data to cover (99.999)."),
+]
+
+
+def image_preprocessing(
+    mean: str | None, std: str | None, size: str | None, layout: str | None, preset: str | None
+) -> "ImagePreprocessing | None":
+    """Return what the image options say together; None when none was given.
+
+    Raises:
+        DataError: an option that cannot be read.
+    """
+    from dataclasses import replace
+
+    from quantkit.data import ImagePreprocessing
+
+    if mean is None and std is None and size is None and layout is None and preset is None:
+        return None
+    image = ImagePreprocessing.preset(preset or "0-1")
+    changes: dict[str, Any] = {}
+    if mean is not None:
+        changes["mean"] = _numbers("--mean", mean)
+    if std is not None:
+        changes["std"] = _numbers("--std", std)
+    if size is not None:
+        numbers = [int(n) for n in _numbers("--size", size.lower().replace("x", ","))]
+        changes["size"] = (numbers[0], numbers[-1])
+    if layout is not None:
+        changes["layout"] = layout.upper()
+    return replace(image, **changes)
+
+
+def mapping(inputs: list[str] | None) -> dict[str, str] | None:
+    """Return {input: key} from NAME=KEY words.
+
+    Raises:
+        DataError: a word without "=".
+    """
+    from quantkit.errors import DataError
+
+    if not inputs:
+        return None
+    pairs = [word.partition("=") for word in inputs]
+    for name, equals, key in pairs:
+        if not (name and equals and key):
+            raise DataError(f"--input {name}: write NAME=KEY, the model's input and the array that feeds it.")
+    return {name: key for name, _, key in pairs}
+
+
+def method_options(method: str | None, percentile: float | None) -> dict[str, float]:
+    """Return the options of the calibration method.
+
+    Raises:
+        SpecError: `percentile` for a method that is another one.
+    """
+    from quantkit.errors import SpecError
+
+    if percentile is None:
+        return {}
+    if method != "percentile":
+        raise SpecError(
+            f"--percentile {percentile}: only --method percentile has it; add --method percentile."
+        )
+    return {"percentile": percentile}
+
+
+def print_json(value: object) -> None:
+    """Print `value` as JSON."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def size(size_bytes: int) -> str:
+    """Return a number of bytes as people write it."""
+    value, units = float(size_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.3g} {units[0]}"
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    from quantkit.errors import DataError
+
+    try:
+        return tuple(float(word) for word in text.replace(",", " ").split()) or _refuse(option, text)
+    except ValueError:
+        raise DataError(
+            f"{option} {text}: not numbers; write them with commas, such as 0.5,0.5,0.5."
+        ) from None
+
+
+def _refuse(option: str, text: str) -> tuple[float, ...]:
+    raise ValueError(f"{option} {text}")
