@@ -19,7 +19,7 @@ class PercentileCalibrator:
     """Clips what lies beyond a percentile.
 
     Every finite value counts once, zeros too: where nine values of ten are zero, as a ReLU may leave them,
-    percentile 99.99 cuts 0.1 % of the others.
+    percentile 99.99 cuts 0.1 % of the others. Where it would cut all of the others, it cuts none.
 
     Attributes:
         percentile: the percentage of values that must be held, 0 < percentile ≤ 100. Symmetric and float
@@ -52,11 +52,17 @@ class PercentileCalibrator:
             magnitudes = histogram.magnitude_bins()
             last = _first_reaching(magnitudes.counts[::-1], math.floor(beyond))
             threshold = magnitudes.edges[::-1][last]
-            return clipped(observed, -threshold, threshold)
+            return _unless_empty(clipped(observed, -threshold, threshold), observed)
         bins, per_side = histogram.bins(), math.floor(beyond / 2)
         lo = bins.edges[_first_reaching(bins.counts, per_side)]
         hi = bins.edges[::-1][_first_reaching(bins.counts[::-1], per_side)]
-        return clipped(observed, lo, hi)
+        return _unless_empty(clipped(observed, lo, hi), observed)
+
+
+def _unless_empty(solved: Range, observed: Range) -> Range:
+    """The range solved for, or the observed one when that holds nothing but zeros."""
+    # The zeros' bin ends at the least float32.
+    return solved if solved.amax > 2.0**-149 else observed
 
 
 def _first_reaching(counts: NDArray[np.int64], beyond: int) -> int:

@@ -1,7 +1,7 @@
 """Sufficient statistics: what is remembered of a tensor so that any range can be solved without its data.
 
-They merge by addition, over batches, shards and machines. Counts, minima and maxima come out equal bit for bit in
-any order and grouping; sums of floats to 1e-12.
+They merge by addition, over batches, shards and machines. Counts, minima and maxima come out equal bit for
+bit in any order and grouping; sums of floats to 1e-12.
 """
 
 from quantkit.statistics.channels import ChannelStats

@@ -52,11 +52,16 @@ class ChannelStats:
         """Take in a tensor of any rank whose `axis` holds the channels.
 
         Raises:
-            DataError: its number of channels is not that of the tensors before.
+            DataError: it has no such axis, or its number of channels is not that of the tensors before.
         """
         if x.size == 0:
             return
         values = np.asarray(x, np.float32)
+        if not -values.ndim <= self.axis < values.ndim:
+            raise DataError(
+                f"channel statistics: no axis {self.axis} in a tensor of shape {values.shape}; "
+                "its rank must not vary between samples."
+            )
         axis = self.axis % values.ndim
         before = int(np.prod(values.shape[:axis]))
         cube = np.ascontiguousarray(values).reshape(before, values.shape[axis], -1)
@@ -150,7 +155,9 @@ class ChannelStats:
 
 def _sums(cube: NDArray[np.float32]) -> NDArray[np.float64]:
     """Σ over the first and last axis in float64, shape (channels,)."""
-    sums: NDArray[np.float64] = cube.sum(axis=2, dtype=np.float64).sum(axis=0) if cube.shape[2] > 1 else (
-        cube[:, :, 0].sum(axis=0, dtype=np.float64)
+    sums: NDArray[np.float64] = (
+        cube.sum(axis=2, dtype=np.float64).sum(axis=0)
+        if cube.shape[2] > 1
+        else cube[:, :, 0].sum(axis=0, dtype=np.float64)
     )
     return sums

@@ -1,7 +1,6 @@
 """A histogram whose edges are fixed before any data is seen, so that two of them add exactly."""
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -10,25 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.errors import CacheError
+from quantkit.statistics.counting import LINEAR, count_floats
 
-# Linear bins per sign: the top octave [2^E, 2^(E+1)) has half of them.
-_LINEAR = 4096
 # |x| below 2^(E-3) is read from the prefixes, above from the linear bins; there the two agree in their edges.
 _LINEAR_FROM = 256
-# Scaling by 2^(11-E) must stay a normal float32.
+# The lowest octaves of the count must be those of normal numbers.
 _LEAST_EXPONENT = -100
-_SIGN = 32768
-# Elements worked on at a time: a chunk and its bins stay in a core's cache.
-_CHUNK = 1 << 16
-_PREFIX_CHUNK = 1 << 20
+# The least float32 above 0.
+_SMALLEST = 2.0**-149
 
 
 @dataclass(frozen=True)
 class Bins:
     """Counts between ascending edges: counts[i] values lie in [edges[i], edges[i + 1]).
 
-    `edges` is float64 of shape (n + 1,), `counts` int64 of shape (n,). On the negative side of zero a bin is closed
-    above instead of below: the edges mirror those of the positive side.
+    `edges` is float64 of shape (n + 1,), `counts` int64 of shape (n,). On the negative side of zero a bin
+    is closed above instead of below: the edges mirror those of the positive side.
     """
 
     edges: NDArray[np.float64]
@@ -49,10 +45,11 @@ class FloatHistogram:
         prefixes   counts of the top 16 bits (sign, exponent, 7 bits of mantissa): bins at most 2⁻⁷ |x| wide
         linear     counts of trunc(x · 2^(11−E)): bins 2^(E−11) wide, so never wider than amax / 2048
 
-    The first serves |x| < 2^(E−3) and the second the rest, so a bin is never wider than amax / 2048 nor, below
-    that octave, than |x| / 128. All edges are dyadic: when a larger value raises E, linear bins are joined in pairs,
-    which is exact, and the state is a function of the multiset of values alone. Merging therefore commutes,
-    associates, and equals observing everything at once, bit for bit.
+    Zeros have a count of their own. The first serves |x| < 2^(E−3) and the second the rest, so a bin is
+    never wider than amax / 2048 nor, below that octave, than |x| / 128. All edges are dyadic: when a larger
+    value raises E, linear bins are joined in pairs, which is exact, and the state is a function of the
+    multiset of values alone. Merging therefore commutes, associates, and equals observing everything at
+    once, bit for bit.
 
     Attributes:
         count: values observed, finite or not.
@@ -71,13 +68,13 @@ class FloatHistogram:
         self.min = math.inf
         self.max = -math.inf
         self._exponent = _LEAST_EXPONENT
-        # Index _LINEAR - 1 + i counts trunc(x · 2^(11−E)) = i.
-        self._linear = np.zeros(2 * _LINEAR - 1, np.int64)
-        # Row 0 counts positive prefixes from _first on, row 1 the negative ones (and −0).
+        # Index LINEAR - 1 + i counts trunc(x · 2^(11−E)) = i.
+        self._linear = np.zeros(2 * LINEAR - 1, np.int64)
+        # Row 0 counts positive prefixes from _first on, row 1 negative ones; zeros stand in zero_count alone.
         self._prefixes = np.zeros((2, 0), np.int64)
         self._first = 0
 
-    # --- observing -----------------------------------------------------------------------------------------------
+    # --- observing ------------------------------------------------------------------------------------
 
     def observe(self, x: NDArray[np.generic]) -> None:
         """Count every element of `x` (any shape; float32, or a float type that is cast to it)."""
@@ -99,36 +96,15 @@ class FloatHistogram:
         # −0 becomes 0: which of the two a minimum returns depends on their order.
         self.min, self.max = min(self.min, lo + 0.0), max(self.max, hi + 0.0)
         self._raise_exponent(_exponent_of(max(-lo, hi)))
-        self.zero_count += flat.size - int(np.count_nonzero(flat))
-        self._count_linear(flat, nonnegative=lo >= 0)
-        self._count_prefixes(flat)
-
-    def _count_linear(self, flat: NDArray[np.float32], *, nonnegative: bool) -> None:
-        factor = np.float32(2.0 ** (11 - self._exponent))
-        scaled = np.empty(min(_CHUNK, flat.size), np.float32)
-        index = np.empty(scaled.size, np.int16)
-        offset = 0 if nonnegative else _LINEAR - 1
-        into = self._linear[_LINEAR - 1 :] if nonnegative else self._linear
-        for start in range(0, flat.size, _CHUNK):
-            chunk = flat[start : start + _CHUNK]
-            n = chunk.size
-            np.multiply(chunk, factor, out=scaled[:n])
-            # The assignment truncates toward zero.
-            index[:n] = scaled[:n]
-            if offset:
-                index[:n] += np.int16(offset)
-            into += np.bincount(index[:n], minlength=into.size)
-
-    def _count_prefixes(self, flat: NDArray[np.float32]) -> None:
-        prefixes = flat.view(np.uint16)[1::2] if sys.byteorder == "little" else flat.view(np.uint16)[::2]
-        for start in range(0, flat.size, _PREFIX_CHUNK):
-            counts = np.bincount(prefixes[start : start + _PREFIX_CHUNK])
-            for row, part in enumerate((counts[:_SIGN], counts[_SIGN:])):
-                used = np.flatnonzero(part)
-                if used.size:
-                    first, last = int(used[0]), int(used[-1])
-                    self._widen(first, last + 1)
-                    self._prefixes[row, first - self._first : last + 1 - self._first] += part[first : last + 1]
+        zeros, *sides = count_floats(flat, exponent=self._exponent, nonnegative=lo >= 0)
+        self.zero_count += zeros
+        self._linear[LINEAR - 1 :] += sides[0].linear
+        self._linear[:LINEAR] += sides[1].linear[::-1]
+        for row, side in enumerate(sides):
+            if side.prefixes.size:
+                self._widen(side.first, side.first + side.prefixes.size)
+                start = side.first - self._first
+                self._prefixes[row, start : start + side.prefixes.size] += side.prefixes
 
     def _widen(self, first: int, stop: int) -> None:
         """Make the prefix table reach from `first` to `stop`."""
@@ -146,14 +122,14 @@ class FloatHistogram:
         steps = exponent - self._exponent
         if steps <= 0:
             return
-        indices = np.arange(-_LINEAR + 1, _LINEAR)
+        indices = np.arange(-LINEAR + 1, LINEAR)
         # int() division truncates toward zero on both sides, as the counting did.
-        joined = np.sign(indices) * (np.abs(indices) >> min(steps, 13)) + _LINEAR - 1
+        joined = np.sign(indices) * (np.abs(indices) >> min(steps, 13)) + LINEAR - 1
         linear = np.zeros_like(self._linear)
         np.add.at(linear, joined, self._linear)
         self._linear, self._exponent = linear, exponent
 
-    # --- merging -------------------------------------------------------------------------------------------------
+    # --- merging --------------------------------------------------------------------------------------
 
     def merge(self, other: "FloatHistogram") -> "FloatHistogram":
         """Return the histogram of both multisets together; neither operand changes."""
@@ -185,7 +161,7 @@ class FloatHistogram:
         copy._linear, copy._exponent = self._linear.copy(), self._exponent
         return copy
 
-    # --- reading -------------------------------------------------------------------------------------------------
+    # --- reading --------------------------------------------------------------------------------------
 
     @property
     def finite_count(self) -> int:
@@ -198,13 +174,13 @@ class FloatHistogram:
         return max(abs(self.min), abs(self.max)) if self.finite_count else 0.0
 
     def bins(self) -> Bins:
-        """Return the finest bins kept, over both signs, ascending. Zeros lie in the bin that starts at 0."""
+        """Return the finest bins kept, over both signs, ascending; zeros have a bin of their own, [0, 2⁻¹⁴⁹)."""
         positive, negative = self._side(0), self._side(1)
         edges = np.concatenate([-negative.edges[:0:-1], positive.edges])
         return Bins(edges, np.concatenate([negative.counts[::-1], positive.counts]))
 
     def magnitude_bins(self) -> Bins:
-        """Return the finest bins kept of |x|, ascending from 0."""
+        """Return the finest bins kept of |x|, ascending; zeros have a bin of their own, [0, 2⁻¹⁴⁹)."""
         positive, negative = self._side(0), self._side(1)
         return Bins(positive.edges, positive.counts + negative.counts)
 
@@ -212,21 +188,21 @@ class FloatHistogram:
         """Return counts of |x| in bins of one width 2^k from 0 to just above amax, exact.
 
         Args:
-            max_bins: the most bins to return; the width is the least power of two ≥ amax / 2048 that obeys it, so
-                between max_bins / 2 and max_bins bins hold values.
+            max_bins: the most bins to return, a power of two ≤ 4096. The width is the least 2^k that obeys
+                it, so more than half of them reach up to amax (fewer only where amax < 2⁻¹⁰⁰).
         """
-        counts = self._linear[_LINEAR - 1 :].copy()
-        counts[1:] += self._linear[: _LINEAR - 1][::-1]
+        counts = self._linear[LINEAR - 1 :].copy()
+        counts[1:] += self._linear[: LINEAR - 1][::-1]
         shift = 0
         while counts.size > max_bins:
             counts = counts[0::2] + counts[1::2]
             shift += 1
         width = 2.0 ** (self._exponent - 11 + shift)
         used = max(int(self.amax / width) + 1, 1)
-        return Bins(np.arange(used + 1) * width, counts[:used])
+        return Bins(np.arange(used + 1, dtype=np.float64) * width, counts[:used])
 
     def _side(self, row: int) -> Bins:
-        """Bins of |x| of one sign: prefixes below 2^(E−3), linear bins above; the edges are the same for both signs."""
+        """Bins of |x| of one sign, prefixes below 2^(E−3) and linear above; the edges do not depend on it."""
         split = 2.0 ** (self._exponent - 3)
         until = int(np.float32(split).view(np.uint32)) >> 16
         first = min(self._first, until) if self._prefixes.shape[1] else until
@@ -235,15 +211,18 @@ class FloatHistogram:
             part = self._prefixes[row, : max(until - self._first, 0)]
             low[: part.size] = part
         starts = (np.arange(first, until, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
-        high = self._linear[_LINEAR - 1 :] if row == 0 else self._linear[: _LINEAR][::-1]
-        linear = np.arange(_LINEAR_FROM, _LINEAR + 1) * 2.0 ** (self._exponent - 11)
-        gap = ([0.0], [0]) if first > 0 else ([], [])
-        return Bins(
-            np.concatenate([gap[0], starts, linear]),
-            np.concatenate([np.array(gap[1], np.int64), low, high[_LINEAR_FROM:]]),
-        )
+        high = self._linear[LINEAR - 1 :] if row == 0 else self._linear[:LINEAR][::-1]
+        linear = np.arange(_LINEAR_FROM, LINEAR + 1) * 2.0 ** (self._exponent - 11)
+        counts = np.concatenate([low, high[_LINEAR_FROM:]])
+        edges = np.concatenate([starts, linear])
+        if first == 0:
+            edges[0] = _SMALLEST
+        else:
+            counts, edges = np.append(np.int64(0), counts), np.append(_SMALLEST, edges)
+        zeros = self.zero_count if row == 0 else 0
+        return Bins(np.append(0.0, edges), np.append(np.int64(zeros), counts))
 
-    # --- saving --------------------------------------------------------------------------------------------------
+    # --- saving ---------------------------------------------------------------------------------------
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return the state as plain arrays: equal states give equal bytes. `from_arrays` reads them back."""
@@ -272,7 +251,9 @@ class FloatHistogram:
             linear = arrays["linear"].astype(np.int64)
             made._linear[start : start + linear.size] = linear
             made._prefixes = arrays["prefixes"].astype(np.int64)
-            if made._prefixes.ndim != 2 or made._linear.sum() != made.finite_count:
+            nonzero = made.finite_count - made.zero_count
+            sums = (int(made._linear.sum()), int(made._prefixes.sum()))
+            if made._prefixes.ndim != 2 or sums != (made.finite_count, nonzero):
                 raise ValueError("its counts do not add up")
         except (KeyError, ValueError, TypeError) as error:
             raise CacheError(f"histogram: damaged ({error}); calibrate again.") from error
@@ -313,4 +294,6 @@ def _trim(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
 def _narrow(counts: NDArray[np.int64]) -> NDArray[np.generic]:
     """The same counts in the smallest unsigned type that holds them."""
     most = int(counts.max()) if counts.size else 0
-    return counts.astype(next(t for t in (np.uint8, np.uint16, np.uint32, np.uint64) if most <= np.iinfo(t).max))
+    return counts.astype(
+        next(t for t in (np.uint8, np.uint16, np.uint32, np.uint64) if most <= np.iinfo(t).max)
+    )
