@@ -26,8 +26,8 @@ uint32_t shuffle(uint32_t value, Shuffle mode, int operand, Place place) {
 
 using namespace emulator;
 
-uint32_t ballot(bool predicate, Place place) {
-  enter("ballot", place);
+uint32_t vote(bool predicate, Place place) {
+  enter("vote", place);
   uint32_t result;
   meet_warp(&predicate, &result, [](Warp& warp) {
     uint32_t bits = 0;
@@ -71,7 +71,7 @@ int32_t dp4a(int32_t a, int32_t b, int32_t c) {
   return static_cast<int32_t>(sum);
 }
 
-float fma(float a, float b, float c) { return fmaf(a, b, c); }
+float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 float reciprocal_approx(float x) { return 1.0f / x; }
 float exp2_approx(float x) { return static_cast<float>(exp2(double(x))); }
 float tanh_approx(float x) { return static_cast<float>(tanh(double(x))); }

@@ -5,9 +5,9 @@
 namespace qk {
 
 // A set of registers that reports being touched while a wgmma still owns it.
-template <class T, int COUNT>
+template <class T, int Count>
 struct Registers {
-  T value[COUNT];
+  T value[Count];
   mutable emulator::RegisterState state;
 
   Registers() { memset(value, 0xcd, sizeof value); }
@@ -17,11 +17,11 @@ struct Registers {
   Registers(const Registers&) = delete;
   Registers& operator=(const Registers&) = delete;
   T& operator[](int i) {
-    emulator::touch_registers(state, i, COUNT);
+    emulator::touch_registers(state, i, Count);
     return value[i];
   }
   const T& operator[](int i) const {
-    emulator::touch_registers(state, i, COUNT);
+    emulator::touch_registers(state, i, Count);
     return value[i];
   }
 };
@@ -51,77 +51,77 @@ QK_TEMPLATE T ld_global_once(const T* pointer, emulator::Place place) {
   return ld_global(pointer, place);
 }
 
-template <int BYTES>
+template <int Bytes>
 QK_TEMPLATE void cp_async_small(uint32_t shared, const void* global, int valid_bytes, emulator::Place place) {
-  static_assert(BYTES == 4 || BYTES == 8, "cp.async copies 4, 8 or 16 bytes");
-  emulator::cp_async(shared, global, BYTES, valid_bytes, place);
+  static_assert(Bytes == 4 || Bytes == 8, "cp.async copies 4, 8 or 16 bytes");
+  emulator::cp_async(shared, global, Bytes, valid_bytes, place);
 }
-template <int PENDING>
+template <int Pending>
 QK_TEMPLATE void cp_async_wait(emulator::Place place) {
-  emulator::cp_async_wait(PENDING, place);
+  emulator::cp_async_wait(Pending, place);
 }
 
 template <class Type>
 QK_TEMPLATE void mma(typename Type::Accumulator (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                      emulator::Place place) {
-  emulator::mma(Type::CODE, d, a, b, place);
+  emulator::mma(Type::code, d, a, b, place);
 }
 
-template <int RANK>
-QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, const int (&at)[RANK],
+template <int Rank>
+QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, const int (&at)[Rank],
                           emulator::Place place) {
-  emulator::tma_load(shared, map, barrier, 0, at, RANK, place);
+  emulator::tma_load(shared, map, barrier, 0, at, Rank, place);
 }
-template <int RANK>
+template <int Rank>
 QK_TEMPLATE void tma_load_multicast(uint32_t shared, const TensorMap* map, uint32_t barrier, uint16_t blocks,
-                                    const int (&at)[RANK], emulator::Place place) {
-  emulator::tma_load(shared, map, barrier, blocks | 0x10000u, at, RANK, place);
+                                    const int (&at)[Rank], emulator::Place place) {
+  emulator::tma_load(shared, map, barrier, blocks | 0x10000u, at, Rank, place);
 }
-template <int RANK>
-QK_TEMPLATE void tma_store(const TensorMap* map, uint32_t shared, const int (&at)[RANK], emulator::Place place) {
-  emulator::tma_store(map, shared, at, RANK, false, place);
+template <int Rank>
+QK_TEMPLATE void tma_store(const TensorMap* map, uint32_t shared, const int (&at)[Rank], emulator::Place place) {
+  emulator::tma_store(map, shared, at, Rank, false, place);
 }
-template <int RANK>
-QK_TEMPLATE void tma_reduce_add(const TensorMap* map, uint32_t shared, const int (&at)[RANK], emulator::Place place) {
-  emulator::tma_store(map, shared, at, RANK, true, place);
+template <int Rank>
+QK_TEMPLATE void tma_reduce_add(const TensorMap* map, uint32_t shared, const int (&at)[Rank], emulator::Place place) {
+  emulator::tma_store(map, shared, at, Rank, true, place);
 }
-template <int PENDING>
+template <int Pending>
 QK_TEMPLATE void store_wait_read(emulator::Place place) {
-  emulator::store_wait(PENDING, true, place);
+  emulator::store_wait(Pending, true, place);
 }
-template <int PENDING>
+template <int Pending>
 QK_TEMPLATE void store_wait(emulator::Place place) {
-  emulator::store_wait(PENDING, false, place);
+  emulator::store_wait(Pending, false, place);
 }
 
-template <class Type, int N>
-constexpr bool wgmma_has_n = N % 8 == 0 && N >= 8 && N <= 256 && (Type::CODE != S8::CODE || N <= 24 || N % 16 == 0);
+template <class Type, int Columns>
+constexpr bool wgmma_has_n = Columns % 8 == 0 && Columns >= 8 && Columns <= 256 && (Type::code != S8::code || Columns <= 24 || Columns % 16 == 0);
 
-template <class Type, int N>
-QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, N / 2>& d, uint64_t a, uint64_t b, bool accumulate,
+template <class Type, int Columns>
+QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, uint64_t a, uint64_t b, bool accumulate,
                        emulator::Place place) {
-  static_assert(wgmma_has_n<Type, N>, "wgmma has no instruction of this N");
-  emulator::wgmma({Type::CODE, N, a, b, accumulate, d.value, &d.state, nullptr, nullptr}, place);
+  static_assert(wgmma_has_n<Type, Columns>, "wgmma has no instruction of this N");
+  emulator::wgmma({Type::code, Columns, a, b, accumulate, d.value, &d.state, nullptr, nullptr}, place);
 }
-template <class Type, int N>
-QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, N / 2>& d, Registers<uint32_t, 4>& a, uint64_t b,
+template <class Type, int Columns>
+QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, Registers<uint32_t, 4>& a, uint64_t b,
                        bool accumulate, emulator::Place place) {
-  static_assert(wgmma_has_n<Type, N>, "wgmma has no instruction of this N");
-  emulator::wgmma({Type::CODE, N, 0, b, accumulate, d.value, &d.state, a.value, &a.state}, place);
+  static_assert(wgmma_has_n<Type, Columns>, "wgmma has no instruction of this N");
+  emulator::wgmma({Type::code, Columns, 0, b, accumulate, d.value, &d.state, a.value, &a.state}, place);
 }
-template <int PENDING>
+template <int Pending>
 QK_TEMPLATE void wgmma_wait(emulator::Place place) {
-  emulator::wgmma_wait(PENDING, place);
+  emulator::wgmma_wait(Pending, place);
 }
-template <int COUNT>
+template <int Count>
 QK_TEMPLATE void increase_registers(emulator::Place place) {
-  static_assert(COUNT >= 24 && COUNT <= 256 && COUNT % 8 == 0, "setmaxnreg takes multiples of 8 from 24 to 256");
-  emulator::set_registers(COUNT, true, place);
+  static_assert(Count >= 24 && Count <= 256 && Count % 8 == 0, "setmaxnreg takes multiples of 8 from 24 to 256");
+  emulator::set_registers(Count, true, place);
 }
-template <int COUNT>
+template <int Count>
 QK_TEMPLATE void decrease_registers(emulator::Place place) {
-  static_assert(COUNT >= 24 && COUNT <= 256 && COUNT % 8 == 0, "setmaxnreg takes multiples of 8 from 24 to 256");
-  emulator::set_registers(COUNT, false, place);
+  static_assert(Count >= 24 && Count <= 256 && Count % 8 == 0, "setmaxnreg takes multiples of 8 from 24 to 256");
+  emulator::set_registers(Count, false, place);
 }
 
 namespace emulator {
@@ -148,11 +148,11 @@ QK_TEMPLATE T shuffle_down(T value, int delta, emulator::Place place) {
   return emulator::shuffle_any(value, emulator::Shuffle::DOWN, delta, place);
 }
 
-template <int LUT>
+template <int Table>
 QK_TEMPLATE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d = 0;
   for (int i = 0; i < 8; i++)  // one minterm a bit of the table
-    if (LUT >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+    if (Table >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return d;
 }
 

@@ -46,9 +46,9 @@ float element(int type, const uint8_t* row, int k) {
   uint16_t pair;
   memcpy(&pair, row + k * 2, 2);
   switch (type) {
-    case E4M3::CODE: return portable::e4m3_to_float(row[k]);
-    case E5M2::CODE: return portable::e5m2_to_float(row[k]);
-    case BF16::CODE: return portable::bf16_to_float(pair);
+    case E4M3::code: return portable::e4m3_to_float(row[k]);
+    case E5M2::code: return portable::e5m2_to_float(row[k]);
+    case BF16::code: return portable::bf16_to_float(pair);
     default: return portable::half_to_float(pair);
   }
 }
@@ -69,7 +69,7 @@ float cut(double x, int bits) {
 
 void multiply_floats(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32],
                      uint32_t (*d)[256], Rounding rounding) {
-  const int depth = type == E4M3::CODE || type == E5M2::CODE ? 32 : 16;
+  const int depth = type == E4M3::code || type == E5M2::code ? 32 : 16;
   static double b_value[32][256], b_power[32][256];
   bool finite = true;
   for (int n = 0; n < columns; n++)
@@ -118,8 +118,8 @@ void multiply_floats(int type, int rows, int columns, const uint8_t (*a)[32], co
 
 void multiply(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32], uint32_t (*d)[256],
               bool warpgroup) {
-  if (type == S8::CODE) return multiply_s8(rows, columns, a, b, d);
-  const bool fp8 = type == E4M3::CODE || type == E5M2::CODE;
+  if (type == S8::code) return multiply_s8(rows, columns, a, b, d);
+  const bool fp8 = type == E4M3::code || type == E5M2::code;
   multiply_floats(type, rows, columns, a, b, d,
                   fp8 ? Rounding{warpgroup ? 32 : 16, 13, 13} : Rounding{16, 25, 23});
 }

@@ -117,6 +117,11 @@ class TensorMap:
         """The tensor's strides in bytes, outermost first."""
         return self.strides_bytes if self.strides_bytes is not None else self.array.strides
 
+    @property
+    def data_type(self) -> int:
+        """The array's CUtensorMapDataType."""
+        return _DATA_TYPES[self.array.dtype]
+
     def encode(self, address: int) -> bytes:
         """Return the 128 bytes that a kernel takes by value, for an array that lies at `address`."""
 
@@ -130,7 +135,7 @@ class TensorMap:
             *innermost_first(self.tensor_shape, 5),
             *innermost_first(self.tensor_strides[:-1], 4),
             *innermost_first(self.box, 5),
-            _DATA_TYPES[self.array.dtype],
+            self.data_type,
             self.array.dtype.itemsize,
             len(self.box),
             self.swizzle,

@@ -56,7 +56,7 @@ wgmma_tile(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tensor
           const uint32_t stage = base + s * STAGE_BYTES;
           mbarrier_wait(empty + 8 * s, (turn / STAGES & 1) ^ 1);
           mbarrier_arrive_expect(full + 8 * s, STAGE_BYTES);
-          const int k = step * ROW / (32 / Type::K);
+          const int k = step * ROW / (32 / Type::depth);
           tma_load(stage, &map_a, full + 8 * s, {k, m0});
           if (CLUSTER == 1) {
             tma_load(stage + TILE_M * ROW, &map_b, full + 8 * s, {k, n0});

@@ -9,29 +9,29 @@ namespace portable {
 
 QK_PURE uint32_t float_bits(float x) {
   uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
+  memcpy(&bits, &x, 4);
   return bits;
 }
 
 QK_PURE float bits_float(uint32_t bits) {
   float x;
-  __builtin_memcpy(&x, &bits, 4);
+  memcpy(&x, &bits, 4);
   return x;
 }
 
 // A small float code without its sign: nearest, ties to even, `largest` for everything beyond it (infinity too).
-// MANTISSA bits are stored; BIAS is the exponent bias. x must not be NaN.
-template <int MANTISSA, int BIAS>
+// Mantissa bits are stored; Bias is the exponent bias. x must not be NaN.
+template <int Mantissa, int Bias>
 QK_PURE uint32_t encode_magnitude(float x, uint32_t largest) {
   uint32_t a = float_bits(x) & 0x7fffffffu;
   uint32_t code;
-  if (a < uint32_t(128 - BIAS) << 23) {
+  if (a < uint32_t(128 - Bias) << 23) {
     // Subnormal results: adding 2^(23 + smallest exponent) leaves the rounded multiple in the low bits.
-    const uint32_t magic = uint32_t(128 - BIAS - MANTISSA + 23) << 23;
+    const uint32_t magic = uint32_t(128 - Bias - Mantissa + 23) << 23;
     code = float_bits(bits_float(a) + bits_float(magic)) - magic;
   } else {
-    a += (1u << (22 - MANTISSA)) - 1 + ((a >> (23 - MANTISSA)) & 1);
-    code = (a >> (23 - MANTISSA)) - (uint32_t(127 - BIAS) << MANTISSA);
+    a += (1u << (22 - Mantissa)) - 1 + ((a >> (23 - Mantissa)) & 1);
+    code = (a >> (23 - Mantissa)) - (uint32_t(127 - Bias) << Mantissa);
   }
   return code < largest ? code : largest;
 }
@@ -77,10 +77,10 @@ QK_PURE float e8m0_to_float(uint32_t code) {
 QK_PURE float bf16_to_float(uint32_t code) { return bits_float(code << 16); }
 
 // Widen sign | exponent | mantissa to float32 by moving the bits and rescaling by the difference of the biases.
-template <int MANTISSA, int BIAS, int SIGN_BIT>
+template <int Mantissa, int Bias, int SignBit>
 QK_PURE float decode(uint32_t code) {
-  uint32_t magnitude = (code & ((1u << SIGN_BIT) - 1)) << (23 - MANTISSA), sign = code >> SIGN_BIT << 31;
-  float scaled = bits_float(magnitude) * bits_float(uint32_t(254 - BIAS) << 23);
+  uint32_t magnitude = (code & ((1u << SignBit) - 1)) << (23 - Mantissa), sign = code >> SignBit << 31;
+  float scaled = bits_float(magnitude) * bits_float(uint32_t(254 - Bias) << 23);
   return bits_float(float_bits(scaled) | sign);
 }
 

@@ -70,15 +70,15 @@ struct alignas(16) U32x4 { uint32_t x, y, z, w; };
 struct alignas(64) TensorMap { uint8_t opaque[128]; };
 
 // Element types of the matrix instructions. K is the depth of one instruction: always 32 bytes of a row.
-struct S8 { using Accumulator = int32_t; static constexpr int K = 32; static constexpr int CODE = 0; };
-struct E4M3 { using Accumulator = float; static constexpr int K = 32; static constexpr int CODE = 1; };
-struct E5M2 { using Accumulator = float; static constexpr int K = 32; static constexpr int CODE = 2; };
-struct BF16 { using Accumulator = float; static constexpr int K = 16; static constexpr int CODE = 3; };
-struct F16 { using Accumulator = float; static constexpr int K = 16; static constexpr int CODE = 4; };
+struct S8 { using Accumulator = int32_t; static constexpr int depth = 32; static constexpr int code = 0; };
+struct E4M3 { using Accumulator = float; static constexpr int depth = 32; static constexpr int code = 1; };
+struct E5M2 { using Accumulator = float; static constexpr int depth = 32; static constexpr int code = 2; };
+struct BF16 { using Accumulator = float; static constexpr int depth = 16; static constexpr int code = 3; };
+struct F16 { using Accumulator = float; static constexpr int depth = 16; static constexpr int code = 4; };
 
 // Registers that wgmma reads or writes while the thread runs on: accumulators and A fragments. Touching one
 // between the wgmma and the wgmma_wait that covers it is an error, which the emulator reports.
-template <class T, int COUNT>
+template <class T, int Count>
 struct Registers;
 
 // ---- who am I ------------------------------------------------------------------------------------------------
@@ -123,10 +123,10 @@ QK_DEVICE void fence_gpu(QK_AT_ONLY);
 // but the pointer must still be a valid one.
 QK_DEVICE void cp_async16(uint32_t shared, const void* global, int valid_bytes QK_AT);
 // Copy 4 or 8 bytes (row tails that are not multiples of 16).
-template <int BYTES> QK_TEMPLATE void cp_async_small(uint32_t shared, const void* global, int valid_bytes QK_AT);
+template <int Bytes> QK_TEMPLATE void cp_async_small(uint32_t shared, const void* global, int valid_bytes QK_AT);
 QK_DEVICE void cp_async_commit(QK_AT_ONLY);
-// Wait until at most PENDING of this thread's committed groups are unfinished.
-template <int PENDING> QK_TEMPLATE void cp_async_wait(QK_AT_ONLY);
+// Wait until at most Pending of this thread's committed groups are unfinished.
+template <int Pending> QK_TEMPLATE void cp_async_wait(QK_AT_ONLY);
 
 // ---- matrix fragments and mma.sync ---------------------------------------------------------------------------
 
@@ -188,27 +188,28 @@ QK_DEVICE void fence_proxy_async(QK_AT_ONLY);
 QK_DEVICE void prefetch_tensor_map(const TensorMap* map QK_AT);
 // Load the map's box at element coordinates `at` (innermost first); its bytes complete on `barrier`. Elements out of
 // bounds are filled, and counted. `shared` is 128-byte aligned, and 1024 / 512 / 256 with 128 / 64 / 32-byte swizzle.
-template <int RANK>
-QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, const int (&at)[RANK] QK_AT);
+template <int Rank>
+QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, const int (&at)[Rank] QK_AT);
 // The same into the same offsets of every block of the cluster whose bit is set, completing on each one's barrier.
-template <int RANK>
+// sm_90a and sm_100a.
+template <int Rank>
 QK_TEMPLATE void tma_load_multicast(uint32_t shared, const TensorMap* map, uint32_t barrier, uint16_t blocks,
-                                    const int (&at)[RANK] QK_AT);
+                                    const int (&at)[Rank] QK_AT);
 // Store a box from shared memory; what is out of bounds is left out.
-template <int RANK>
-QK_TEMPLATE void tma_store(const TensorMap* map, uint32_t shared, const int (&at)[RANK] QK_AT);
+template <int Rank>
+QK_TEMPLATE void tma_store(const TensorMap* map, uint32_t shared, const int (&at)[Rank] QK_AT);
 // Add a box to global memory (float32 or s32 maps).
-template <int RANK>
-QK_TEMPLATE void tma_reduce_add(const TensorMap* map, uint32_t shared, const int (&at)[RANK] QK_AT);
+template <int Rank>
+QK_TEMPLATE void tma_reduce_add(const TensorMap* map, uint32_t shared, const int (&at)[Rank] QK_AT);
 // `bytes` contiguous bytes, a multiple of 16, all addresses multiples of 16.
 QK_DEVICE void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier QK_AT);
 QK_DEVICE void bulk_store(void* global, uint32_t shared, int bytes QK_AT);
 // Groups of this thread's stores: tma_store, tma_reduce_add and bulk_store.
 QK_DEVICE void store_commit(QK_AT_ONLY);
-// Wait until at most PENDING groups still have to read shared memory (then it may be written again) …
-template <int PENDING> QK_TEMPLATE void store_wait_read(QK_AT_ONLY);
+// Wait until at most Pending groups still have to read shared memory (then it may be written again) …
+template <int Pending> QK_TEMPLATE void store_wait_read(QK_AT_ONLY);
 // … or still have to be visible in global memory.
-template <int PENDING> QK_TEMPLATE void store_wait(QK_AT_ONLY);
+template <int Pending> QK_TEMPLATE void store_wait(QK_AT_ONLY);
 
 // ---- wgmma, sm_90a -------------------------------------------------------------------------------------------
 
@@ -227,20 +228,20 @@ QK_PURE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, uin
 // D[64, N] = A[64, K] @ B[N, K].T + (accumulate ? D : 0), A and B in shared memory. With w = warp % 4, g = lane / 4,
 // t = lane % 4: d[4j + 2h + e] is row 16w + g + 8h, column 8j + 2t + e. Warpgroup function; it returns at once.
 // N is a multiple of 8 up to 256; for S8 one of 8, 16, 24, 32, 48, 64, and so on in steps of 16.
-template <class Type, int N>
-QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, N / 2>& d, uint64_t a, uint64_t b, bool accumulate QK_AT);
+template <class Type, int Columns>
+QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, uint64_t a, uint64_t b, bool accumulate QK_AT);
 // The same with A in registers: each warp's 16 rows as in mma.
-template <class Type, int N>
-QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, N / 2>& d, Registers<uint32_t, 4>& a, uint64_t b,
+template <class Type, int Columns>
+QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, Registers<uint32_t, 4>& a, uint64_t b,
                        bool accumulate QK_AT);
 // Before the first wgmma, and whenever its registers were touched by anything else.
 QK_DEVICE void wgmma_fence(QK_AT_ONLY);
 QK_DEVICE void wgmma_commit(QK_AT_ONLY);
-// Wait until at most PENDING committed groups are unfinished.
-template <int PENDING> QK_TEMPLATE void wgmma_wait(QK_AT_ONLY);
-// Take registers from, or give them to, the block's pool. Warpgroup functions; COUNT is a multiple of 8, 24 … 256.
-template <int COUNT> QK_TEMPLATE void increase_registers(QK_AT_ONLY);
-template <int COUNT> QK_TEMPLATE void decrease_registers(QK_AT_ONLY);
+// Wait until at most Pending committed groups are unfinished.
+template <int Pending> QK_TEMPLATE void wgmma_wait(QK_AT_ONLY);
+// Take registers from, or give them to, the block's pool. Warpgroup functions; Count is a multiple of 8, 24 … 256.
+template <int Count> QK_TEMPLATE void increase_registers(QK_AT_ONLY);
+template <int Count> QK_TEMPLATE void decrease_registers(QK_AT_ONLY);
 
 // ---- between lanes -------------------------------------------------------------------------------------------
 
@@ -249,18 +250,18 @@ template <class T> QK_TEMPLATE T shuffle(T value, int lane QK_AT);
 template <class T> QK_TEMPLATE T shuffle_xor(T value, int mask QK_AT);
 // Lane l receives lane l + delta's, its own beyond the end.
 template <class T> QK_TEMPLATE T shuffle_down(T value, int delta QK_AT);
-QK_DEVICE uint32_t ballot(bool predicate QK_AT);
+QK_DEVICE uint32_t vote(bool predicate QK_AT);
 
 // ---- arithmetic ----------------------------------------------------------------------------------------------
 
-// Any bitwise function of three words: LUT is f(0xf0, 0xcc, 0xaa).
-template <int LUT> QK_TEMPLATE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c);
+// Any bitwise function of three words: Table is f(0xf0, 0xcc, 0xaa).
+template <int Table> QK_TEMPLATE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c);
 // Four bytes chosen out of b:a by the nibbles of selector; its top bit replicates the byte's sign.
 QK_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector);
 // c + the dot product of four signed bytes.
 QK_DEVICE int32_t dp4a(int32_t a, int32_t b, int32_t c);
 // One rounding. Kernels are compiled without contraction, so a * b + c has two, everywhere.
-QK_DEVICE float fma(float a, float b, float c);
+QK_DEVICE float fused_multiply_add(float a, float b, float c);
 // 1 / x, 2 ** x and tanh x as the hardware approximates them: within 1, 2 and 2**-10.987 relative (ulp, ulp, -).
 // The emulator computes them to the nearest float, so kernels that use them are compared within those bounds.
 QK_DEVICE float reciprocal_approx(float x);

@@ -15,6 +15,12 @@
 #else
 #define QK_SETMAXNREG_INSTRUCTIONS 0
 #endif
+// sm_120 has clusters and takes multicast, but the assembler warns that it is slow there.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+#define QK_MULTICAST_INSTRUCTIONS 1
+#else
+#define QK_MULTICAST_INSTRUCTIONS 0
+#endif
 #if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
 #define QK_FP4_CONVERSIONS 1
 #else
@@ -25,9 +31,9 @@ namespace qk {
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
-template <class T, int COUNT>
+template <class T, int Count>
 struct Registers {
-  T value[COUNT];
+  T value[Count];
   __device__ __forceinline__ T& operator[](int i) { return value[i]; }
   __device__ __forceinline__ const T& operator[](int i) const { return value[i]; }
 };
@@ -49,19 +55,19 @@ QK_TEMPLATE T ld_shared(uint32_t address) {
     U32x4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    __builtin_memcpy(&value, &v, 16);
+    memcpy(&value, &v, 16);
   } else if constexpr (sizeof(T) == 8) {
     U32x2 v;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
-    __builtin_memcpy(&value, &v, 8);
+    memcpy(&value, &v, 8);
   } else if constexpr (sizeof(T) == 4) {
     uint32_t v;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-    __builtin_memcpy(&value, &v, 4);
+    memcpy(&value, &v, 4);
   } else if constexpr (sizeof(T) == 2) {
     uint16_t v;
     asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
-    __builtin_memcpy(&value, &v, 2);
+    memcpy(&value, &v, 2);
   } else {
     static_assert(sizeof(T) == 1, "1, 2, 4, 8 or 16 bytes");
     uint32_t v;
@@ -75,20 +81,20 @@ template <class T>
 QK_TEMPLATE void st_shared(uint32_t address, T value) {
   if constexpr (sizeof(T) == 16) {
     U32x4 v;
-    __builtin_memcpy(&v, &value, 16);
+    memcpy(&v, &value, 16);
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
   } else if constexpr (sizeof(T) == 8) {
     U32x2 v;
-    __builtin_memcpy(&v, &value, 8);
+    memcpy(&v, &value, 8);
     asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(address), "r"(v.x), "r"(v.y) : "memory");
   } else if constexpr (sizeof(T) == 4) {
     uint32_t v;
-    __builtin_memcpy(&v, &value, 4);
+    memcpy(&v, &value, 4);
     asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(v) : "memory");
   } else if constexpr (sizeof(T) == 2) {
     uint16_t v;
-    __builtin_memcpy(&v, &value, 2);
+    memcpy(&v, &value, 2);
     asm volatile("st.shared.b16 [%0], %1;" :: "r"(address), "h"(v) : "memory");
   } else {
     static_assert(sizeof(T) == 1, "1, 2, 4, 8 or 16 bytes");
@@ -110,15 +116,15 @@ QK_TEMPLATE T ld_global_once(const T* pointer) {
     U32x4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer));
-    __builtin_memcpy(&value, &v, 16);
+    memcpy(&value, &v, 16);
   } else if constexpr (sizeof(T) == 8) {
     U32x2 v;
     asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer));
-    __builtin_memcpy(&value, &v, 8);
+    memcpy(&value, &v, 8);
   } else if constexpr (sizeof(T) == 4) {
     uint32_t v;
     asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(pointer));
-    __builtin_memcpy(&value, &v, 4);
+    memcpy(&value, &v, 4);
   } else {
     value = *pointer;
   }
@@ -168,15 +174,15 @@ QK_DEVICE void cp_async16(uint32_t shared, const void* global, int valid_bytes) 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(shared), "l"(global), "r"(valid_bytes) : "memory");
 }
-template <int BYTES>
+template <int Bytes>
 QK_TEMPLATE void cp_async_small(uint32_t shared, const void* global, int valid_bytes) {
-  static_assert(BYTES == 4 || BYTES == 8, "cp.async copies 4, 8 or 16 bytes");
+  static_assert(Bytes == 4 || Bytes == 8, "cp.async copies 4, 8 or 16 bytes");
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-               :: "r"(shared), "l"(global), "n"(BYTES), "r"(valid_bytes) : "memory");
+               :: "r"(shared), "l"(global), "n"(Bytes), "r"(valid_bytes) : "memory");
 }
 QK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-QK_TEMPLATE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory"); }
+template <int Pending>
+QK_TEMPLATE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(Pending) : "memory"); }
 
 // ---- matrix fragments and mma.sync ---------------------------------------------------------------------------
 
@@ -201,13 +207,13 @@ QK_DEVICE void ldmatrix_x4_transposed(uint32_t& r0, uint32_t& r1, uint32_t& r2, 
 
 template <class Type>
 QK_TEMPLATE void mma(typename Type::Accumulator (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (Type::CODE == S8::CODE) QK_MMA("m16n8k32.row.col.s32.s8.s8.s32", "+r");
-  else if constexpr (Type::CODE == BF16::CODE) QK_MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "+f");
-  else if constexpr (Type::CODE == F16::CODE) QK_MMA("m16n8k16.row.col.f32.f16.f16.f32", "+f");
+  if constexpr (Type::code == S8::code) QK_MMA("m16n8k32.row.col.s32.s8.s8.s32", "+r");
+  else if constexpr (Type::code == BF16::code) QK_MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "+f");
+  else if constexpr (Type::code == F16::code) QK_MMA("m16n8k16.row.col.f32.f16.f16.f32", "+f");
   else {
     static_assert(__CUDA_ARCH__ >= 890 || sizeof(Type) == 0, "fp8 mma.sync starts at sm_89");
 #if __CUDA_ARCH__ >= 890
-    if constexpr (Type::CODE == E4M3::CODE) QK_MMA("m16n8k32.row.col.f32.e4m3.e4m3.f32", "+f");
+    if constexpr (Type::code == E4M3::code) QK_MMA("m16n8k32.row.col.f32.e4m3.e4m3.f32", "+f");
     else QK_MMA("m16n8k32.row.col.f32.e5m2.e5m2.f32", "+f");
 #endif
   }
@@ -314,41 +320,43 @@ QK_DEVICE void prefetch_tensor_map(const TensorMap* map) {
 
 // `head` ends before the coordinates, `tail` follows them; operands 0 … 3 are the caller's, coordinates from %4 on.
 #define QK_TMA(kind, head, tail, ...)                                                                            \
-  if constexpr (RANK == 1) {                                                                                     \
+  if constexpr (Rank == 1) {                                                                                     \
     asm volatile(kind ".1d" head "{%4}" tail :: __VA_ARGS__, "r"(at[0]) : "memory");                             \
-  } else if constexpr (RANK == 2) {                                                                              \
+  } else if constexpr (Rank == 2) {                                                                              \
     asm volatile(kind ".2d" head "{%4, %5}" tail :: __VA_ARGS__, "r"(at[0]), "r"(at[1]) : "memory");             \
-  } else if constexpr (RANK == 3) {                                                                              \
+  } else if constexpr (Rank == 3) {                                                                              \
     asm volatile(kind ".3d" head "{%4, %5, %6}" tail                                                             \
                  :: __VA_ARGS__, "r"(at[0]), "r"(at[1]), "r"(at[2]) : "memory");                                 \
-  } else if constexpr (RANK == 4) {                                                                              \
+  } else if constexpr (Rank == 4) {                                                                              \
     asm volatile(kind ".4d" head "{%4, %5, %6, %7}" tail                                                         \
                  :: __VA_ARGS__, "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]) : "memory");                     \
   } else {                                                                                                       \
-    static_assert(RANK == 5, "tensor maps have one to five dimensions");                                         \
+    static_assert(Rank == 5, "tensor maps have one to five dimensions");                                         \
     asm volatile(kind ".5d" head "{%4, %5, %6, %7, %8}" tail                                                     \
                  :: __VA_ARGS__, "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]) : "memory");         \
   }
 
-template <int RANK>
-QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, const int (&at)[RANK]) {
+template <int Rank>
+QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, const int (&at)[Rank]) {
   QK_TMA("cp.async.bulk.tensor", ".shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, ", "], [%2];",
          "r"(shared), "l"(map), "r"(barrier), "r"(0))
 }
-template <int RANK>
+#if QK_MULTICAST_INSTRUCTIONS
+template <int Rank>
 QK_TEMPLATE void tma_load_multicast(uint32_t shared, const TensorMap* map, uint32_t barrier, uint16_t blocks,
-                                    const int (&at)[RANK]) {
+                                    const int (&at)[Rank]) {
   QK_TMA("cp.async.bulk.tensor",
          ".shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, ", "], [%2], %3;",
          "r"(shared), "l"(map), "r"(barrier), "h"(blocks))
 }
-template <int RANK>
-QK_TEMPLATE void tma_store(const TensorMap* map, uint32_t shared, const int (&at)[RANK]) {
+#endif
+template <int Rank>
+QK_TEMPLATE void tma_store(const TensorMap* map, uint32_t shared, const int (&at)[Rank]) {
   QK_TMA("cp.async.bulk.tensor", ".global.shared::cta.bulk_group [%0, ", "], [%1];",
          "l"(map), "r"(shared), "r"(0), "r"(0))
 }
-template <int RANK>
-QK_TEMPLATE void tma_reduce_add(const TensorMap* map, uint32_t shared, const int (&at)[RANK]) {
+template <int Rank>
+QK_TEMPLATE void tma_reduce_add(const TensorMap* map, uint32_t shared, const int (&at)[Rank]) {
   QK_TMA("cp.reduce.async.bulk.tensor", ".global.shared::cta.add.bulk_group [%0, ", "], [%1];",
          "l"(map), "r"(shared), "r"(0), "r"(0))
 }
@@ -363,10 +371,10 @@ QK_DEVICE void bulk_store(void* global, uint32_t shared, int bytes) {
                :: "l"(global), "r"(shared), "r"(bytes) : "memory");
 }
 QK_DEVICE void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int PENDING>
-QK_TEMPLATE void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(PENDING) : "memory"); }
-template <int PENDING>
-QK_TEMPLATE void store_wait() { asm volatile("cp.async.bulk.wait_group %0;" :: "n"(PENDING) : "memory"); }
+template <int Pending>
+QK_TEMPLATE void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(Pending) : "memory"); }
+template <int Pending>
+QK_TEMPLATE void store_wait() { asm volatile("cp.async.bulk.wait_group %0;" :: "n"(Pending) : "memory"); }
 #endif  // QK_SM90_INSTRUCTIONS
 
 // ---- wgmma ---------------------------------------------------------------------------------------------------
@@ -374,14 +382,14 @@ QK_TEMPLATE void store_wait() { asm volatile("cp.async.bulk.wait_group %0;" :: "
 #if QK_WGMMA_INSTRUCTIONS
 QK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 QK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-QK_TEMPLATE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory"); }
+template <int Pending>
+QK_TEMPLATE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(Pending) : "memory"); }
 #endif
 #if QK_SETMAXNREG_INSTRUCTIONS
-template <int COUNT>
-QK_TEMPLATE void increase_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
-template <int COUNT>
-QK_TEMPLATE void decrease_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
+template <int Count>
+QK_TEMPLATE void increase_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(Count)); }
+template <int Count>
+QK_TEMPLATE void decrease_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(Count)); }
 #endif
 
 // ---- between lanes -------------------------------------------------------------------------------------------
@@ -392,14 +400,14 @@ template <class T>
 QK_TEMPLATE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 template <class T>
 QK_TEMPLATE T shuffle_down(T value, int delta) { return __shfl_down_sync(0xffffffffu, value, delta); }
-QK_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+QK_DEVICE uint32_t vote(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
 // ---- arithmetic ----------------------------------------------------------------------------------------------
 
-template <int LUT>
+template <int Table>
 QK_TEMPLATE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(LUT));
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(Table));
   return d;
 }
 QK_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
@@ -412,7 +420,7 @@ QK_DEVICE int32_t dp4a(int32_t a, int32_t b, int32_t c) {
   asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
-QK_DEVICE float fma(float a, float b, float c) {
+QK_DEVICE float fused_multiply_add(float a, float b, float c) {
   float d;
   asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
   return d;

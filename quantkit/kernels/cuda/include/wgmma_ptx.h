@@ -7,7 +7,7 @@
 namespace qk {
 namespace wgmma_ptx {
 
-template <class Type, int N>
+template <class Type, int Columns>
 struct Instruction;
 
 #define QK_D4 "%0, %1, %2, %3"
@@ -2587,14 +2587,14 @@ struct Instruction<F16, 256> {
 };
 }  // namespace wgmma_ptx
 
-template <class Type, int N>
-QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, N / 2>& d, uint64_t a, uint64_t b, bool accumulate) {
-  wgmma_ptx::Instruction<Type, N>::shared(d.value, a, b, accumulate);
+template <class Type, int Columns>
+QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_ptx::Instruction<Type, Columns>::shared(d.value, a, b, accumulate);
 }
-template <class Type, int N>
-QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, N / 2>& d, Registers<uint32_t, 4>& a, uint64_t b,
+template <class Type, int Columns>
+QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, Registers<uint32_t, 4>& a, uint64_t b,
                        bool accumulate) {
-  wgmma_ptx::Instruction<Type, N>::registers(d.value, a.value, b, accumulate);
+  wgmma_ptx::Instruction<Type, Columns>::registers(d.value, a.value, b, accumulate);
 }
 
 }  // namespace qk
