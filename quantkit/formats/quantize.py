@@ -78,12 +78,12 @@ def qparams_from_range(range_: Range, spec: QuantSpec, *, scale_dtype: np.dtype 
     """
     fmt = spec.format
     if spec.symmetric:
-        ratio = range_.amax / fmt.symmetric_max
+        width, steps = range_.amax, fmt.symmetric_max
     else:
         lo, hi = np.minimum(range_.lo, 0.0), np.maximum(range_.hi, 0.0)
-        ratio = (hi - lo) / (fmt.max - fmt.min)
-    ratio = np.where(ratio == 0, 1.0, np.maximum(ratio, SMALLEST_SCALE))
-    scale = _stored_scale(ratio, scale_dtype or np.dtype(np.float32))
+        width, steps = hi - lo, fmt.max - fmt.min
+    ratio = np.where(width == 0, 1.0, np.maximum(width / steps, SMALLEST_SCALE))
+    scale = _stored_scale(ratio, scale_dtype or np.dtype(np.float32), steps)
     if fmt.kind == "float":
         return QParams(scale)
     if spec.symmetric:
@@ -92,9 +92,15 @@ def qparams_from_range(range_: Range, spec: QuantSpec, *, scale_dtype: np.dtype 
     return QParams(scale, zero.astype(fmt.dtype))
 
 
-def _stored_scale(ratio: NDArray[np.float64], dtype: np.dtype) -> NDArray[np.float32]:
+def _stored_scale(ratio: NDArray[np.float64], dtype: np.dtype, steps: float) -> NDArray[np.float32]:
+    """The ratio as `dtype` holds it, such that `steps` of it fall short of the range by half a step at most."""
     with np.errstate(over="ignore", under="ignore"):
-        stored = ratio.astype(dtype).astype(np.float32)
+        rounded = ratio.astype(dtype)
+        stored = rounded.astype(np.float32)
+        short = (ratio - stored) * steps > stored / 2
+        if np.any(short & (stored > 0)):
+            above = np.nextafter(rounded, dtype.type(np.inf)).astype(np.float32)
+            stored = np.where(short & (stored > 0), above, stored)
     if not np.all(np.isfinite(stored)) or not np.all(stored > 0):
         raise SpecError(
             f"scale: {ratio.min():.3g} … {ratio.max():.3g} does not fit {dtype.name}; keep this tensor in float."
