@@ -19,6 +19,7 @@ from quantkit import __version__
 from quantkit.cache import CalibrationCache, ModelIdentity
 from quantkit.calibrators import get_calibrator
 from quantkit.data import ImagePreprocessing, SampleSource, open_data, open_labels
+from quantkit.diagnose import clipping_warnings
 from quantkit.errors import CacheError
 from quantkit.evaluate import evaluate
 from quantkit.evaluation import Evaluation
@@ -204,9 +205,10 @@ def export_model(
     calibrator = get_calibrator(method, **(method_options or {}))
     graph = load_graph(_model_of(held) if model is None else model)
     held.check_model(graph.fingerprint, str(graph.path or graph.name))
+    histograms = {name: s.histogram for name, s in held.statistics.items()}
     plan = solve(
         graph,
-        {name: s.histogram for name, s in held.statistics.items()},
+        histograms,
         preset=wanted,
         target=emitter.target,
         calibrator=calibrator,
@@ -224,6 +226,7 @@ def export_model(
         size_bytes=size,
         float_size_bytes=graph.weight_bytes,
         verification=checked,
+        warnings=tuple(clipping_warnings(plan, histograms)),
     )
 
 
