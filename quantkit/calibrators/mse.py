@@ -28,8 +28,7 @@ class MseCalibrator:
 
     The expectation is over the finest bins of the histogram, with values spread evenly inside a bin and zeros
     exact. Grids of up to 8 bits are read value by value (`GridError`). Grids of 16 bits are finer than the
-    bins: there a value inside the range costs scale² / 12 (W. R. Bennett, Spectra of Quantized Signals,
-        1948).
+    bins: there a value inside the range costs scale² / 12 (W. R. Bennett, Spectra of Quantized Signals, 1948).
 
     Candidates lie 1/16 of an octave apart over 16 octaves below amax, then 1/256 about the best. The ends
     of an asymmetric range start from the best pair [max(min, −t), min(max, t)] and are then moved in turn.
