@@ -92,7 +92,8 @@ def _encode(tensor_map: TensorMap, address: int) -> np.ndarray:
         len(box),
         address,
         [u64(n) for n in shape],
-        [u64(n) for n in strides[1:]],
+        # The driver wants a pointer even for the no strides of one dimension.
+        [u64(n) for n in strides[1:]] or [u64(0)],
         [u32(n) for n in box],
         [u32(1)] * len(box),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

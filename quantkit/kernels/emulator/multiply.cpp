@@ -5,15 +5,16 @@
 // Floats: products are exact. Tensor cores do not round after every addition: they take `group` products and the
 // accumulator together, align all of them to the largest exponent among them (a product's exponent is the sum of its
 // factors'), cut each term off below `fraction_bits` bits under that exponent, add the cut terms exactly, and cut the
-// sum to float32 (fp8 on Hopper: to as many fraction bits again). Toward zero everywhere.
+// sum to `kept_bits` fraction bits. Toward zero everywhere.
 //
-//   type             group  fraction_bits  sum kept to
-//   fp8, wgmma          32             13    13 bits     about 14 significant bits: "FP22"
-//   fp8, mma.sync       16             13    13 bits
-//   bf16, fp16          16             25    23 bits
+//   instruction               group  fraction_bits  kept_bits
+//   wgmma e4m3, e5m2             32             13         13    "about 14 bits", FP22
+//   wgmma and mma bf16, f16      16             25         23
 //
-// The fp8 figures are those of DeepSeek-V3's technical report (section 3.5.2) and DeepGEMM; small integers, whose sums
-// fit, are exact under any of them.
+// mma.sync of fp8 on sm_90 is two fp16 instructions: K elements 4i, 4i+1 first, then 4i+2, 4i+3, starting from zero,
+// and the accumulator is added last, rounded to nearest. (sm_89 and sm_120 have an instruction of their own, not
+// measured.) All of this reproduces an H200 bit for bit: tests/kernels/data/sm_90.npz, taken in November 2026.
+// The first description of the fp8 figures is in DeepSeek-V3's technical report, section 3.5.2.
 #include <math.h>
 
 #include "machine.h"
@@ -114,14 +115,34 @@ void multiply_floats(int type, int rows, int columns, const uint8_t (*a)[32], co
   }
 }
 
+// Two passes of 16 over the halves of each four, from zero, then one ordinary addition.
+void multiply_fp8_as_halves(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32],
+                            uint32_t (*d)[256]) {
+  static uint8_t ordered_a[64][32], ordered_b[256][32];
+  static uint32_t sum[64][256];
+  auto reorder = [](const uint8_t* from, uint8_t* to) {
+    for (int k = 0; k < 32; k++) to[k % 4 / 2 * 16 + k / 4 * 2 + k % 2] = from[k];
+  };
+  for (int m = 0; m < rows; m++) {
+    reorder(a[m], ordered_a[m]);
+    memset(sum[m], 0, columns * 4);
+  }
+  for (int n = 0; n < columns; n++) reorder(b[n], ordered_b[n]);
+  multiply_floats(type, rows, columns, ordered_a, ordered_b, sum, Rounding{16, 25, 23});
+  for (int m = 0; m < rows; m++)
+    for (int n = 0; n < columns; n++)
+      d[m][n] = portable::float_bits(portable::bits_float(d[m][n]) + portable::bits_float(sum[m][n]));
+}
+
 }  // namespace
 
 void multiply(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32], uint32_t (*d)[256],
               bool warpgroup) {
-  if (type == S8::code) return multiply_s8(rows, columns, a, b, d);
   const bool fp8 = type == E4M3::code || type == E5M2::code;
-  multiply_floats(type, rows, columns, a, b, d,
-                  fp8 ? Rounding{warpgroup ? 32 : 16, 13, 13} : Rounding{16, 25, 23});
+  if (type == S8::code) multiply_s8(rows, columns, a, b, d);
+  else if (!fp8) multiply_floats(type, rows, columns, a, b, d, Rounding{16, 25, 23});
+  else if (warpgroup) multiply_floats(type, rows, columns, a, b, d, Rounding{32, 13, 13});
+  else multiply_fp8_as_halves(type, rows, columns, a, b, d);
 }
 
 }  // namespace emulator

@@ -93,7 +93,14 @@ void add(char* to, const uint8_t* from, int count) {
   }
 }
 
-void check_box(const Map& map, SharedAddress s) {
+// Beyond the alignment, two rules that an H200 enforces by an illegal-instruction fault: a box starts at a multiple
+// of 16 bytes along the innermost dimension, and a store does not start before the tensor does.
+void check_box(const Map& map, SharedAddress s, const int* at, bool store) {
+  if (int64_t(at[0]) * map.element_bytes % 16)
+    fail("misaligned", "the box starts at element %d, %lld bytes into the row: not a multiple of 16", at[0],
+         (long long)at[0] * map.element_bytes);
+  for (int i = 0; store && i < map.rank; i++)
+    if (at[i] < 0) fail("out of range", "a store starts at coordinate %d of dimension %d; only loads may", at[i], i);
   const int alignment = map.swizzle == 3 ? 1024 : map.swizzle == 2 ? 512 : map.swizzle == 1 ? 256 : 128;
   if (s.offset % alignment)
     fail("misaligned", "shared offset %u is not a multiple of %d, as this map's swizzle needs",
@@ -180,7 +187,7 @@ void tma_load(uint32_t shared, const void* pointer, uint32_t barrier, uint32_t b
   const Map map = decode(pointer, rank);
   const uint32_t bytes = box_bytes(map);
   SharedAddress s = resolve(shared, bytes, 16), b = resolve(barrier, 8, 8);
-  check_box(map, s);
+  check_box(map, s, at, false);
   if (b.block != s.block) fail("mbarrier", "the barrier and the destination are in different blocks");
   const std::vector<int> coordinates(at, at + rank);
   const uint32_t operation = record(t.instruction, place);
@@ -204,7 +211,7 @@ void tma_store(const void* pointer, uint32_t shared, const int* at, int rank, bo
   const Map map = decode(pointer, rank);
   const uint32_t bytes = box_bytes(map);
   SharedAddress s = resolve(shared, bytes, 16);
-  check_box(map, s);
+  check_box(map, s, at, true);
   if (s.block != t.parent) fail("out of range", "stores read the block's own shared memory");
   if (adds && map.data_type != INT32 && map.data_type != FLOAT32)
     fail("tensor map", "only int32 and float32 maps can be added to here");

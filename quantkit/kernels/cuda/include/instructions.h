@@ -188,6 +188,7 @@ QK_DEVICE void fence_proxy_async(QK_AT_ONLY);
 QK_DEVICE void prefetch_tensor_map(const TensorMap* map QK_AT);
 // Load the map's box at element coordinates `at` (innermost first); its bytes complete on `barrier`. Elements out of
 // bounds are filled, and counted. `shared` is 128-byte aligned, and 1024 / 512 / 256 with 128 / 64 / 32-byte swizzle.
+// at[0] is a multiple of 16 bytes.
 template <int Rank>
 QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, const int (&at)[Rank] QK_AT);
 // The same into the same offsets of every block of the cluster whose bit is set, completing on each one's barrier.
@@ -195,7 +196,7 @@ QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrie
 template <int Rank>
 QK_TEMPLATE void tma_load_multicast(uint32_t shared, const TensorMap* map, uint32_t barrier, uint16_t blocks,
                                     const int (&at)[Rank] QK_AT);
-// Store a box from shared memory; what is out of bounds is left out.
+// Store a box from shared memory; what lies beyond the tensor's ends is left out. No coordinate is negative.
 template <int Rank>
 QK_TEMPLATE void tma_store(const TensorMap* map, uint32_t shared, const int (&at)[Rank] QK_AT);
 // Add a box to global memory (float32 or s32 maps).

@@ -1,0 +1,48 @@
+"""The two seed kernels, whole: exact in every mode on shapes that fill no tile."""
+
+import numpy as np
+import pytest
+
+from ..layouts import product, small_integers
+from .seed import mma_tile, wgmma_tile
+
+# M, N and bytes of K (a multiple of 16, as packing leaves it).
+SHAPES = [(1, 8, 16), (64, 64, 64), (130, 70, 272), (65, 130, 48), (17, 257, 1040)]
+
+
+def operands(type_name: str, m: int, n: int, row_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(m + n + row_bytes)
+    k = row_bytes // (2 if type_name in ("BF16", "F16") else 1)
+    return small_integers(rng, (m, k), type_name), small_integers(rng, (n, k), type_name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mma_tile_is_exact_for_int8(machine, shape):
+    a, b = operands("S8", *shape)
+    np.testing.assert_array_equal(mma_tile(machine, "S8", a, b), product(a, b))
+
+
+@pytest.mark.parametrize("type_name", ["E4M3", "E5M2", "BF16", "F16"])
+def test_mma_tile_is_exact_for_small_integers_of_every_type(machine, type_name):
+    a, b = operands(type_name, 70, 50, 208)
+    np.testing.assert_array_equal(mma_tile(machine, type_name, a, b, stages=4), product(a, b))
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("shape", [*SHAPES, (400, 200, 640)], ids=str)
+def test_wgmma_tile_is_exact_for_int8(machine, shape, cluster):
+    a, b = operands("S8", *shape)
+    np.testing.assert_array_equal(wgmma_tile(machine, "S8", a, b, cluster=cluster), product(a, b))
+
+
+@pytest.mark.parametrize("type_name", ["E4M3", "E5M2", "BF16", "F16"])
+def test_wgmma_tile_is_exact_for_small_integers_of_every_type(machine, type_name):
+    a, b = operands(type_name, 150, 100, 400)
+    d = wgmma_tile(machine, type_name, a, b, tile_n=128, stages=2, cluster=2)
+    np.testing.assert_array_equal(d, product(a, b))
+
+
+@pytest.mark.parametrize("tile_n", [16, 256])
+def test_wgmma_tile_takes_narrow_and_wide_tiles(machine, tile_n):
+    a, b = operands("S8", 200, 300, 272)
+    np.testing.assert_array_equal(wgmma_tile(machine, "S8", a, b, tile_n=tile_n, stages=2), product(a, b))
