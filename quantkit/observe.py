@@ -1,9 +1,13 @@
 """Running the float model once and reducing every tensor that could be quantized as it arrives."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +59,9 @@ def observe(
 ) -> Observation:
     """Run the model over the data and return the statistics of every site of every target.
 
-    The tensors of one batch arrive together, and those of the next are computed while they are reduced, so memory is
-    twice a batch's tensors whatever the number of samples.
+    Batches are run side by side, one a processor, and each is reduced by the thread that ran it: a run then needs no
+    other thread, and does not wait while tensors are counted. Memory is that of the tensors of the batches under
+    way, whatever the number of samples.
 
     Args:
         graph: the cleaned model. It runs with all of ONNX Runtime's optimizations: below them, tensors of some
@@ -74,52 +79,126 @@ def observe(
     """
     wanted = _wanted(graph)
     first, samples = peek(source)
-    sizes = tensor_bytes(graph, first, list(wanted))
     axes = batch_axes(graph.inputs)
-    budget = max_memory or DEFAULT_MAX_MEMORY
-    size = fixed_batch_size(graph.inputs) or batch_size or fitting_batch(sum(sizes.values()), budget // 2)
-    if max_memory is None and batch_size is not None:
-        budget = 2 * size * sum(sizes.values())
-    fed = {spec.name for spec in graph.inputs}
-    groups = _groups({n: b for n, b in sizes.items() if n not in fed}, size, budget)
-    sessions = [Session(graph.model, outputs=group) for group in groups] or [Session(graph.model)]
-
+    sizes = tensor_bytes(graph, first, list(wanted))
+    work = _divide(graph, source, sizes, batch_size=batch_size, max_memory=max_memory)
+    sessions = [Session(graph.model, outputs=group, threads=work.threads) for group in work.groups]
     found = Observation(
         statistics={name: _empty(graph, name, axis) for name, axis in wanted.items()},
-        batch_size=size,
+        batch_size=work.batch_size,
         passes=len(sessions),
     )
-    fingerprints: list[int] = []
-    smallest = [2**64]
+    locks = {name: Lock() for name in wanted}
 
-    def reduce(batch: Sample, tensors: Sample, *, first_of_batch: bool) -> None:
-        for name, array in chain(tensors.items(), batch.items() if first_of_batch else ()):
-            statistics = found.statistics.get(name)
-            if statistics is not None:
-                statistics.histogram.observe(array)
-                if statistics.channels is not None:
-                    statistics.channels.observe(array)
-        if first_of_batch:
-            for sample in _samples_of(batch, axes):
-                key = int.from_bytes(sample_fingerprint(sample), "little")
-                if key < smallest[0]:
-                    smallest[0] = key
-                    found.probe = {name: array.copy() for name, array in sample.items()}
-                fingerprints.append(key)
+    def run(batch: Sample) -> dict[str, ChannelStats]:
+        """Run a batch and count its tensors; return the statistics that must be added in the batches' order."""
+        parts: dict[str, ChannelStats] = {}
+        for tensors in chain([dict(batch)], (session.run(batch) for session in sessions)):
+            while tensors:
+                name, array = tensors.popitem()
+                if name in wanted:
+                    parts |= _count(name, array, found.statistics[name], locks[name])
+        return parts
+
+    seen = _Seen()
+    with ThreadPoolExecutor(max_workers=work.workers) as pool:
+        under_way: deque[tuple[Sample, Future[dict[str, ChannelStats]]]] = deque()
+
+        def finish() -> None:
+            batch, future = under_way.popleft()
+            for name, part in future.result().items():
+                channels = found.statistics[name].channels
+                assert channels is not None
+                channels.add(part)
+            seen.add(batch, axes)
             on_samples(batch_length(batch, axes))
 
-    with ThreadPoolExecutor(max_workers=1) as runner:
-        running: tuple[Sample, Future[Sample], bool] | None = None
-        for batch in batches(samples, graph.inputs, size):
-            for index, session in enumerate(sessions):
-                started = runner.submit(session.run, batch)
-                if running is not None:
-                    reduce(running[0], running[1].result(), first_of_batch=running[2])
-                running = (batch, started, index == 0)
-        if running is not None:
-            reduce(running[0], running[1].result(), first_of_batch=running[2])
-    found.fingerprints = np.array(fingerprints, np.uint64)
+        try:
+            for batch in batches(samples, graph.inputs, work.batch_size):
+                under_way.append((batch, pool.submit(run, batch)))
+                if len(under_way) > work.workers:
+                    finish()
+            while under_way:
+                finish()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    found.fingerprints, found.probe = np.array(seen.fingerprints, np.uint64), seen.probe
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """How the work is divided: `workers` batches at a time, each run by `threads` threads, once for every group."""
+
+    batch_size: int
+    workers: int
+    threads: int
+    groups: list[list[str]]
+
+
+class _Seen:
+    """The fingerprints of the samples, and the sample of the smallest."""
+
+    def __init__(self) -> None:
+        self.fingerprints: list[int] = []
+        self.probe: Sample = {}
+        self._smallest = 2**64
+
+    def add(self, batch: Sample, axes: dict[str, int | None]) -> None:
+        for i in range(batch_length(batch, axes)):
+            sample = {n: a if axes[n] is None else a.take([i], axis=axes[n]) for n, a in batch.items()}
+            key = int.from_bytes(sample_fingerprint(sample), "little")
+            self.fingerprints.append(key)
+            if key < self._smallest:
+                self._smallest, self.probe = key, {n: a.copy() for n, a in sample.items()}
+
+
+def _divide(
+    graph: Graph,
+    source: SampleSource,
+    sizes: dict[str, int],
+    *,
+    batch_size: int | None,
+    max_memory: int | None,
+) -> _Work:
+    processors, sample_bytes = _processors(), max(sum(sizes.values()), 1)
+    budget = max_memory or DEFAULT_MAX_MEMORY
+    given = fixed_batch_size(graph.inputs) or batch_size
+    if given is None:
+        workers = max(1, min(processors, budget // sample_bytes))
+        size = fitting_batch(sample_bytes, budget // workers)
+        with contextlib.suppress(TypeError):  # a source that does not know its length
+            size = max(1, min(size, -(-len(source) // workers)))
+    else:
+        size = given
+        workers = max(1, min(processors, budget // (size * sample_bytes)))
+        if max_memory is None:
+            budget = max(budget, size * sample_bytes)
+    fed = {spec.name for spec in graph.inputs}
+    groups = _groups({n: b * size for n, b in sizes.items() if n not in fed}, budget // workers)
+    return _Work(batch_size=size, workers=workers, threads=max(1, processors // workers), groups=groups)
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1
+
+
+def _count(name: str, array: np.ndarray, statistics: TensorStatistics, lock: Lock) -> dict[str, ChannelStats]:
+    """Count the tensor; return its channels' statistics, of this tensor alone."""
+    part, limits = None, None
+    if statistics.channels is not None:
+        part = ChannelStats(statistics.channels.axis)
+        part.observe(array)
+        if part.count:
+            limits = float(part.min.min()), float(part.max.max())
+    with lock:
+        statistics.histogram.observe(array, limits=limits)
+    return {} if part is None else {name: part}
 
 
 def _wanted(graph: Graph) -> dict[str, int | None]:
@@ -148,22 +227,14 @@ def _empty(graph: Graph, name: str, axis: int | None) -> TensorStatistics:
     )
 
 
-def _groups(sizes: dict[str, int], batch_size: int, max_memory: int) -> list[list[str]]:
-    """Split the tensors, in order, so that two groups of a batch fit into the memory."""
+def _groups(sizes: dict[str, int], memory: int) -> list[list[str]]:
+    """Split tensors of so many bytes, in order, into groups that fit into the memory; a large one is alone."""
     groups: list[list[str]] = []
-    filled = max_memory
+    filled = 0
     for name, size in sizes.items():
-        if 2 * (filled + size * batch_size) > max_memory:
+        if not groups or filled + size > memory:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += size * batch_size
+        filled += size
     return groups
-
-
-def _samples_of(batch: Sample, axes: dict[str, int | None]) -> Iterator[Sample]:
-    for i in range(batch_length(batch, axes)):
-        yield {
-            name: array if axes[name] is None else array.take([i], axis=axes[name])
-            for name, array in batch.items()
-        }

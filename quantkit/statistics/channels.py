@@ -86,10 +86,18 @@ class ChannelStats:
                 f"channel statistics: axes {self.axis} and {other.axis} differ; merge the same tensor's."
             )
         merged = ChannelStats(self.axis)
-        for part in (self, other):
-            if part.count:
-                merged._include(part.min, part.max, part.sum, part.abs_sum, part.count)
+        merged.add(self)
+        merged.add(other)
         return merged
+
+    def add(self, other: "ChannelStats") -> None:
+        """Take in what `other` has seen.
+
+        Raises:
+            DataError: the numbers of channels differ.
+        """
+        if other.count:
+            self._include(other.min, other.max, other.sum, other.abs_sum, other.count)
 
     def _include(
         self,
@@ -155,9 +163,6 @@ class ChannelStats:
 
 def _sums(cube: NDArray[np.float32]) -> NDArray[np.float64]:
     """Σ over the first and last axis in float64, shape (channels,)."""
-    sums: NDArray[np.float64] = (
-        cube.sum(axis=2, dtype=np.float64).sum(axis=0)
-        if cube.shape[2] > 1
-        else cube[:, :, 0].sum(axis=0, dtype=np.float64)
-    )
+    runs = cube.sum(axis=2, dtype=np.float64) if cube.shape[2] > 1 else cube[:, :, 0]
+    sums: NDArray[np.float64] = runs.sum(axis=0, dtype=np.float64)
     return sums

@@ -76,14 +76,19 @@ class FloatHistogram:
 
     # --- observing ------------------------------------------------------------------------------------
 
-    def observe(self, x: NDArray[np.generic]) -> None:
-        """Count every element of `x` (any shape; float32, or a float type that is cast to it)."""
+    def observe(self, x: NDArray[np.generic], *, limits: tuple[float, float] | None = None) -> None:
+        """Count every element of `x` (any shape; float32, or a float type that is cast to it).
+
+        Args:
+            x: the values.
+            limits: their minimum and maximum, where they are known already.
+        """
         with np.errstate(over="ignore"):
             flat = np.ascontiguousarray(x, np.float32).reshape(-1)
         if flat.size == 0:
             return
         self.count += flat.size
-        lo, hi = float(flat.min()), float(flat.max())
+        lo, hi = limits or (float(flat.min()), float(flat.max()))
         if not (math.isfinite(lo) and math.isfinite(hi)):
             nans = int(np.count_nonzero(np.isnan(flat)))
             finite = flat[np.isfinite(flat)]
