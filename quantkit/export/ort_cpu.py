@@ -16,17 +16,19 @@ from quantkit.graph import Graph
 from quantkit.plan import Plan
 from quantkit.presets import Target
 
+TARGET = Target(
+    name="ort-cpu",
+    int8_activations=QuantSpec(format=UINT8, symmetric=False),
+    outputs=True,
+    integer_bias=True,
+)
+
 
 @dataclass(frozen=True)
 class OrtCpuEmitter:
     """The emitter of `--target ort-cpu`."""
 
-    target: Target = Target(
-        name="ort-cpu",
-        int8_activations=QuantSpec(format=UINT8, symmetric=False),
-        outputs=True,
-        integer_bias=True,
-    )
+    target: Target = TARGET
 
     def emit(self, graph: Graph, plan: Plan) -> ir.Model:
         """Return the quantized model."""

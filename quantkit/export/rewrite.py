@@ -1,4 +1,4 @@
-"""Putting a plan's QuantizeLinear and DequantizeLinear nodes into a graph. Each target's emitter says how to write them."""
+"""Putting a plan's QuantizeLinear and DequantizeLinear nodes into a graph, as each target wants them written."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,6 @@ from quantkit import __version__
 from quantkit.errors import PlanError
 from quantkit.graph import Graph
 from quantkit.plan import ActivationPlan, BiasPlan, Plan, WeightPlan
-
 
 # The IR version that came with each operator set (onnx/docs/Versioning.md): what newer readers ask for is never less.
 IR_VERSIONS = {19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
@@ -31,6 +30,7 @@ class QdqStyle:
     opset: int
     zero_points: bool
     cast: bool = False
+    batched_zero_points: bool = True
 
 
 def insert_qdq(graph: Graph, plan: Plan, style: QdqStyle) -> ir.Model:
@@ -83,7 +83,12 @@ class _Writer:
                 )
         dtype = ir.DataType.from_numpy(plan.spec.format.dtype)
         parameters = self._parameters(
-            plan.name, plan.qparams.scale, plan.qparams.zero_point, dtype, value.dtype or ir.DataType.FLOAT
+            plan.name,
+            plan.qparams.scale,
+            plan.qparams.zero_point,
+            dtype,
+            value.dtype or ir.DataType.FLOAT,
+            zero_points=self.style.zero_points,
         )
         attributes = {} if len(parameters) == 2 else {"output_dtype": int(dtype)}
         quantize = self._node("QuantizeLinear", plan.name, [value, *parameters], attributes, dtype)
@@ -102,14 +107,17 @@ class _Writer:
         qtensor = plan.qtensor
         dtype = ir.DataType.from_numpy(qtensor.spec.format.dtype)
         codes = self._constant(f"{plan.name}_quantized", qtensor.qvalue, dtype)
+        axis, rank = qtensor.spec.axis, qtensor.qvalue.ndim
+        batched = rank > 2 and axis == rank - 1
         parameters = self._parameters(
             plan.name,
             qtensor.qparams.scale,
             qtensor.qparams.zero_point,
             dtype,
             value.dtype or ir.DataType.FLOAT,
+            zero_points=self.style.zero_points and (self.style.batched_zero_points or not batched),
         )
-        self._read_dequantized(plan.name, [codes, *parameters], qtensor.spec.axis, value, plan.readers)
+        self._read_dequantized(plan.name, [codes, *parameters], axis, value, plan.readers)
 
     def bias(self, plan: BiasPlan) -> None:
         value = self._value(plan.name)
@@ -167,9 +175,11 @@ class _Writer:
         zero_point: np.ndarray | None,
         dtype: ir.DataType,
         scale_dtype: ir.DataType,
+        *,
+        zero_points: bool,
     ) -> list[ir.Value]:
         inputs = [self._constant(f"{name}_scale", scale, scale_dtype)]
-        if self.style.zero_points or (zero_point is not None and np.any(zero_point != 0)):
+        if zero_points or (zero_point is not None and np.any(zero_point != 0)):
             zero = np.zeros(scale.shape, dtype.numpy()) if zero_point is None else zero_point
             inputs.append(self._constant(f"{name}_zero_point", zero, dtype))
         return inputs

@@ -15,17 +15,19 @@ from quantkit.graph import Graph
 from quantkit.plan import Plan
 from quantkit.presets import Target
 
+TARGET = Target(
+    name="tensorrt",
+    int8_activations=QuantSpec(format=INT8),
+    outputs=False,
+    integer_bias=False,
+)
+
 
 @dataclass(frozen=True)
 class TensorRTEmitter:
     """The emitter of `--target tensorrt`."""
 
-    target: Target = Target(
-        name="tensorrt",
-        int8_activations=QuantSpec(format=INT8),
-        outputs=False,
-        integer_bias=False,
-    )
+    target: Target = TARGET
 
     def emit(self, graph: Graph, plan: Plan) -> ir.Model:
         """Return the quantized model."""

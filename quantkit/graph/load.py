@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,11 +96,6 @@ class Graph:
         for line in _describe(self.model):
             digest.update(line.encode())
             digest.update(b"\n")
-        for name, value in sorted(self.model.graph.initializers.items()):
-            tensor = value.const_value
-            assert tensor is not None
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
 
@@ -168,7 +164,9 @@ def _clean(model: ir.Model, name: str, path: Path | None) -> Graph:
     what = str(path or name)
     if len(list(model.graph)) == 0:
         raise ModelError(f"{what}: it has no nodes; give a trained ONNX model.")
-    with _quiet():
+    fed = [v.name for v in model.graph.inputs]
+    with quiet():
+        _name_nodes(model)
         passes.NameFixPass()(model)
         model = _at_working_opset(model, what)
         try:
@@ -178,6 +176,8 @@ def _clean(model: ir.Model, name: str, path: Path | None) -> Graph:
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
             passes.TopologicalSortPass()(model)
             passes.ShapeInferencePass()(model)
+            _restore_inputs(model, {str(n) for n in fed})
+            _name_nodes(model)
             passes.NameFixPass()(model)
         except Exception as error:
             raise ModelError(
@@ -191,6 +191,35 @@ def _drop_initializer_inputs(model: ir.Model) -> None:
     kept = [v for v in model.graph.inputs if str(v.name) not in model.graph.initializers]
     if len(kept) != len(model.graph.inputs):
         model.graph.inputs[:] = kept
+
+
+def _restore_inputs(model: ir.Model, names: set[str]) -> None:
+    """The optimizer renames an input that is an output as well and puts an Identity between the two; undo that."""
+    graph = model.graph
+    for node in list(graph):
+        value, output = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Identity" or value is None or not value.is_graph_input():
+            continue
+        name = output.name
+        if name in names and value.name not in names:
+            graph.outputs[:] = [value if v is output else v for v in graph.outputs]
+            graph.remove(node, safe=True)
+            value.name = name
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Give every node a name that no other has, those of branches and loop bodies included."""
+    nodes = list(model.graph.all_nodes())
+    taken = {str(node.name) for node in nodes if node.name}
+    seen: set[str] = set()
+    numbers: Counter[str] = Counter()
+    for node in nodes:
+        base = name = node.name or node.op_type
+        while name in seen or (name in taken and name != node.name):
+            numbers[base] += 1
+            name = f"{base}_{numbers[base]}"
+        seen.add(name)
+        node.name = name
 
 
 def _fold_layout(node: ir.Node) -> bool | None:
@@ -227,7 +256,7 @@ def _at_working_opset(model: ir.Model, what: str) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the optimizer's remarks about nodes it leaves alone from the user's screen."""
     loggers = [logging.getLogger(n) for n in ("onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -248,20 +277,40 @@ def _describe(model: ir.Model) -> Iterator[str]:
         [(v.name, str(v.dtype), str(v.shape)) for v in graph.inputs if v.name not in graph.initializers]
     )
     yield repr([v.name for v in graph.outputs])
+    yield from _describe_weights(graph)
     for node in graph:
         yield from _describe_node(node)
+
+
+def _describe_weights(graph: ir.Graph) -> Iterator[str]:
+    for name, value in sorted(graph.initializers.items()):
+        assert value.const_value is not None
+        yield f"{name} {_digest(value.const_value)}"
+
+
+def _digest(tensor: ir.TensorProtocol) -> str:
+    """Type, shape and contents in one line."""
+    if tensor.dtype == ir.DataType.STRING:
+        return f"{tuple(tensor.shape)} {tensor.numpy().tolist()!r}"
+    array = np.ascontiguousarray(tensor.numpy())
+    contents = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {contents}"
 
 
 def _describe_node(node: ir.Node) -> Iterator[str]:
     names = [v.name if v is not None else "" for v in node.inputs], [v.name for v in node.outputs]
     yield f"{node.domain}::{node.op_type} {names}"
     for key, attribute in sorted(node.attributes.items()):
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                yield from _describe_node(inner)
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            one = attribute.type == ir.AttributeType.GRAPH
+            for graph in (attribute.as_graph(),) if one else attribute.as_graphs():
+                yield f"{key} {[v.name for v in graph.inputs]} {[v.name for v in graph.outputs]}"
+                yield from _describe_weights(graph)
+                for inner in graph:
+                    yield from _describe_node(inner)
         elif attribute.type == ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()
-            yield f"{key} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(tensor.tobytes()).hexdigest()}"
+            yield f"{key} {_digest(tensor)}"
         else:
             yield f"{key} {attribute.value!r}"
 
