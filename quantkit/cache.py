@@ -16,7 +16,7 @@ from quantkit.cache_file import damaged, decode, encode
 from quantkit.cache_identity import SUFFIX, ModelIdentity, find_cache
 from quantkit.cache_merge import check_overlap, merge_data, merge_method, merge_statistics, merge_versions
 from quantkit.errors import CacheError
-from quantkit.files import atomic_write
+from quantkit.files import atomic_write, check_output
 from quantkit.statistics import ChannelStats, FloatHistogram
 from quantkit.statistics.tensor import TensorStatistics
 from quantkit.tables import Table
@@ -95,8 +95,9 @@ class CalibrationCache:
         An absolute path stays absolute unless the model lies in that folder or below.
 
         Raises:
-            FileError: the file cannot be written there.
+            FileError: the file cannot be written there, or it is the model.
         """
+        check_output(path, inputs=[self.model.path or None])
         encoded = self._encode(model_path=self.model.path_from(Path(path).parent))
         with atomic_write(path) as temporary:
             temporary.write_bytes(encoded)

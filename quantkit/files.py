@@ -6,7 +6,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -66,6 +66,32 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def check_output(
+    path: str | os.PathLike[str], *, inputs: Iterable[str | os.PathLike[str] | None] = ()
+) -> None:
+    """Do nothing if `atomic_write(path)` could begin now: asked before long work, whose result would have no place.
+
+    Args:
+        path: where something is to be written.
+        inputs: files that are read, and so must not be written over; None and what is not there count as nothing.
+
+    Raises:
+        FileError: it could not, or `path` is one of the inputs.
+    """
+    final = Path(path)
+    for read in inputs:
+        if read is not None and final.exists() and Path(read).exists() and final.samefile(read):
+            raise FileError(f"{final}: is an input here and would be lost; choose another path to write to.")
+    try:
+        _check_target(final)
+        folder, lock = _make_folder(final.parent)
+    except OSError as error:
+        raise _refused(final, error) from error
+    folder.rmdir()
+    if lock is not None:
+        os.close(lock)
 
 
 def _publish(folder: Path, final: Path) -> None:

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from quantkit import __version__
@@ -20,12 +22,12 @@ from quantkit.cache import CalibrationCache, ModelIdentity
 from quantkit.calibrators import get_calibrator
 from quantkit.data import ImagePreprocessing, SampleSource, open_data, open_labels
 from quantkit.diagnose import clipping_warnings
-from quantkit.errors import CacheError
+from quantkit.errors import CacheError, DataError
 from quantkit.evaluate import evaluate
 from quantkit.evaluation import Evaluation
 from quantkit.export import get_emitter
 from quantkit.export.verify import Verification, verify
-from quantkit.files import atomic_write
+from quantkit.files import atomic_write, check_output
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.observe import observe
 from quantkit.plan import Plan
@@ -75,9 +77,7 @@ def calibrate_model(
     get_calibrator(method, **options)
     graph = load_graph(model)
     source = open_data(data, graph.inputs, image=image, samples=samples, mapping=mapping)
-    with tqdm(
-        total=_count(source), desc="calibrate", unit="sample", disable=not progress, leave=False
-    ) as bar:
+    with _bar("calibrate", source, progress) as bar:
         found = observe(
             graph,
             source,
@@ -196,7 +196,7 @@ def export_model(
     Raises:
         CacheError: the cache is damaged or of another model.
         ExportError: the written file failed its check.
-        FileError: it could not be written.
+        FileError: it could not be written, or is the float model or the cache.
     """
     held = cache if isinstance(cache, CalibrationCache) else CalibrationCache.load(cache)
     emitter, wanted = get_emitter(target), get_preset(preset)
@@ -205,6 +205,8 @@ def export_model(
     calibrator = get_calibrator(method, **(method_options or {}))
     graph = load_graph(_model_of(held) if model is None else model)
     held.check_model(graph.fingerprint, str(graph.path or graph.name))
+    path = Path(out) if out is not None else Path(default_name(graph.name, preset, target))
+    check_output(path, inputs=[graph.path, None if isinstance(cache, CalibrationCache) else cache])
     histograms = {name: s.histogram for name, s in held.statistics.items()}
     plan = solve(
         graph,
@@ -214,7 +216,6 @@ def export_model(
         calibrator=calibrator,
         everything=everything,
     )
-    path = Path(out) if out is not None else Path(default_name(graph.name, preset, target))
     written = emitter.emit(graph, plan)
     with atomic_write(path) as temporary:
         save(written, temporary)
@@ -260,13 +261,14 @@ def evaluate_model(
         image, mapping, progress: as for `calibrate_model`.
 
     Raises:
-        ModelError, DataError: see `calibrate_model`; also when the two files are not of one network.
+        ModelError, DataError: see `calibrate_model`; also when the two files are not of one network, or there are not
+            as many labels as samples (with `samples`, labels beyond it are left aside).
     """
     graph = load_graph(model)
     source = open_data(data, graph.inputs, image=image, samples=samples, mapping=mapping)
     next_token = isinstance(labels, str) and labels == "next-token"
-    known = None if labels is None or next_token else open_labels(labels)
-    with tqdm(total=_count(source), desc="evaluate", unit="sample", disable=not progress, leave=False) as bar:
+    known = None if labels is None or next_token else _labels_of(source, labels, limited=samples is not None)
+    with _bar("evaluate", source, progress) as bar:
         return evaluate(
             graph,
             quantized if isinstance(quantized, Graph) else Path(quantized),
@@ -300,6 +302,22 @@ def _model_of(cache: CalibrationCache) -> Path:
             f"cache: its model {path} is not there; name it: quantkit export {path.name}, or put it back."
         )
     return path
+
+
+def _labels_of(source: SampleSource, labels: object, *, limited: bool) -> NDArray[np.int64]:
+    """The labels, as many as there are samples, as far as their number is known beforehand."""
+    known, count = open_labels(labels), _count(source)
+    if count is not None and (len(known) < count or (len(known) > count and not limited)):
+        what = labels if isinstance(labels, str | os.PathLike) else "labels"
+        raise DataError(
+            f"{what}: {len(known)} labels for {count} samples; give one a sample, in their order."
+        )
+    return known
+
+
+def _bar(what: str, source: SampleSource, progress: bool) -> "tqdm[NoReturn]":
+    # Short work shows no bar; what takes longer shows that it lives.
+    return tqdm(total=_count(source), desc=what, unit="sample", disable=not progress, leave=False, delay=0.5)
 
 
 def _count(source: SampleSource) -> int | None:

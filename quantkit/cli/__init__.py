@@ -3,9 +3,10 @@
 Exit codes: 0 done, 1 a goal was not met, 2 bad input, 130 interrupted.
 """
 
+import io
 import sys
 import warnings
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -15,6 +16,8 @@ from quantkit.errors import QuantkitError
 
 # The base of what Typer raises for a command line that it cannot read; it has no name in Typer's own face.
 _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="quantkit",
@@ -45,23 +48,42 @@ def _options(
 def main() -> None:
     """Run the command line, and turn the errors that a user can mend into one line and exit code 2."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that lacks a sign such as ≤ shows a question mark, not a traceback.
+            stream.reconfigure(errors="replace")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except QuantkitError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
-        sys.exit(130)
+        _fail(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as `| head` does.
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        # Of a file that is there but cannot be read: those that cannot be written raise FileError.
+        _fail(
+            f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}; check its permissions."
+        )
+    except MemoryError:
+        _fail("out of memory; give a smaller --batch-size, or --max-memory.")
     except _USAGE_ERROR as error:
-        error.show()
-        sys.exit(2)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        command = error.ctx.command_path if error.ctx else "quantkit"
+        _fail(f"{error.format_message().rstrip('. ')}; see `{command} --help`.")
+    if code == _INTERRUPTED:
+        typer.echo("interrupted; nothing was written", err=True)
+    # Commands return nothing: what comes back is the code of a typer.Exit, and Typer's own for Ctrl-C.
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
 
 
 def _show_warning(

@@ -47,3 +47,4 @@ def merge(
     merged = first.merge(*others, allow_overlap=allow_overlap, method=method)
     merged.save(out)
     typer.echo(f"wrote {out}: {merged.sample_count} samples from {len(paths)} caches")
+    options.print_exports(out)

@@ -1,6 +1,5 @@
 """`quantkit calibrate`."""
 
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,8 +43,11 @@ def calibrate(
 
     The cache serves every method, format and target: the model is not run again to change one.
     """
+    from quantkit.files import check_output
     from quantkit.pipeline import calibrate_model
 
+    path = out or Path(f"{model.stem}.calib")
+    check_output(path, inputs=[model])
     started = time.perf_counter()
     cache = calibrate_model(
         model,
@@ -59,16 +61,15 @@ def calibrate(
         max_memory=None if max_memory is None else max_memory * 2**20,
         progress=not as_json,
     )
-    path = out or Path(f"{cache.model.name}.calib")
     cache.save(path)
     seconds = time.perf_counter() - started
     if as_json:
         options.print_json(_as_json(cache, path, seconds))
     else:
-        _show(cache, path, seconds, named=out is not None)
+        _show(cache, path, seconds)
 
 
-def _show(cache: "CalibrationCache", path: Path, seconds: float, *, named: bool) -> None:
+def _show(cache: "CalibrationCache", path: Path, seconds: float) -> None:
     from quantkit.tables import Table
 
     never = [n for n, s in cache.statistics.items() if s.histogram.finite_count == 0]
@@ -88,8 +89,7 @@ def _show(cache: "CalibrationCache", path: Path, seconds: float, *, named: bool)
         typer.echo(
             f"warning: {cache.sample_count} samples are few; some hundred make better ranges", err=True
         )
-    given = f" --cache {shlex.quote(str(path))}" if named else ""
-    typer.echo(f"\nnext: quantkit export --int8{given}   or   quantkit export --fp8{given}")
+    options.print_exports(path)
 
 
 def _as_json(cache: "CalibrationCache", path: Path, seconds: float) -> dict[str, object]:

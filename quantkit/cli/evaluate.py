@@ -9,6 +9,7 @@ from quantkit.cli import options
 
 if TYPE_CHECKING:
     from quantkit.data import ImagePreprocessing
+    from quantkit.graph import Graph
 
 
 def evaluate(
@@ -36,6 +37,13 @@ def evaluate(
             "ONNX Runtime user gets by default.",
         ),
     ] = "basic",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            help="Prepare images as this calibration did (default: as the cache of this model here).",
+        ),
+    ] = None,
     samples: options.Samples = None,
     batch_size: options.BatchSize = None,
     mean: options.Mean = None,
@@ -48,7 +56,7 @@ def evaluate(
 ) -> None:
     """Run the float and the quantized model side by side and say what was lost.
 
-    Images are prepared as calibration prepared them where this folder holds the model's cache and no image option
+    Images are prepared as calibration prepared them, where this folder holds the model's cache and no image option
     is given.
     """
     from quantkit.errors import SpecError
@@ -58,7 +66,13 @@ def evaluate(
     if ort_level not in ("basic", "all"):
         raise SpecError(f"--ort-level {ort_level}: choose basic or all.")
     graph = load_graph(model)
+    names = options.mapping(inputs)
     image = options.image_preprocessing(mean, std, image_size, layout, image_preset)
+    calibrated = None
+    if image is None:
+        calibrated = _calibrated(graph, cache)
+        if calibrated is not None and _takes(graph, data, calibrated[1], names):
+            image = calibrated[1]
     found = evaluate_model(
         graph,
         quantized,
@@ -68,33 +82,50 @@ def evaluate(
         optimize=ort_level == "all",
         samples=samples,
         batch_size=batch_size,
-        image=image or _calibrated(graph.fingerprint),
-        mapping=options.mapping(inputs),
+        image=image,
+        mapping=names,
         progress=not as_json,
     )
     if as_json:
         options.print_json(found.to_dict())
         return
+    if calibrated is not None and image is calibrated[1]:
+        typer.echo(f"images prepared as in {calibrated[0]}", err=True)
     typer.echo(str(found))
     if per_layer:
         worst = ", ".join(f"{layer.name} ({layer.sqnr_db:.1f} dB)" for layer in found.worst_layers(3))
         typer.echo(f"\nleast faithful: {worst}")
 
 
-def _calibrated(fingerprint: str) -> "ImagePreprocessing | None":
-    """The preprocessing of this model's calibration cache, where one lies in the current folder."""
-    from quantkit.cache import CalibrationCache
+def _calibrated(graph: "Graph", given: Path | None) -> "tuple[Path, ImagePreprocessing] | None":
+    """The cache and its preprocessing: of the cache given, else of this model's in the current folder."""
+    from quantkit.cache import SUFFIX, CalibrationCache
     from quantkit.data import ImagePreprocessing
     from quantkit.errors import CacheError
 
-    for path in sorted(Path().glob("*.calib")):
+    for path in [given] if given is not None else sorted(Path().glob(f"*{SUFFIX}")):
         try:
             cache = CalibrationCache.load(path)
+            cache.check_model(graph.fingerprint, str(graph.path or graph.name))
         except CacheError:
-            # Evaluating needs no cache: one that is damaged, or no cache at all, has nothing to say here.
+            if given is not None:
+                raise
+            # Evaluating needs no cache: one that is damaged, or another model's, has nothing to say here.
             continue
         fields = cache.data.get("preprocessing")
-        if cache.model.fingerprint == fingerprint and fields is not None:
-            typer.echo(f"images prepared as in {path}", err=True)
-            return ImagePreprocessing.from_json(fields)
+        if fields is not None:
+            return path, ImagePreprocessing.from_json(fields)
     return None
+
+
+def _takes(graph: "Graph", data: Path, image: "ImagePreprocessing", names: "dict[str, str] | None") -> bool:
+    """Whether the data are pixels that a preprocessing has something to do with."""
+    from quantkit.data import open_data
+    from quantkit.errors import DataError
+
+    try:
+        open_data(data, graph.inputs, image=image, mapping=names)
+    except DataError:
+        # What is wrong with the data is said when they are opened without it.
+        return False
+    return True

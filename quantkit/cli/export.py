@@ -9,6 +9,7 @@ import typer
 from quantkit.cli import options
 
 if TYPE_CHECKING:
+    from quantkit.cache import CalibrationCache
     from quantkit.pipeline import Exported
 
 
@@ -48,11 +49,15 @@ def export(
     """Write a quantized model from a calibration cache, check it, and say what was quantized and what was not."""
     from quantkit.cache import CalibrationCache, find_cache
     from quantkit.errors import SpecError
+    from quantkit.files import check_output
     from quantkit.pipeline import export_model
 
     if int8 == fp8:
         raise SpecError("export: give one of --int8 and --fp8.")
-    held = CalibrationCache.load(cache or find_cache(Path()))
+    cache = cache or find_cache(Path())
+    held = CalibrationCache.load(cache)
+    if out is not None:
+        check_output(out, inputs=[cache])
     exported = export_model(
         model,
         held,
@@ -66,16 +71,17 @@ def export(
     if as_json:
         options.print_json(exported.to_dict())
     else:
-        _show(exported, model or Path(held.model.path))
+        _show(exported, held, model or Path(held.model.path), cache)
 
 
-def _show(exported: "Exported", model: Path) -> None:
+def _show(exported: "Exported", held: "CalibrationCache", model: Path, cache: Path) -> None:
     plan = exported.plan
     typer.echo(exported.table().text())
     share = exported.size_bytes / max(exported.float_size_bytes, 1)
     typer.echo(
         f"\nwrote {exported.path}: {plan.preset} for {plan.target}, method {plan.method}, "
-        f"{options.size(exported.size_bytes)} ({share:.0%} of the float weights' {options.size(exported.float_size_bytes)})"
+        f"{options.size(exported.size_bytes)} ({share:.0%} of the float weights' "
+        f"{options.size(exported.float_size_bytes)})"
     )
     if exported.verification is not None:
         found = exported.verification
@@ -83,5 +89,19 @@ def _show(exported: "Exported", model: Path) -> None:
         typer.echo(f"checked: opened again, run once; output {found.output} follows the plan {agrees}")
     for warning in exported.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    words = ["quantkit", "evaluate", str(model), str(exported.path)]
-    typer.echo(f"\nnext: {shlex.join(words)} --data EVAL [--labels LABELS]")
+    typer.echo(f"\nnext: {shlex.join(_evaluation(exported.path, held, model, cache))}")
+    typer.echo("      (better with data that calibration did not see, and their --labels)")
+
+
+def _evaluation(path: Path, held: "CalibrationCache", model: Path, cache: Path) -> list[str]:
+    """The words of a command that evaluates the written file on the data of the calibration."""
+    # A merged cache has a list of them.
+    paths = held.data.get("path", [])
+    there = [Path(p) for p in ([paths] if isinstance(paths, str) else paths) if Path(p).exists()]
+    words = ["quantkit", "evaluate", str(model), str(path)]
+    words += ["--data", options.short(there[0]) if there else "DATA"]
+    for name, key in held.data.get("mapping", {}).items():
+        words += ["--input", f"{name}={key}"]
+    if "preprocessing" in held.data and cache.parent != Path():
+        words += ["--cache", str(cache)]
+    return words

@@ -1,6 +1,8 @@
 """Options that several commands share, and what they mean together."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,8 +82,7 @@ def image_preprocessing(
     if std is not None:
         changes["std"] = _numbers("--std", std)
     if size is not None:
-        numbers = [int(n) for n in _numbers("--size", size.lower().replace("x", ","))]
-        changes["size"] = (numbers[0], numbers[-1])
+        changes["size"] = _height_and_width(size)
     if layout is not None:
         changes["layout"] = layout.upper()
     return replace(image, **changes)
@@ -126,6 +127,22 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def print_exports(cache: Path) -> None:
+    """Print the commands that come after `cache` was written."""
+    from quantkit.cache import SUFFIX
+
+    # Where another cache lies beside it, or it lies elsewhere, `export` would not know which is meant.
+    alone = list(Path().glob(f"*{SUFFIX}")) == [cache]
+    given = "" if alone else f" --cache {shlex.quote(str(cache))}"
+    typer.echo(f"\nnext: quantkit export --int8{given}   or   quantkit export --fp8{given}")
+
+
+def short(path: Path) -> str:
+    """Return how to type `path` here: relative where it lies in the current folder or below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def size(size_bytes: int) -> str:
     """Return a number of bytes as people write it."""
     value, units = float(size_bytes), ["B", "kB", "MB", "GB", "TB"]
@@ -144,6 +161,15 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         raise DataError(
             f"{option} {text}: not numbers; write them with commas, such as 0.5,0.5,0.5."
         ) from None
+
+
+def _height_and_width(text: str) -> tuple[int, int]:
+    from quantkit.errors import DataError
+
+    found = re.fullmatch(r"(\d+)(?:[x,](\d+))?", text.strip().lower())
+    if found is None:
+        raise DataError(f"--size {text}: write HEIGHTxWIDTH or one number, such as 224x224.")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def _refuse(option: str, text: str) -> tuple[float, ...]:
