@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shared",
         metavar="DIR",
-        help="folder that holds models/ and data/; without it the tests of real models are skipped",
+        help="folder that holds models/ and data/ (write --shared=DIR); without it tests of real models are skipped",
     )
 
 
@@ -40,22 +40,22 @@ def digits() -> DigitsExample:
 
 @pytest.fixture(scope="session")
 def shared_models(request: pytest.FixtureRequest) -> Path:
-    """The folder of trained models given by --shared."""
+    """The folder of trained models given by --shared=DIR."""
     return _shared(request, "models")
 
 
 @pytest.fixture(scope="session")
 def shared_data(request: pytest.FixtureRequest) -> Path:
-    """The folder of calibration and evaluation data given by --shared."""
+    """The folder of calibration and evaluation data given by --shared=DIR."""
     return _shared(request, "data")
 
 
 def _shared(request: pytest.FixtureRequest, name: str) -> Path:
     given = request.config.getoption("--shared")
     if given is None:
-        pytest.skip("needs --shared DIR, a folder that holds models/ and data/")
+        pytest.skip("needs --shared=DIR, a folder that holds models/ and data/")
     # Relative to where pytest was started, not to a test's temporary folder.
     folder = request.config.invocation_params.dir / given / name
     if not folder.is_dir():
-        pytest.skip(f"--shared {given} holds no {name}/")
+        pytest.skip(f"--shared={given} holds no {name}/")
     return folder
