@@ -8,6 +8,7 @@ import onnx_ir.passes.common as passes
 
 from quantkit.data import Sample
 from quantkit.graph import Graph
+from quantkit.graph.load import quiet
 
 # Two batches of tensors live at a time, beside what the runtime needs itself.
 DEFAULT_MAX_MEMORY = 128 * 2**20
@@ -27,7 +28,8 @@ def tensor_bytes(graph: Graph, sample: Sample, names: Sequence[str]) -> dict[str
     for node in model.graph:
         for output in node.outputs:
             output.shape = None
-    passes.ShapeInferencePass()(model)
+    with quiet():  # a model that fits one batch size alone cannot be told for one sample
+        passes.ShapeInferencePass()(model)
     values = {str(v.name): v for v in model.graph.inputs} | {
         str(v.name): v for node in model.graph for v in node.outputs
     }

@@ -22,7 +22,7 @@ from quantkit.data import (
     peek,
     sample_fingerprint,
 )
-from quantkit.errors import DataError
+from quantkit.errors import ModelError
 from quantkit.graph import Graph, find_sites
 from quantkit.memory import DEFAULT_MAX_MEMORY, fitting_batch, tensor_bytes
 from quantkit.runtime import Session
@@ -75,7 +75,7 @@ def observe(
 
     Raises:
         DataError: no samples, or samples that do not fit.
-        ModelError: the model does not run.
+        ModelError: the model does not run, or has nothing to quantize.
     """
     wanted = _wanted(graph)
     first, samples = peek(source)
@@ -204,13 +204,16 @@ def _count(name: str, array: np.ndarray, statistics: TensorStatistics, lock: Loc
 def _wanted(graph: Graph) -> dict[str, int | None]:
     """Every activation of every site, with the axis of its channels where a linear operator contracts one."""
     wanted: dict[str, int | None] = {}
-    for site in find_sites(graph)[0]:
+    sites, left = find_sites(graph)
+    for site in sites:
         if site.role != "weight":
             axis = site.axis if site.role == "input" else None
             wanted[site.name] = wanted.get(site.name) if wanted.get(site.name) is not None else axis
     if not wanted:
-        raise DataError(
-            f"{graph.name}: no Conv, MatMul or Gemm that can be quantized; there is nothing to calibrate."
+        reasons = "; ".join(f"{x.op_type} {x.node}: {x.reason}" for x in left[:3]) or "it has none at all"
+        raise ModelError(
+            f"{graph.path or graph.name}: no Conv, MatMul or Gemm that can be quantized ({reasons}); "
+            "there is nothing to calibrate."
         )
     return wanted
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from quantkit import __version__
 from quantkit.cache import CalibrationCache, ModelIdentity
 from quantkit.calibrators import get_calibrator
-from quantkit.data import ImagePreprocessing, SampleSource, open_data, open_labels
+from quantkit.data import ImagePreprocessing, SampleSource, fill_batch, open_data, open_labels
 from quantkit.diagnose import clipping_warnings
 from quantkit.errors import CacheError, DataError
 from quantkit.evaluate import evaluate
@@ -219,7 +219,7 @@ def export_model(
     written = emitter.emit(graph, plan)
     with atomic_write(path) as temporary:
         save(written, temporary)
-        checked = verify(temporary, graph, plan, held.probe) if held.probe else None
+        checked = verify(temporary, graph, plan, fill_batch(dict(held.probe), graph.inputs)) if held.probe else None
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
     return Exported(
         path=path,

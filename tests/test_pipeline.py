@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import quantkit
 from quantkit.cache import CalibrationCache
 from quantkit.data import open_data
-from quantkit.errors import CacheError, DataError, ExportError, FileError, UnknownNameError
+from quantkit.errors import CacheError, DataError, ExportError, FileError, ModelError, UnknownNameError
 from quantkit.graph import Graph, find_sites, load_graph
 from quantkit.observe import observe
 from quantkit.runtime import Session
@@ -233,7 +233,7 @@ def test_tensors_that_are_not_finite_stay_in_float_and_are_listed(here: Path) ->
 
 def test_a_model_without_anything_to_quantize_is_refused(here: Path) -> None:
     model = MODELS["nothing_to_quantize"]
-    with pytest.raises(DataError, match="nothing to calibrate"):
+    with pytest.raises(ModelError, match="nothing to calibrate"):
         quantkit.calibrate_model(model.build(), model.feeds())
 
 

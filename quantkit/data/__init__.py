@@ -8,7 +8,7 @@ Samples are read when they are asked for, checked against the model's inputs, an
 was found and what the model wants. Nothing is ever made up.
 """
 
-from quantkit.data.batching import batch_length, batches, peek, sample_fingerprint
+from quantkit.data.batching import batch_length, batches, fill_batch, peek, sample_fingerprint
 from quantkit.data.inputs import InputSpec, Sample, batch_axes, fixed_batch_size
 from quantkit.data.labels import open_labels
 from quantkit.data.opening import open_data, reopen_data
@@ -23,6 +23,7 @@ __all__ = [
     "batch_axes",
     "batch_length",
     "batches",
+    "fill_batch",
     "fixed_batch_size",
     "open_data",
     "open_labels",

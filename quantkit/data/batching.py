@@ -63,6 +63,18 @@ def batch_length(batch: Sample, axes: dict[str, int | None]) -> int:
     return next((batch[name].shape[axis] for name, axis in axes.items() if axis is not None), 1)
 
 
+def fill_batch(sample: Sample, inputs: Sequence[InputSpec]) -> Sample:
+    """Return a batch that the model takes: the sample, repeated where the model's batch size is fixed."""
+    size = fixed_batch_size(inputs)
+    if size is None:
+        return sample
+    axes = batch_axes(inputs)
+    return {
+        name: array if axes[name] is None else np.repeat(array, size, axis=axes[name])
+        for name, array in sample.items()
+    }
+
+
 def sample_fingerprint(sample: Sample) -> bytes:
     """Return 8 bytes by which a sample is known again: BLAKE2b of names, types, shapes and contents."""
     digest = hashlib.blake2b(digest_size=8)

@@ -51,13 +51,13 @@ def check_castable(found: Dtype, wanted: Dtype) -> None:
         raise Misfit(f"{found.name} values", f"store them as {'strings' if is_text else wanted.name}")
 
 
-def cast(array: Array, dtype: Dtype) -> Array:
+def cast(array: Array, dtype: Dtype, *, masks: bool = False) -> Array:
     """Return `array` as a new C-contiguous array of `dtype`, every value kept (floats: rounded).
 
     Floats may lose precision but not overflow; to an integer or bool only values that it holds exactly.
 
     Raises:
-        Misfit: the values do not fit, or are not finite.
+        Misfit: the values do not fit, or are not finite (−inf is taken where it `masks`).
     """
     check_castable(array.dtype, dtype)
     if _is_unnamed_ml_dtype(array.dtype, dtype):
@@ -65,13 +65,13 @@ def cast(array: Array, dtype: Dtype) -> Array:
     if dtype.kind in "OUT":
         return np.array(array, dtype=object, order="C")
     if kind(array.dtype) == "float":
-        _check_finite(array)
+        _check_finite(array, masks=masks)
     with np.errstate(over="ignore", invalid="ignore"):
         result = np.array(array, dtype=dtype, order="C")
     if result.dtype == array.dtype:
         return result
     if kind(dtype) == "float" and kind(array.dtype) == "float":
-        if not bool(np.isfinite(result).all()):
+        if bool((~np.isfinite(result) & np.isfinite(array)).any()):
             raise Misfit(
                 f"{_extreme(array)!r}, which overflows {dtype.name}",
                 "scale the data as the model was trained",
@@ -95,9 +95,9 @@ def _is_unnamed_ml_dtype(found: Dtype, wanted: Dtype) -> bool:
     )
 
 
-def _check_finite(array: Array) -> None:
+def _check_finite(array: Array, *, masks: bool) -> None:
     finite = np.isfinite(array)
-    if finite.all():
+    if finite.all() or (masks and bool((finite | np.isneginf(array)).all())):
         return
     nan = int(np.count_nonzero(np.isnan(array)))
     inf = array.size - int(np.count_nonzero(finite)) - nan

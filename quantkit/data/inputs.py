@@ -22,11 +22,13 @@ class InputSpec:
         name: as in the model.
         dtype: NumPy's or ml_dtypes' element type.
         shape: a number for a static dimension; its symbol, or None where it has no name, for a free one.
+        masks: −inf has a meaning in it, as in an additive attention mask; else only finite values are taken.
     """
 
     name: str
     dtype: Dtype
     shape: tuple[Dim, ...]
+    masks: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))

@@ -87,7 +87,7 @@ class InputSlicer:
             elif array.ndim == rank - 1:
                 array = np.expand_dims(array, self._axis)
             row = array[(slice(None),) * self._axis + (slice(index, index + 1),)]
-        return cast(np.asarray(row), self.spec.dtype)
+        return cast(np.asarray(row), self.spec.dtype, masks=self.spec.masks)
 
     def _block(self) -> tuple[Dim, ...]:
         return tuple(self._per_block if a == self._axis else d for a, d in enumerate(self.spec.shape))

@@ -53,7 +53,7 @@ class Graph:
     def inputs(self) -> list[InputSpec]:
         """What the model wants to be fed, initializers listed as inputs left out."""
         return [
-            InputSpec(name=str(v.name), dtype=_numpy_dtype(v), shape=_free_shape(v))
+            InputSpec(name=str(v.name), dtype=_numpy_dtype(v), shape=_free_shape(v), masks=_masks(v))
             for v in self.model.graph.inputs
             if str(v.name) not in self.model.graph.initializers
         ]
@@ -319,6 +319,17 @@ def _numpy_dtype(value: ir.Value) -> np.dtype:
     if value.dtype is None:
         raise ModelError(f"{value.name}: the input has no element type; export the model again.")
     return np.dtype(value.dtype.numpy())
+
+
+def _masks(value: ir.Value) -> bool:
+    """Whether an input is only ever added to computed tensors: an additive attention mask, whose −inf is meant."""
+    for node, _ in value.uses():
+        if node.op_type in ("Unsqueeze", "Cast", "Expand", "Slice"):
+            if not _masks(node.outputs[0]):
+                return False
+        elif node.op_type != "Add" or any(v is not None and v.const_value is not None for v in node.inputs):
+            return False
+    return bool(value.uses())
 
 
 def _free_shape(value: ir.Value) -> tuple[int | str | None, ...]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit.data import batches, open_data, sample_fingerprint
+from quantkit.data import InputSpec, batches, fill_batch, open_data, sample_fingerprint
 from tests.data.helpers import VECTOR, refused, spec
 
 TEXT = spec("batch", "seq", dtype=np.int64)
@@ -116,3 +116,13 @@ def test_the_fingerprint_tells_name_type_shape_and_contents_apart(other):
 
 def test_the_fingerprint_of_a_scalar_is_not_that_of_a_vector():
     assert sample_fingerprint({"x": np.array(1.0)}) != sample_fingerprint({"x": np.array([1.0])})
+
+
+def test_a_sample_fills_the_batch_of_a_model_that_takes_a_fixed_one():
+    inputs = [
+        InputSpec(name="x", dtype=np.float32, shape=(4, 3)),
+        InputSpec(name="t", dtype=np.float32, shape=()),
+    ]
+    filled = fill_batch({"x": np.ones((1, 3), np.float32), "t": np.float32(2)}, inputs)
+    assert filled["x"].shape == (4, 3)
+    assert np.shape(filled["t"]) == ()

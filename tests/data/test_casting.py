@@ -126,3 +126,11 @@ def test_the_result_is_a_copy_of_its_own():
 
 def test_a_scalar_stays_a_scalar():
     assert cast(np.array(3), np.dtype(np.float32)).shape == ()
+
+
+def test_minus_infinity_is_taken_where_an_input_masks():
+    mask = np.array([0.0, -np.inf], np.float32)
+    np.testing.assert_array_equal(cast(mask, np.dtype(np.float32), masks=True), mask)
+    for array in (mask, -mask, np.array([np.nan], np.float32)):
+        with pytest.raises(Misfit):
+            cast(array, np.dtype(np.float32), masks=array is not mask)
