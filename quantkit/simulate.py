@@ -30,12 +30,43 @@ def simulate(graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]) -> dict[
     Raises:
         ModelError: ONNX Runtime cannot run a part of the model.
     """
+    found = _follow(graph, plan, feeds, {})
+    return {name: found[name] if name in found else graph.array(name) for name in graph.outputs}
+
+
+def simulate_steps(
+    graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray], observed: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return what the plan makes of each tensor in `observed` when those before it have the observed values.
+
+    Over a whole network one value that falls on the other side of a rounding boundary, because floats were summed
+    in another order, can end as far away as quantization itself. Over one step it cannot: nothing is rounded between.
+
+    Args:
+        graph, plan, feeds: as for `simulate`.
+        observed: what a model that follows the plan computed, by tensor name, before quantizing it.
+    """
+    found = _follow(graph, plan, feeds, observed)
+    return {name: found[name] for name in observed}
+
+
+def _follow(
+    graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray], observed: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Every tensor that a stage computes, by name; the stages behind go on from the observed value if there is one."""
     model = graph.model.clone()
     _replace_constants(model, plan)
     _cut(model, plan.activations)
-    known: dict[str, np.ndarray] = dict(feeds)
-    for name in list(known):
+    known: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray] = {}
+
+    def enter(name: str, array: np.ndarray) -> None:
+        found[name] = array
+        known[name] = observed.get(name, array)
         _quantize_into(known, name, plan.activations)
+
+    for name, array in feeds.items():
+        enter(name, array)
     owners = _owners(model)
     for stage in _stages(model):
         outputs = _needed_later(stage, owners, plan.activations)
@@ -43,9 +74,8 @@ def simulate(graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]) -> dict[
         part = ir.Model(ir.convenience.extract(model.graph, inputs, outputs), ir_version=model.ir_version)
         part.graph.name = "part"
         for name, array in Session(part).run({n: known[n] for n in inputs}).items():
-            known[name] = array
-            _quantize_into(known, name, plan.activations)
-    return {name: known[name] if name in known else graph.array(name) for name in graph.outputs}
+            enter(name, array)
+    return found
 
 
 def _replace_constants(model: ir.Model, plan: Plan) -> None:

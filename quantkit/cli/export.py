@@ -86,7 +86,7 @@ def _show(exported: "Exported", held: "CalibrationCache", model: Path, cache: Pa
     if exported.verification is not None:
         found = exported.verification
         agrees = "exactly" if found.plan_sqnr_db == float("inf") else f"to {found.plan_sqnr_db:.0f} dB"
-        typer.echo(f"checked: opened again, run once; output {found.output} follows the plan {agrees}")
+        typer.echo(f"checked: opened again, run once; follows its plan {agrees}")
     for warning in exported.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"\nnext: {shlex.join(_evaluation(exported.path, held, model, cache))}")
