@@ -34,15 +34,20 @@ app.add_typer(cache.app, name="cache")
 app.command("plugins")(plugins.plugins)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantkit {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
-    if version:
-        typer.echo(f"quantkit {__version__}")
-        raise typer.Exit
+    pass
 
 
 def main() -> None:
@@ -53,7 +58,7 @@ def main() -> None:
             # A terminal that lacks a sign such as ≤ shows a question mark, not a traceback.
             stream.reconfigure(errors="replace")
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="quantkit")
     except QuantkitError as error:
         _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
