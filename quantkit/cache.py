@@ -5,7 +5,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 from quantkit.cache_file import damaged, decode, encode
 from quantkit.cache_identity import SUFFIX, ModelIdentity, find_cache
 from quantkit.cache_merge import check_overlap, merge_data, merge_method, merge_statistics, merge_versions
-from quantkit.errors import CacheError
+from quantkit.errors import CacheError, SpecError
 from quantkit.files import atomic_write, check_output
+from quantkit.formats import Range
 from quantkit.statistics import ChannelStats, FloatHistogram
 from quantkit.statistics.tensor import TensorStatistics
 from quantkit.tables import Table
 
-__all__ = ["SUFFIX", "CalibrationCache", "ModelIdentity", "TensorStatistics", "find_cache"]
+__all__ = ["IMPORTED", "SUFFIX", "CalibrationCache", "ModelIdentity", "TensorStatistics", "find_cache"]
+
+# What a cache of fixed ranges records as its method: another tool found them, and no method can change them.
+IMPORTED = "imported"
 
 _KINDS: dict[str, type] = {
     "model": dict,
@@ -50,6 +54,8 @@ class CalibrationCache:
         probe: one real sample, input name → array, that of the smallest fingerprint; an exported file is run
             on it.
         versions: package → version of what observed.
+        ranges: tensor name → its fixed range, of shape (), where another tool found it; sorted by name. Empty for a
+            cache that was measured; one that was imported has these alone, no statistics and no samples.
     """
 
     model: ModelIdentity
@@ -60,6 +66,7 @@ class CalibrationCache:
     method_options: Mapping[str, Any]
     probe: Mapping[str, NDArray[Any]]
     versions: Mapping[str, str]
+    ranges: Mapping[str, Range] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         fixed = {
@@ -70,6 +77,7 @@ class CalibrationCache:
             "method_options": json.loads(json.dumps(self.method_options, sort_keys=True, allow_nan=False)),
             "probe": {name: np.asarray(array) for name, array in sorted(self.probe.items())},
             "versions": dict(sorted(self.versions.items())),
+            "ranges": dict(sorted(self.ranges.items())),
         }
         for name, value in fixed.items():
             object.__setattr__(self, name, value)
@@ -126,8 +134,9 @@ class CalibrationCache:
                 method_options=text["method_options"],
                 probe={name: arrays[f"probe.{i}"] for i, name in enumerate(text["probe"])},
                 versions=text["versions"],
+                ranges=_read_ranges(text.get("ranges", []), arrays),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
             raise damaged(path, f"{type(error).__name__}: {error}") from error
 
     def _encode(self, *, model_path: str) -> bytes:
@@ -138,7 +147,7 @@ class CalibrationCache:
             arrays |= {f"{i:05d}.histogram.{k}": v for k, v in tensor.histogram.to_arrays().items()}
             if tensor.channels is not None:
                 arrays |= {f"{i:05d}.channels.{k}": v for k, v in tensor.channels.to_arrays().items()}
-        text = {
+        text: dict[str, Any] = {
             "model": {"path": model_path, "name": self.model.name, "fingerprint": self.model.fingerprint},
             "tensors": [
                 {"name": n, "dtype": t.dtype, "shape": t.shape, "channels": t.channels is not None}
@@ -150,6 +159,9 @@ class CalibrationCache:
             "probe": list(self.probe),
             "versions": self.versions,
         }
+        if self.ranges:
+            text["ranges"] = list(self.ranges)
+            arrays["ranges"] = np.array([(r.lo, r.hi) for r in self.ranges.values()], np.float64)
         return encode(text, arrays)
 
     # --- belonging ---
@@ -190,6 +202,12 @@ class CalibrationCache:
         Raises:
             CacheError: the caches do not belong together; the message says in what they differ.
         """
+        for cache in (self, *others):
+            if cache.ranges:
+                raise CacheError(
+                    f"caches to merge: one of {cache.model.in_words()} holds fixed ranges, which do not add up; "
+                    "merge caches that `quantkit calibrate` measured."
+                )
         # A fixed order: sums of floats, and which path and probe are kept, must not depend on the operands'
         # order.
         caches = sorted(
@@ -225,7 +243,7 @@ class CalibrationCache:
         options = ", ".join(f"{k}={v}" for k, v in self.method_options.items())
         return {
             "model": self.model.in_words(),
-            "samples": f"{self.sample_count:,}",
+            "samples": "none, the ranges are fixed" if self.ranges else f"{self.sample_count:,}",
             "data": ", ".join(f"{k} {_plain(v)}" for k, v in self.data.items()),
             "method": f"{self.method} ({options})" if options else self.method,
             "versions": ", ".join(f"{k} {v}" for k, v in self.versions.items()),
@@ -236,9 +254,9 @@ class CalibrationCache:
 
         `min` and `max` are of the finite values, None where there are none; `not_finite` counts NaN and
         infinities; `channels` is the number of channels observed, None where no linear operator reads the
-        tensor.
+        tensor. A fixed range has `min` and `max` alone.
         """
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, tensor in self.statistics.items():
             seen = tensor.histogram
             rows.append(
@@ -253,6 +271,9 @@ class CalibrationCache:
                     "channels": tensor.channels.amax.size if tensor.channels is not None else None,
                 }
             )
+        unknown = dict.fromkeys(("dtype", "count", "min", "max", "zeros_percent", "not_finite", "channels"))
+        for name, fixed in self.ranges.items():
+            rows.append({"tensor": name, **unknown, "min": float(fixed.lo), "max": float(fixed.hi)})
         return rows
 
     def table(self) -> Table:
@@ -295,6 +316,13 @@ def _read_statistics(
         except CacheError as error:
             raise CacheError(f"{path}: tensor {tensor['name']}: {error}") from error
     return found
+
+
+def _read_ranges(names: Sequence[str], arrays: Mapping[str, NDArray[Any]]) -> dict[str, Range]:
+    if not names:
+        return {}
+    ends = arrays["ranges"].astype(np.float64).reshape(len(names), 2)
+    return {name: Range(lo, hi) for name, (lo, hi) in zip(names, ends, strict=True)}
 
 
 def _plain(value: object) -> str:

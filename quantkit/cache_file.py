@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from quantkit.errors import CacheError
 
-SCHEMA = 1
+# The newest that is read. What older readers would misread says 2: a cache of fixed ranges, which to them would be
+# one without statistics.
+SCHEMA = 2
 
 _KEY = "quantkit"
 _KIND = "calibration"
@@ -55,7 +57,7 @@ def encode(text: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes
         name: np.array(array.view(f"u{array.itemsize}") if name in raw else array, order="C", copy=None)
         for name, array in arrays.items()
     }
-    full = {"kind": _KIND, "schema": SCHEMA, "raw": raw, **text}
+    full = {"kind": _KIND, "schema": 2 if "ranges" in text else 1, "raw": raw, **text}
     encoded = json.dumps(full, sort_keys=True, separators=(",", ":"), allow_nan=False)
     # One key: safetensors keeps metadata in a hash table, whose order differs from run to run.
     return safetensors.numpy.save(stored, metadata={_KEY: encoded})
@@ -100,6 +102,10 @@ def _read_text(file: BinaryIO, path: str | os.PathLike[str]) -> dict[str, Any]:
     # Two bytes are the least JSON object; a model, an image or an archive gives a length beyond all bounds.
     if size == 0:
         raise CacheError(f"{path}: an empty file, not a calibration cache; calibrate again.")
+    if start.startswith(b"TRT-"):
+        raise CacheError(
+            f"{path}: a TensorRT calibration cache; bring it in with `quantkit cache import {path} --model MODEL`."
+        )
     if len(start) < 8 or not 2 <= length <= _MAX_HEADER_BYTES or file.read(1) != b"{":
         raise _not_a_cache(path, "not a safetensors file")
     if 8 + length > size:
@@ -113,7 +119,7 @@ def _read_text(file: BinaryIO, path: str | os.PathLike[str]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise _not_a_cache(path, "a safetensors file without quantkit's metadata") from error
     schema = text.get("schema")
-    if type(schema) is not int or schema < 1 or (schema == SCHEMA and not isinstance(text.get("raw"), dict)):
+    if type(schema) is not int or schema < 1 or (schema <= SCHEMA and not isinstance(text.get("raw"), dict)):
         raise damaged(path, f"schema {schema}")
     if schema > SCHEMA:
         raise CacheError(

@@ -332,7 +332,7 @@ def test_a_file_cut_short_says_by_how_much(saved):
         (b"\x08\x0a\x12\x07pytorch\x1a\x052.6.0:\x9c\x01", "not a safetensors file"),
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "not a safetensors file"),
         (b"PK\x03\x04" + bytes(50), "not a safetensors file"),
-        (b"TRT-8601-EntropyCalibration2\nx: 3d000000\n", "not a safetensors file"),
+        (b"TRT-8601-EntropyCalibration2\nx: 3d000000\n", "bring it in with `quantkit cache import "),
         (b"{}", "not a safetensors file"),
         (safetensors.numpy.save({"w": np.zeros(2)}), "a safetensors file without quantkit's metadata"),
         (
@@ -360,8 +360,8 @@ def test_a_folder_is_refused(tmp_path):
 
 
 def test_a_newer_schema_is_refused_as_such(saved):
-    rewrite(saved, schema=2, tensors="of a new kind", raw=None)
-    assert "written by a newer quantkit (schema 2, this one reads 1); update quantkit" in refusal(saved)
+    rewrite(saved, schema=3, tensors="of a new kind", raw=None)
+    assert "written by a newer quantkit (schema 3, this one reads 2); update quantkit" in refusal(saved)
 
 
 @pytest.mark.parametrize("schema", [0, -1, "1", None, 1.5, True])
