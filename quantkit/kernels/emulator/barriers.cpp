@@ -9,6 +9,7 @@ namespace {
 void complete(Meeting& meeting) {
   meeting.arrived = 0;
   meeting.generation++;
+  meeting.completed_at = machine->time;
   wake(meeting.waiting);
 }
 
@@ -33,11 +34,13 @@ void meet(int id, int threads, bool wait) {
     const uint64_t generation = meeting.generation;
     while (meeting.generation == generation) sleep_on(meeting.waiting, t.instruction);
   }
+  if (wait) acquire(meeting.completed_at);
 }
 
 void complete_cluster(Cluster& cluster) {
   cluster.arrived = 0;
   cluster.phase++;
+  cluster.completed_at = machine->time;
   wake(cluster.waiting);
 }
 
@@ -68,6 +71,7 @@ void complete_if_due(Mbarrier& barrier) {
   if (barrier.pending == 0 && barrier.bytes == 0) {
     barrier.pending = barrier.count;
     barrier.phase++;
+    barrier.completed_at = machine->time;
     wake(barrier.waiting);
   }
 }
@@ -151,6 +155,7 @@ void cluster_arrive(Place place) {
   if (t.cluster_arrived) fail("barrier", "a second arrival without cluster_wait between");
   t.cluster_arrived = true;
   t.cluster_phase = cluster.phase;
+  release_stores(*t.parent);
   if (++cluster.arrived >= cluster.live) complete_cluster(cluster);
 }
 
@@ -160,14 +165,17 @@ void cluster_wait(Place place) {
   if (!t.cluster_arrived) fail("barrier", "waits without having called cluster_arrive");
   while (cluster.phase == t.cluster_phase) sleep_on(cluster.waiting, "cluster_wait");
   t.cluster_arrived = false;
+  acquire(cluster.completed_at);
 }
 
 void mbarrier_init(uint32_t address, int count, Place place) {
   enter("mbarrier_init", place);
   SharedAddress s = resolve(address, 8, 8);
   if (count < 1 || count >= 1 << 20) fail("mbarrier", "a count of %d; 1 to 2^20 - 1 are possible", count);
-  check_write(*s.block, s.offset, 8);
+  if (s.block != self().parent) fail("mbarrier", "a block initialises its own mbarriers only");
+  check_write(*s.block, s.offset, 8, false);
   Mbarrier barrier;
+  barrier.initialiser = self().linear;
   barrier.count = barrier.pending = count;
   s.block->mbarriers[s.offset] = barrier;
   s.block->words[s.offset / 4].barrier = s.block->words[s.offset / 4 + 1].barrier = true;
@@ -181,7 +189,11 @@ void mbarrier_invalidate(uint32_t address, Place place) {
   s.block->words[s.offset / 4].barrier = s.block->words[s.offset / 4 + 1].barrier = false;
 }
 
-void fence_mbarrier_init(Place place) { enter("fence_mbarrier_init", place); }
+void fence_mbarrier_init(Place place) {
+  Thread& t = enter("fence_mbarrier_init", place);
+  for (auto& [offset, barrier] : t.parent->mbarriers)
+    if (barrier.initialiser == t.linear) barrier.published = true;
+}
 
 void mbarrier_arrive(uint32_t address, Place place) {
   enter("mbarrier_arrive", place);
@@ -199,14 +211,17 @@ void mbarrier_arrive_expect(uint32_t address, int bytes, Place place) {
 void mbarrier_arrive_remote(uint32_t address, Place place) {
   enter("mbarrier_arrive_remote", place);
   SharedAddress s = resolve(address, 8, 8);
+  if (!mbarrier_at(*s.block, s.offset).published)
+    fail("mbarrier", "the mbarrier was initialised and no fence_mbarrier_init followed");
   arrive(*s.block, s.offset, 0);
 }
 
 bool mbarrier_test(uint32_t address, uint32_t parity, Place place) {
-  enter("mbarrier_test", place);
+  enter("mbarrier_test", place, true);
   SharedAddress s = resolve(address, 8, 8);
   const bool done = (mbarrier_at(*s.block, s.offset).phase & 1) != parity;
-  if (!done) poll();
+  if (done) acquire(mbarrier_at(*s.block, s.offset).completed_at);
+  else poll();
   return done;
 }
 
@@ -220,6 +235,7 @@ void mbarrier_wait(uint32_t address, uint32_t parity, Place place) {
     sleep_on(mbarrier_at(*s.block, s.offset).waiting, "mbarrier_wait");
     t.waits_on = 0;
   }
+  acquire(mbarrier_at(*s.block, s.offset).completed_at);
 }
 
 }  // namespace qk

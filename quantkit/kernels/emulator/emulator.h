@@ -15,6 +15,9 @@ namespace emulator {
 struct Place {
   const char* file;
   int line;
+  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
 };
 
 struct Dim { unsigned x, y, z; };

@@ -194,6 +194,14 @@ std::string who_waits() {
   return text;
 }
 
+Thread* first_waiting() {
+  for (auto& cluster : machine->clusters)
+    for (auto& block : cluster->blocks)
+      for (Thread& t : block->threads)
+        if (!t.done) return &t;
+  return &self();
+}
+
 Thread* pick() {
   Machine& m = *machine;
   if (m.shuffled() && !m.lazy() && !m.arrivals.empty() && m.next_random() % 8 == 0) land_one();
@@ -207,6 +215,7 @@ Thread* pick() {
       m.idle_polls = 0;
       continue;
     }
+    current = first_waiting();  // the report is about a thread that waits, not the last one that ran
     fail("deadlock", "%s: %s", only_polls ? "every thread that can run is in a busy wait" : "no thread can run",
          who_waits().c_str());
   }
@@ -249,13 +258,16 @@ void poll() {
   me.polling = false;
 }
 
-Thread& enter(const char* instruction, Place place) {
+Thread& enter(const char* instruction, Place place, bool polls) {
   Thread& t = self();
+  if (!polls) machine->idle_polls = 0;
   t.instruction = instruction;
   t.place = place;
   if (machine->shuffled() && machine->next_random() % 16 == 0) {
     machine->ready.push_back(&t);
+    t.polling = polls;
     switch_to_next();
+    t.polling = false;
   }
   return t;
 }
@@ -277,6 +289,7 @@ void meet_warp(const void* input, void* output, const std::function<void(Warp&)>
     finish(warp);
     meeting.arrived = 0;
     meeting.generation++;
+    meeting.completed_at = machine->time;
     wake(meeting.waiting);
   } else {
     const uint64_t generation = meeting.generation;
@@ -330,6 +343,7 @@ void fiber_main() {
   machine->idle_polls = 0;
   thread_left(t);
   if (t.parent->live == 0) {
+    release_stores(*t.parent);
     if (t.parent->incoming)
       for (Arrival& arrival : machine->arrivals)
         if (arrival.block == t.parent)

@@ -43,24 +43,36 @@ struct Chunk {
   uint16_t writes = 0, reads = 0;
 };
 
-// 4 bytes of shared memory: the last write through the generic proxy, for fence_proxy_async.
+// 4 bytes of shared memory: its last accesses, for fence_proxy_async and to find races. An access is ordered before a
+// later one of another thread only if that thread has met somebody since: acquired_at. This finds every missing
+// barrier, whatever the schedule, and never blames a right one.
+constexpr uint16_t ASYNC = 0xffff;  // in place of a thread: TMA and wgmma
 struct Word {
-  uint32_t time = 0;
-  uint16_t thread = 0;
+  uint64_t written_at = 0, read_at = 0;
+  uint16_t writer = 0, reader = 0;
   bool barrier = false;  // part of an mbarrier object
+};
+
+// 16 bytes of global memory that a block has stored and not yet released to other blocks.
+struct StoredLine {
+  uint16_t valid = 0;  // one bit a byte
+  char bytes[16];
 };
 
 struct Mbarrier {
   int count = 0, pending = 0;
   int64_t bytes = 0;
   uint32_t phase = 0;  // how many phases have completed
+  uint64_t completed_at = 0;
+  int initialiser = 0;
+  bool published = false;  // fence_mbarrier_init has followed
   std::vector<Thread*> waiting;
 };
 
 // Threads that meet: a named barrier, or a warp at a warp instruction.
 struct Meeting {
   int arrived = 0, expected = 0;
-  uint64_t generation = 0;
+  uint64_t generation = 0, completed_at = 0;
   const char* instruction = nullptr;
   Place place{};
   std::vector<Thread*> waiting;
@@ -119,7 +131,8 @@ struct Thread : Coordinates {
   int copy_groups = 0;
   std::vector<Store> stores;
   int store_groups = 0;
-  uint32_t fence_time = 0;            // last fence_proxy_async
+  uint64_t fenced_at = 0;             // last fence_proxy_async
+  uint64_t acquired_at = 0;           // last time it learnt of other threads' accesses: a barrier, an mbarrier's phase
   uint64_t touch_clock = 1, wgmma_fence_clock = 0;
   uint64_t posted = 0, commits = 0, waited = 0;
   std::vector<std::pair<RegisterState*, uint64_t>> owned;  // registers of unfinished wgmmas, with their numbers
@@ -130,7 +143,7 @@ struct Thread : Coordinates {
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   int arrived = 0, live = 0;
-  uint64_t phase = 0;
+  uint64_t phase = 0, completed_at = 0;
   std::vector<Thread*> waiting;
   int running = 0;                    // blocks that have not ended
 };
@@ -150,6 +163,7 @@ struct Block {
   int free_registers = 0, launch_registers = 0;
   std::vector<Thread*> waiting_registers;
   int incoming = 0;                   // TMA loads still to arrive here
+  std::unordered_map<uintptr_t, StoredLine> stored;
   bool ended = false;
 };
 
@@ -184,7 +198,7 @@ struct Machine {
   int idle_polls = 0;
   uint64_t steps = 0;
   uint32_t landing = 0;               // the copy that lands now, whoever runs
-  uint32_t time = 1;                  // counts generic writes to shared memory
+  uint64_t time = 1;                  // counts accesses to shared memory
   std::vector<Arrival> arrivals;
   std::vector<std::unique_ptr<Cluster>> clusters;
   void* main_stack_pointer = nullptr;
@@ -210,7 +224,8 @@ inline Thread& self() { return *static_cast<Thread*>(current); }
 // Stop the launch with a message about the current thread's current instruction.
 [[noreturn]] void fail(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));
 // First thing in every instruction: remember where the thread is; in shuffled mode, perhaps let others run first.
-Thread& enter(const char* instruction, Place place);
+// `polls`: it only looks whether something has happened.
+Thread& enter(const char* instruction, Place place, bool polls = false);
 // Sleep on a list until somebody wakes it.
 void sleep_on(std::vector<Thread*>& waiting, const char* what);
 void wake(std::vector<Thread*>& waiting);
@@ -236,13 +251,17 @@ SharedAddress resolve(uint32_t address, int bytes, int alignment);
 void check_global(const void* pointer, size_t bytes, int alignment, const char* what);
 // Reads by instructions (generic proxy) and by wgmma and TMA (async proxy) of bytes that must be there.
 void check_read(Block& block, uint32_t offset, int bytes, bool async_proxy);
-void check_write(Block& block, uint32_t offset, int bytes);
-// After a write through the generic proxy by the current thread.
-void note_write(Block& block, uint32_t offset, int bytes);
+// Writes that no unfinished operation, and no unordered access of another thread, may meet.
+void check_write(Block& block, uint32_t offset, int bytes, bool async_proxy);
+// After a write or read through the generic proxy, by the current thread or the given one.
+void note_write(Block& block, uint32_t offset, int bytes, int thread = -1);
+void note_read(Block& block, uint32_t offset, int bytes, int thread = -1);
+// The current thread has met others: what they did before `time` is ordered before what it does next.
+void acquire(uint64_t time);
+// What the block stored becomes visible to other blocks.
+void release_stores(Block& block);
 void begin_write(Block& block, uint32_t offset, uint32_t bytes, uint32_t operation);
 void end_write(Block& block, uint32_t offset, uint32_t bytes);
-// What the async proxy has written is no longer a thread's generic write.
-void forget_writes(Block& block, uint32_t offset, uint32_t bytes);
 void finish_copies(Thread& thread, int groups);
 
 // ---- barriers.cpp --------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 // Shared and global memory: range, alignment, unfinished asynchronous writes and reads, and cp.async.
+#include <algorithm>
+
 #include "machine.h"
 
 namespace qk {
@@ -49,6 +51,10 @@ void check_global(const void* pointer, size_t bytes, int alignment, const char* 
 
 // ---- what is in flight ---------------------------------------------------------------------------------------
 
+static std::string who(uint16_t thread) {
+  return thread == ASYNC ? "an asynchronous operation" : "thread " + std::to_string(thread);
+}
+
 void check_read(Block& block, uint32_t offset, int bytes, bool async_proxy) {
   for (uint32_t c = offset / 16; c * 16 < offset + bytes; c++)
     if (block.chunks[c].writes)
@@ -58,13 +64,16 @@ void check_read(Block& block, uint32_t offset, int bytes, bool async_proxy) {
     const Word& word = block.words[w];
     if (word.barrier)
       fail("mbarrier", "reads shared offset %u, which is an mbarrier's", w * 4 - SHARED_START);
-    if (async_proxy && word.time > block.threads[word.thread].fence_time)
+    if (async_proxy && word.writer != ASYNC && word.written_at > block.threads[word.writer].fenced_at)
       fail("proxy", "reads shared offset %u through the async proxy, but thread %u wrote it and has not called "
-           "fence_proxy_async since", w * 4 - SHARED_START, word.thread);
+           "fence_proxy_async since", w * 4 - SHARED_START, word.writer);
+    if (bytes >= 4 && &block == self().parent && word.writer != self().linear && word.written_at > self().acquired_at)
+      fail("race", "reads shared offset %u, which %s wrote with no barrier between", w * 4 - SHARED_START,
+           who(word.writer).c_str());
   }
 }
 
-void check_write(Block& block, uint32_t offset, int bytes) {
+void check_write(Block& block, uint32_t offset, int bytes, bool async_proxy) {
   for (uint32_t c = offset / 16; c * 16 < offset + bytes; c++) {
     const Chunk& chunk = block.chunks[c];
     if (chunk.reads)
@@ -74,19 +83,39 @@ void check_write(Block& block, uint32_t offset, int bytes) {
       fail("overwrite", "writes shared offset %u, which an unfinished operation still writes: %s; wait for it",
            c * 16 - SHARED_START, describe(chunk.writer).c_str());
   }
-  for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++)
-    if (block.words[w].barrier)
+  Thread& t = self();
+  const bool own = &block == t.parent;
+  for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++) {
+    const Word& word = block.words[w];
+    if (word.barrier)
       fail("mbarrier", "writes shared offset %u, which is an mbarrier's; it was not invalidated",
            w * 4 - SHARED_START);
+    if (!own || bytes < 4) continue;  // bytes beside another thread's in one word are no race
+    if (word.reader != t.linear && word.read_at > t.acquired_at)
+      fail("race", "%s shared offset %u, which %s reads with no barrier between",
+           async_proxy ? "copies to" : "writes", w * 4 - SHARED_START, who(word.reader).c_str());
+    if (word.writer != t.linear && word.written_at > t.acquired_at)
+      fail("race", "%s shared offset %u, which %s wrote with no barrier between",
+           async_proxy ? "copies to" : "writes", w * 4 - SHARED_START, who(word.writer).c_str());
+  }
 }
 
-void note_write(Block& block, uint32_t offset, int bytes) {
-  Thread& t = self();
-  const uint32_t time = ++machine->time;
+void acquire(uint64_t time) { self().acquired_at = std::max(self().acquired_at, time); }
+
+void note_read(Block& block, uint32_t offset, int bytes, int thread) {
+  const uint64_t time = ++machine->time;
   for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++) {
-    block.words[w].time = time;
+    block.words[w].read_at = time;
+    block.words[w].reader = thread < 0 ? self().linear : thread;
+  }
+}
+
+void note_write(Block& block, uint32_t offset, int bytes, int thread) {
+  const uint64_t time = ++machine->time;
+  for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++) {
+    block.words[w].written_at = time;
     // A cluster neighbour's write is kept under this block's thread of the same number.
-    block.words[w].thread = t.linear;
+    block.words[w].writer = thread < 0 ? self().linear : thread;
   }
 }
 
@@ -101,8 +130,36 @@ void end_write(Block& block, uint32_t offset, uint32_t bytes) {
   for (uint32_t c = offset / 16; c * 16 < offset + bytes; c++) block.chunks[c].writes--;
 }
 
-void forget_writes(Block& block, uint32_t offset, uint32_t bytes) {
-  for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++) block.words[w].time = 0;
+// ---- stores that other blocks do not see yet -----------------------------------------------------------------
+// In lazy modes a block's plain stores to global memory stay with the block until one of its threads releases
+// (fence_gpu, st_release, atomic_add_acq_rel, cluster_arrive) or the block ends. Its own threads see them at once.
+
+namespace {
+
+void keep_store(Block& block, void* pointer, const void* value, int bytes) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer), start = address % 16;
+  StoredLine& line = block.stored[address / 16];
+  memcpy(line.bytes + start, value, bytes);
+  line.valid |= ((1u << bytes) - 1) << start;
+}
+
+void overlay_stores(const Block& block, const void* pointer, void* value, int bytes) {
+  if (block.stored.empty()) return;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer), start = address % 16;
+  auto line = block.stored.find(address / 16);
+  if (line == block.stored.end()) return;
+  for (int i = 0; i < bytes; i++)
+    if (line->second.valid >> (start + i) & 1) static_cast<char*>(value)[i] = line->second.bytes[start + i];
+}
+
+}  // namespace
+
+void release_stores(Block& block) {
+  for (auto& [number, line] : block.stored)
+    for (int i = 0; i < 16; i++)
+      if (line.valid >> i & 1) reinterpret_cast<char*>(number * 16)[i] = line.bytes[i];
+  if (!block.stored.empty()) machine->idle_polls = 0;
+  block.stored.clear();
 }
 
 // ---- plain accesses ------------------------------------------------------------------------------------------
@@ -112,12 +169,13 @@ void load_shared(uint32_t address, void* value, int bytes, Place place) {
   SharedAddress s = resolve(address, bytes, bytes);
   check_read(*s.block, s.offset, bytes, false);
   memcpy(value, &s.block->shared[s.offset], bytes);
+  note_read(*s.block, s.offset, bytes);
 }
 
 void store_shared(uint32_t address, const void* value, int bytes, Place place) {
   enter("st_shared", place);
   SharedAddress s = resolve(address, bytes, bytes);
-  check_write(*s.block, s.offset, bytes);
+  check_write(*s.block, s.offset, bytes, false);
   memcpy(&s.block->shared[s.offset], value, bytes);
   note_write(*s.block, s.offset, bytes);
 }
@@ -126,11 +184,13 @@ void load_global(const void* pointer, void* value, int bytes, Place place) {
   enter("ld_global", place);
   check_global(pointer, bytes, bytes, "reads");
   memcpy(value, pointer, bytes);
+  if (machine->lazy()) overlay_stores(*self().parent, pointer, value, bytes);
 }
 
 void store_global(void* pointer, const void* value, int bytes, Place place) {
   enter("st_global", place);
   check_global(pointer, bytes, bytes, "writes");
+  if (machine->lazy()) return keep_store(*self().parent, pointer, value, bytes);
   memcpy(pointer, value, bytes);
   machine->idle_polls = 0;
 }
@@ -150,7 +210,7 @@ void cp_async(uint32_t shared, const void* global, int bytes, int valid_bytes, P
     fail("out of range", "%d valid bytes of %d", valid_bytes, bytes);
   check_global(global, valid_bytes, bytes, "reads");
   // Smaller copies may share a chunk with each other; whole chunks belong to one copy.
-  if (bytes == 16) check_write(*s.block, s.offset, bytes);
+  if (bytes == 16) check_write(*s.block, s.offset, bytes, false);
   Copy copy{s.offset, static_cast<const char*>(global), bytes, valid_bytes, t.copy_groups,
             record(t.instruction, place)};
   begin_write(*s.block, s.offset, bytes, copy.operation);
@@ -190,28 +250,33 @@ void cp_async_commit(Place place) { enter("cp_async_commit", place).copy_groups+
 
 uint32_t shared_base() { return SHARED_START; }
 
-void fence_proxy_async(Place place) { enter("fence_proxy_async", place).fence_time = machine->time; }
+void fence_proxy_async(Place place) { enter("fence_proxy_async", place).fenced_at = machine->time; }
 
 // ---- between blocks ------------------------------------------------------------------------------------------
 
 namespace {
 
-uint32_t* word(const char* instruction, const void* pointer, Place place) {
-  enter(instruction, place);
+uint32_t* word(const char* instruction, const void* pointer, Place place, bool polls = false) {
+  enter(instruction, place, polls);
   check_global(pointer, 4, 4, "accesses");
+  // Atomics act on memory itself: the block's own earlier stores to this line come first.
+  if (self().parent->stored.count(reinterpret_cast<uintptr_t>(pointer) / 16)) release_stores(*self().parent);
   return static_cast<uint32_t*>(const_cast<void*>(pointer));
 }
 
 }  // namespace
 
 uint32_t ld_acquire(const uint32_t* pointer, Place place) {
-  const uint32_t value = *word("ld_acquire", pointer, place);
+  const uint32_t value = *word("ld_acquire", pointer, place, true);
+  acquire(machine->time);
   poll();
   return value;
 }
 
 void st_release(uint32_t* pointer, uint32_t value, Place place) {
-  *word("st_release", pointer, place) = value;
+  uint32_t* p = word("st_release", pointer, place);
+  release_stores(*self().parent);
+  *p = value;
   machine->idle_polls = 0;
 }
 
@@ -224,11 +289,13 @@ uint32_t atomic_add(uint32_t* pointer, uint32_t value, Place place) {
 }
 
 uint32_t atomic_add_acq_rel(uint32_t* pointer, uint32_t value, Place place) {
+  release_stores(*self().parent);
+  acquire(machine->time);
   return atomic_add(pointer, value, place);
 }
 
 uint32_t atomic_cas(uint32_t* pointer, uint32_t expected, uint32_t value, Place place) {
-  uint32_t* p = word("atomic_cas", pointer, place);
+  uint32_t* p = word("atomic_cas", pointer, place, true);
   const uint32_t old = *p;
   if (old == expected) {
     *p = value;
@@ -257,7 +324,10 @@ void red_add(int32_t* pointer, int32_t value, Place place) {
   machine->idle_polls = 0;
 }
 
-void fence_gpu(Place place) { enter("fence_gpu", place); }
+void fence_gpu(Place place) {
+  enter("fence_gpu", place);
+  release_stores(*self().parent);
+}
 
 // ---- clusters ------------------------------------------------------------------------------------------------
 
@@ -275,13 +345,14 @@ uint32_t ld_cluster(uint32_t address, Place place) {
   check_read(*s.block, s.offset, 4, false);
   uint32_t value;
   memcpy(&value, &s.block->shared[s.offset], 4);
+  if (s.block == self().parent) note_read(*s.block, s.offset, 4);
   return value;
 }
 
 void st_cluster(uint32_t address, uint32_t value, Place place) {
   enter("st_cluster", place);
   SharedAddress s = resolve(address, 4, 4);
-  check_write(*s.block, s.offset, 4);
+  check_write(*s.block, s.offset, 4, false);
   memcpy(&s.block->shared[s.offset], &value, 4);
   note_write(*s.block, s.offset, 4);
 }

@@ -54,18 +54,26 @@ float element(int type, const uint8_t* row, int k) {
   }
 }
 
-// The power of two at or below |x|: what the hardware's exponent field stands for (subnormals as normalised).
-float magnitude(float x) {
-  if (x == 0 || !isfinite(x)) return 0;
-  return ldexpf(1.0f, ilogbf(x));
+uint64_t double_bits(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  return bits;
 }
+
+double bits_double(uint64_t bits) {
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+
+// The power of two at or below |x|, 0 for 0: what the hardware's exponent field stands for. Every float32, subnormals
+// too, is a normal double, so this is a mask.
+double magnitude(double x) { return bits_double(double_bits(x) & 0x7ff0000000000000u); }
 
 // Toward zero, to a float32 with `bits` fraction bits.
 float cut(double x, int bits) {
-  float nearest = static_cast<float>(x);
-  if (fabs(nearest) > fabs(x)) nearest = nextafterf(nearest, 0.0f);
-  if (bits < 23) nearest = portable::bits_float(portable::float_bits(nearest) & ~0u << (23 - bits));
-  return nearest;
+  if (fabs(x) >= 0x1p-126) return static_cast<float>(bits_double(double_bits(x) & ~0ull << (52 - bits)));
+  return static_cast<float>(trunc(x * 0x1p149) * 0x1p-149);
 }
 
 void multiply_floats(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32],
@@ -75,42 +83,44 @@ void multiply_floats(int type, int rows, int columns, const uint8_t (*a)[32], co
   bool finite = true;
   for (int n = 0; n < columns; n++)
     for (int k = 0; k < depth; k++) {
-      const float x = element(type, b[n], k);
-      b_value[k][n] = x;
-      b_power[k][n] = magnitude(x);
-      finite = finite && isfinite(x);
+      b_value[k][n] = element(type, b[n], k);
+      b_power[k][n] = magnitude(b_value[k][n]);
+      finite = finite && isfinite(b_value[k][n]);
     }
+  const double fraction = ldexp(1.0, rounding.fraction_bits);
   for (int m = 0; m < rows; m++) {
     double a_value[32], a_power[32];
     bool row_finite = finite;
     for (int k = 0; k < depth; k++) {
-      const float x = element(type, a[m], k);
-      a_value[k] = x;
-      a_power[k] = magnitude(x);
-      row_finite = row_finite && isfinite(x);
+      a_value[k] = element(type, a[m], k);
+      a_power[k] = magnitude(a_value[k]);
+      row_finite = row_finite && isfinite(a_value[k]);
     }
     float* sums = reinterpret_cast<float*>(d[m]);
     for (int first = 0; first < depth; first += rounding.group) {
-      static double largest[256], sum[256], scale[256];
-      for (int n = 0; n < columns; n++) {
-        largest[n] = magnitude(sums[n]);
-        row_finite = row_finite && isfinite(sums[n]);
-      }
+      // The loops over n are what the compiler turns into vector instructions.
+      static double largest[256], sum[256], scale[256], unit[256];
+      for (int n = 0; n < columns; n++) row_finite = row_finite && isfinite(sums[n]);
       if (!row_finite) {  // NaN and infinity follow IEEE whatever the order
         for (int n = 0; n < columns; n++)
           for (int k = first; k < first + rounding.group; k++) sums[n] += float(a_value[k] * b_value[k][n]);
         continue;
       }
+      for (int n = 0; n < columns; n++) largest[n] = magnitude(sums[n]);
       for (int k = first; k < first + rounding.group; k++)
-        for (int n = 0; n < columns; n++) largest[n] = fmax(largest[n], a_power[k] * b_power[k][n]);
+        for (int n = 0; n < columns; n++) {
+          const double power = a_power[k] * b_power[k][n];
+          largest[n] = power > largest[n] ? power : largest[n];
+        }
       for (int n = 0; n < columns; n++) {
-        scale[n] = largest[n] > 0 ? exp2(double(rounding.fraction_bits)) / largest[n] : 0;
+        const double biggest = largest[n] > 0 ? largest[n] : 1;
+        scale[n] = fraction / biggest;  // powers of two: exact
+        unit[n] = biggest / fraction;
         sum[n] = trunc(sums[n] * scale[n]);
       }
       for (int k = first; k < first + rounding.group; k++)
         for (int n = 0; n < columns; n++) sum[n] += trunc(a_value[k] * b_value[k][n] * scale[n]);
-      for (int n = 0; n < columns; n++)
-        sums[n] = scale[n] > 0 ? cut(sum[n] / scale[n], rounding.kept_bits) : 0.0f;
+      for (int n = 0; n < columns; n++) sums[n] = cut(sum[n] * unit[n], rounding.kept_bits);
     }
   }
 }

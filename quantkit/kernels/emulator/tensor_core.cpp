@@ -17,6 +17,7 @@ void load_matrices(int count, bool transposed, uint32_t address, uint32_t* regis
     SharedAddress s = resolve(address, 16, 16);
     if (s.block != &block) fail("out of range", "ldmatrix reads the block's own shared memory");
     check_read(block, s.offset, 16, false);
+    note_read(block, s.offset, 16);
     offset = s.offset;
   }
   meet_warp(&offset, registers, [&](Warp& warp) {
@@ -41,11 +42,10 @@ void store_matrices(int count, bool transposed, uint32_t address, const uint32_t
   if (t.lane < 8 * count) {
     SharedAddress s = resolve(address, 16, 16);
     if (s.block != &block) fail("out of range", "stmatrix writes the block's own shared memory");
-    check_write(block, s.offset, 16);
+    check_write(block, s.offset, 16, false);
     input.offset = s.offset;
   }
   meet_warp(&input, nullptr, [&](Warp& warp) {
-    const uint32_t time = ++machine->time;
     for (int m = 0; m < count; m++)
       for (int lane = 0; lane < 32; lane++) {
         const Input& from = *static_cast<const Input*>(warp.input[lane]);
@@ -56,8 +56,7 @@ void store_matrices(int count, bool transposed, uint32_t address, const uint32_t
           const uint32_t to = static_cast<const Input*>(warp.input[8 * m + row])->offset + column * 2;
           const uint16_t value = pair >> (16 * half);
           memcpy(&block.shared[to], &value, 2);
-          block.words[to / 4].time = time;
-          block.words[to / 4].thread = from.thread;
+          note_write(block, to, 2, from.thread);
         }
       }
   });
@@ -219,8 +218,7 @@ void wgmma(const WgmmaCall& call, Place place) {
       state->issued = place;
       t.owned.push_back({state, number});
     }
-  if (!w.posted++) {
-    // What it reads must be there when the first thread issues it.
+  if (!w.posted++ || t.lane == 0) {  // what it reads must be there, as far as each warp knows
     for_each_operand_chunk(w, [&](int, int, uint32_t offset) { check_read(*t.parent, offset, 16, true); });
   }
   if (w.posted == 128) issue(*t.parent, group, w);
@@ -239,8 +237,12 @@ void wgmma_wait(int pending, Place place) {
     if (w.finished) continue;
     if (!w.executed) execute(*t.parent, w);
     w.finished = true;
-    for_each_operand_chunk(w, [&](int, int, uint32_t offset) { t.parent->chunks[offset / 16].reads--; });
+    for_each_operand_chunk(w, [&](int, int, uint32_t offset) {
+      t.parent->chunks[offset / 16].reads--;
+      note_read(*t.parent, offset, 16, ASYNC);
+    });
   }
+  acquire(machine->time);
   while (!group.queue.empty() && group.queue.front().finished) {
     group.queue.pop_front();
     group.first++;

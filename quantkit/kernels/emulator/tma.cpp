@@ -109,12 +109,13 @@ void check_box(const Map& map, SharedAddress s, const int* at, bool store) {
 
 void send(Block& block, uint32_t offset, uint32_t bytes, uint32_t barrier, uint32_t operation,
           std::function<void()> copy) {
-  check_write(block, offset, bytes);
-  mbarrier_at(block, barrier);
+  check_write(block, offset, bytes, true);
+  if (!mbarrier_at(block, barrier).published)
+    fail("mbarrier", "the mbarrier was initialised and no fence_mbarrier_init followed");
   auto land = [&block, offset, bytes, barrier, copy] {
     copy();
     end_write(block, offset, bytes);
-    forget_writes(block, offset, bytes);
+    note_write(block, offset, bytes, ASYNC);
     block.incoming--;
     complete_bytes(block, barrier, bytes);
   };
@@ -148,7 +149,10 @@ void finish_read(Thread& t, Store& store) {
   store.read();
   store.has_read = true;
   for (auto [first, end] : store.chunks)
-    for (uint32_t c = first; c < end; c++) t.parent->chunks[c].reads--;
+    for (uint32_t c = first; c < end; c++) {
+      t.parent->chunks[c].reads--;
+      note_read(*t.parent, c * 16, 16, t.linear);  // only this thread knows that they are done
+    }
 }
 
 }  // namespace

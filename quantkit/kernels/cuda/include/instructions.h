@@ -38,8 +38,8 @@ using uint64_t = unsigned long long;
 #define QK_GRID_CONSTANT
 #define QK_KERNEL(threads, blocks_per_multiprocessor) static void
 #define QK_CLUSTER_KERNEL(threads, blocks_per_multiprocessor, cluster_size) static void
-#define QK_AT , ::qk::emulator::Place place = ::qk::emulator::Place{__builtin_FILE(), __builtin_LINE()}
-#define QK_AT_ONLY ::qk::emulator::Place place = ::qk::emulator::Place{__builtin_FILE(), __builtin_LINE()}
+#define QK_AT , ::qk::emulator::Place place = ::qk::emulator::Place::here()  // the caller's file and line
+#define QK_AT_ONLY ::qk::emulator::Place place = ::qk::emulator::Place::here()
 #else
 #define QK_DEVICE static __device__ __forceinline__
 #define QK_TEMPLATE static __device__ __forceinline__
