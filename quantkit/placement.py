@@ -31,6 +31,8 @@ class Placement:
 
 @dataclass
 class _Choice:
+    """Tensors that some read quantized, with those readers, and tensors that everything reads so."""
+
     readers: dict[str, set[Reader]] = field(default_factory=dict)
     everywhere: set[str] = field(default_factory=set)
 
@@ -73,12 +75,11 @@ def place(
         for site in sites:
             if site.role == "skip" and site.name not in unfit and _sums_quantized(graph, site, nodes):
                 choice.readers.setdefault(site.name, set()).add((site.node, site.index))
+    for name in choice.everywhere:
+        choice.readers[name] = set()
     spec = target.int8_activations if integer else preset.activations
     return Placement(
-        activations={
-            name: () if name in choice.everywhere else tuple(sorted(readers))
-            for name, readers in sorted(choice.readers.items())
-        },
+        activations={name: tuple(sorted(readers)) for name, readers in sorted(choice.readers.items())},
         weights=[s for s in sites if s.role == "weight" and s.node in nodes],
         nodes=nodes,
         left=left,
@@ -94,8 +95,10 @@ def _float_nodes(
     for site in sites:
         if site.role not in ("input", "weight"):
             continue
-        if site.name in unfit:
-            reasons.setdefault(site.node, unfit[site.name])
+        read = [str(v.name) for v in graph.node(site.node).inputs if v is not None]
+        broken = [name for name in read if name in unfit]
+        if broken:
+            reasons.setdefault(site.node, unfit[broken[0]])
         elif everything:
             continue
         elif not preset.gemm and site.op_type == "Gemm":
@@ -120,7 +123,7 @@ def _choose_outputs(
         if site.name in unfit or site.name in outputs:
             continue
         if site.role == "output" and site.node in nodes:
-            choice.readers.setdefault(site.name, set())
+            choice.everywhere.add(site.name)
     adds: dict[str, list[Site]] = {}
     for site in sites:
         if site.op_type == "Add":
@@ -132,18 +135,12 @@ def _choose_outputs(
         if (
             names & unfit.keys()
             or output.name in outputs
-            or not any(s.name in choice.readers for s in operands)
+            or not any(s.name in choice.everywhere or s.name in choice.readers for s in operands)
         ):
             continue
         for site in operands:
-            choice.readers.setdefault(site.name, set())
-        choice.readers.setdefault(output.name, set())
-    choice.everywhere = {name for name in choice.readers if name not in graph_inputs(graph)}
-
-
-def graph_inputs(graph: Graph) -> set[str]:
-    """The names of the tensors that are fed."""
-    return {spec.name for spec in graph.inputs}
+            choice.readers.setdefault(site.name, set()).add((site.node, site.index))
+        choice.everywhere.add(output.name)
 
 
 def _sums_quantized(graph: Graph, site: Site, nodes: dict[str, str]) -> bool:

@@ -1,5 +1,6 @@
 """Statistics and a placement become a plan. No data is needed, and nothing of the model is run."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
@@ -8,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from quantkit.calibrators import Calibrator, weight_range
-from quantkit.errors import SpecError
-from quantkit.formats import QParams, qparams_from_range, quantize
-from quantkit.graph import Graph, Site, find_sites, sharing_groups
+from quantkit.errors import PlanError, SpecError
+from quantkit.formats import QParams, QuantSpec, Range, qparams_from_range, quantize
+from quantkit.graph import Graph, LeftAlone, Site, find_sites, sharing_groups
+from quantkit.graph.sites import LINEAR_OPS
 from quantkit.placement import Placement, place
 from quantkit.plan import ActivationPlan, BiasPlan, Plan, WeightPlan
 from quantkit.presets import Preset, Target
@@ -39,12 +41,22 @@ def solve(
         histograms: statistics by tensor name, as calibration gathered them.
         preset: formats and what stays in float by default.
         target: what will run the model.
-        calibrator: the method for activations. Weights are known whole: theirs is the scale of least squared error.
+        calibrator: the method for activations. Weights are known whole: theirs is their largest magnitude.
         everything: quantize also what the preset leaves in float.
+
+    Raises:
+        PlanError: there is nothing that can be quantized so.
     """
     unfit = _unfit(graph, histograms)
-    placement = place(graph, preset, target, everything=everything, unfit=unfit)
-    activations = _solve_activations(graph, histograms, placement, calibrator)
+    while True:
+        placement = place(graph, preset, target, everything=everything, unfit=unfit)
+        activations, misfits = _solve_activations(graph, histograms, placement, calibrator)
+        if not misfits:
+            break
+        # Without them the placement is another one; each round takes at least one tensor out.
+        unfit |= misfits
+    if not placement.nodes:
+        raise PlanError(_nothing_left(graph, preset, placement.left))
     integer_bias = target.integer_bias and preset.activations.format.kind == "integer"
     weights, biases = _solve_weights(graph, placement, preset, activations, integer_bias=integer_bias)
     return Plan(
@@ -75,13 +87,29 @@ def _unfit(graph: Graph, histograms: Mapping[str, FloatHistogram]) -> dict[str, 
             unfit[site.name] = (
                 f"tensor {site.name} had {histogram.nan_count} NaN and {histogram.inf_count} infinite values"
             )
+    for node in graph.model.graph:
+        for value in node.inputs[2:3]:
+            if node.op_type in LINEAR_OPS and value is not None and value.is_initializer():
+                bias = graph.array(str(value.name))
+                if bias.dtype.kind in "fV" and not np.all(np.isfinite(bias.astype(np.float32))):
+                    unfit[str(value.name)] = f"bias {value.name} holds NaN or infinity"
     return unfit
+
+
+def _nothing_left(graph: Graph, preset: Preset, left: list[LeftAlone]) -> str:
+    if not left:
+        return f"{graph.name}: it has no Conv, MatMul or Gemm; there is nothing to quantize."
+    reasons = Counter(node.reason for node in left)
+    shown = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+    return f"{graph.name}: {preset.name} leaves every Conv, MatMul and Gemm in float ({shown})."
 
 
 def _solve_activations(
     graph: Graph, histograms: Mapping[str, FloatHistogram], placement: Placement, calibrator: Calibrator
-) -> dict[str, ActivationPlan]:
+) -> tuple[dict[str, ActivationPlan], dict[str, str]]:
+    """Return the plans, and the tensors that cannot have one with the reason."""
     plans: dict[str, ActivationPlan] = {}
+    misfits: dict[str, str] = {}
     solved: set[str] = set()
     for group in [*sharing_groups(graph), *({name} for name in placement.activations)]:
         members = sorted((group & placement.activations.keys()) - solved)
@@ -91,7 +119,11 @@ def _solve_activations(
         merged = reduce(FloatHistogram.merge, (histograms[name] for name in members))
         found = calibrator.solve(merged, placement.spec)
         for name in members:
-            qparams = qparams_from_range(found, placement.spec, scale_dtype=_float_dtype(graph, name))
+            try:
+                qparams = qparams_from_range(found, placement.spec, scale_dtype=_float_dtype(graph, name))
+            except SpecError as error:
+                misfits[name] = f"tensor {name}: {error}"
+                continue
             plans[name] = ActivationPlan(
                 name=name,
                 spec=placement.spec,
@@ -99,7 +131,7 @@ def _solve_activations(
                 qparams=qparams,
                 readers=placement.activations[name],
             )
-    return dict(sorted(plans.items()))
+    return dict(sorted(plans.items())), misfits
 
 
 def _solve_weights(
@@ -118,11 +150,9 @@ def _solve_weights(
     for (name, axis), readers in sites.items():
         w = graph.array(name)
         spec = replace(preset.weights, axis=axis)
-        qparams = qparams_from_range(
-            weight_range(w.astype(np.float32), spec, method="amax"),
-            spec,
-            scale_dtype=_float_dtype(graph, name),
-        )
+        dtype = _float_dtype(graph, name)
+        range_ = _holdable(weight_range(w.astype(np.float32), spec, method="amax"), spec, dtype)
+        qparams = qparams_from_range(range_, spec, scale_dtype=dtype)
         with_bias = [s for s in readers if integer_bias and _bias(graph.node(s.node)) is not None]
         for site in with_bias:
             qparams = _wide_enough(graph, site, qparams, _input_scale(graph, site, activations))
@@ -138,12 +168,24 @@ def _solve_weights(
     return weights, biases
 
 
+def _holdable(range_: Range, spec: QuantSpec, dtype: np.dtype) -> Range:
+    """Widen the ranges of channels so small that their scale would be zero in float16."""
+    if dtype != np.float16:
+        return range_
+    least = float(np.finfo(np.float16).smallest_subnormal) * spec.format.symmetric_max
+    widened = np.where(range_.amax > 0, np.maximum(range_.amax, least), 0.0)
+    return Range(np.where(widened > range_.amax, -widened, range_.lo), np.maximum(range_.hi, widened))
+
+
 def _bias(node: ir.Node) -> ir.Value | None:
     """The constant bias of a Conv, ConvTranspose or Gemm that an integer kernel can add; None without one."""
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.inputs) < 3:
         return None
     bias = node.inputs[2]
     if bias is None or not bias.is_initializer() or bias.shape is None or len(bias.shape) != 1:
+        return None
+    if bias.dtype != ir.DataType.FLOAT:
+        # No integer kernel puts out float16, and s_x · s_w is often less than float16 can hold.
         return None
     if node.op_type == "ConvTranspose":
         # ONNX Runtime has no integer ConvTranspose.
