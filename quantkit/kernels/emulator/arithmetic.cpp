@@ -40,7 +40,8 @@ uint32_t vote(bool predicate, Place place) {
 void warp_sync(Place place) {
   enter("warp_sync", place);
   meet_warp(nullptr, nullptr, [](Warp&) {});
-  acquire(self().parent->warps[self().linear / 32].meeting.completed_at);
+  const Meeting& meeting = self().parent->warps[self().linear / 32].meeting;
+  acquire(meeting.completed_at, meeting.async_known);
 }
 
 // Which lane is elected is not defined: any would do, so lane 0 unless threads are shuffled.

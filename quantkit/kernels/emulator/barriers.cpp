@@ -28,13 +28,14 @@ void meet(int id, int threads, bool wait) {
   meeting.instruction = t.instruction;
   meeting.place = t.place;
   meeting.arrived++;
+  tell(meeting.async_known);
   if (meeting.arrived >= (threads ? threads : t.parent->live)) {
     complete(meeting);
   } else if (wait) {
     const uint64_t generation = meeting.generation;
     while (meeting.generation == generation) sleep_on(meeting.waiting, t.instruction);
   }
-  if (wait) acquire(meeting.completed_at);
+  if (wait) acquire(meeting.completed_at, meeting.async_known);
 }
 
 void complete_cluster(Cluster& cluster) {
@@ -60,6 +61,13 @@ Mbarrier& mbarrier_at(Block& block, uint32_t offset) {
   auto found = block.mbarriers.find(offset);
   if (found == block.mbarriers.end())
     fail("mbarrier", "shared offset %u holds no initialised mbarrier", offset - SHARED_START);
+  const Mbarrier& barrier = found->second;
+  const Thread& t = self();
+  const bool own = &block == t.parent;
+  if (!machine->landing && (own ? barrier.initialiser != t.linear && barrier.initialised_at > t.acquired_at
+                                : barrier.initialised_at > t.cluster_met_at))
+    fail("race", "uses the mbarrier at shared offset %u, which thread %d%s initialised with no barrier between",
+         offset - SHARED_START, barrier.initialiser, own ? "" : " of another block");
   return found->second;
 }
 
@@ -78,6 +86,7 @@ void complete_if_due(Mbarrier& barrier) {
 
 void arrive(Block& block, uint32_t offset, int64_t bytes) {
   Mbarrier& barrier = mbarrier_at(block, offset);
+  tell(barrier.async_known);
   barrier.bytes += bytes;
   if (barrier.bytes > MOST_BYTES) fail("mbarrier", "expects %lld bytes; the limit is 2^20 - 1", (long long)barrier.bytes);
   if (barrier.pending == 0)
@@ -92,6 +101,7 @@ void arrive(Block& block, uint32_t offset, int64_t bytes) {
 void complete_bytes(Block& block, uint32_t offset, int64_t bytes) {
   Mbarrier& barrier = mbarrier_at(block, offset);
   barrier.bytes -= bytes;
+  barrier.async_known = machine->time;
   if (barrier.bytes < -MOST_BYTES) fail("mbarrier", "%lld bytes arrived that nobody expects", (long long)-barrier.bytes);
   complete_if_due(barrier);
 }
@@ -155,6 +165,7 @@ void cluster_arrive(Place place) {
   if (t.cluster_arrived) fail("barrier", "a second arrival without cluster_wait between");
   t.cluster_arrived = true;
   t.cluster_phase = cluster.phase;
+  tell(cluster.async_known);
   release_stores(*t.parent);
   if (++cluster.arrived >= cluster.live) complete_cluster(cluster);
 }
@@ -165,7 +176,8 @@ void cluster_wait(Place place) {
   if (!t.cluster_arrived) fail("barrier", "waits without having called cluster_arrive");
   while (cluster.phase == t.cluster_phase) sleep_on(cluster.waiting, "cluster_wait");
   t.cluster_arrived = false;
-  acquire(cluster.completed_at);
+  acquire(cluster.completed_at, cluster.async_known);
+  t.cluster_met_at = cluster.completed_at;
 }
 
 void mbarrier_init(uint32_t address, int count, Place place) {
@@ -176,6 +188,7 @@ void mbarrier_init(uint32_t address, int count, Place place) {
   check_write(*s.block, s.offset, 8, false);
   Mbarrier barrier;
   barrier.initialiser = self().linear;
+  barrier.initialised_at = ++machine->time;
   barrier.count = barrier.pending = count;
   s.block->mbarriers[s.offset] = barrier;
   s.block->words[s.offset / 4].barrier = s.block->words[s.offset / 4 + 1].barrier = true;
@@ -220,7 +233,8 @@ bool mbarrier_test(uint32_t address, uint32_t parity, Place place) {
   enter("mbarrier_test", place, true);
   SharedAddress s = resolve(address, 8, 8);
   const bool done = (mbarrier_at(*s.block, s.offset).phase & 1) != parity;
-  if (done) acquire(mbarrier_at(*s.block, s.offset).completed_at);
+  const Mbarrier& barrier = mbarrier_at(*s.block, s.offset);
+  if (done) acquire(barrier.completed_at, barrier.async_known);
   else poll();
   return done;
 }
@@ -235,7 +249,8 @@ void mbarrier_wait(uint32_t address, uint32_t parity, Place place) {
     sleep_on(mbarrier_at(*s.block, s.offset).waiting, "mbarrier_wait");
     t.waits_on = 0;
   }
-  acquire(mbarrier_at(*s.block, s.offset).completed_at);
+  const Mbarrier& barrier = mbarrier_at(*s.block, s.offset);
+  acquire(barrier.completed_at, barrier.async_known);
 }
 
 }  // namespace qk

@@ -285,6 +285,7 @@ void meet_warp(const void* input, void* output, const std::function<void(Warp&)>
   }
   warp.input[t.lane] = input;
   warp.output[t.lane] = output;
+  tell(meeting.async_known);
   if (++meeting.arrived == 32) {
     finish(warp);
     meeting.arrived = 0;

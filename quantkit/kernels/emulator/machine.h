@@ -44,8 +44,9 @@ struct Chunk {
 };
 
 // 4 bytes of shared memory: its last accesses, for fence_proxy_async and to find races. An access is ordered before a
-// later one of another thread only if that thread has met somebody since: acquired_at. This finds every missing
-// barrier, whatever the schedule, and never blames a right one.
+// later one of another thread only if that thread has met somebody since: acquired_at. An asynchronous access is known
+// to who waited for it, and to who met those since: async_known. Times of one clock stand for sets of accesses, so a
+// right program is never blamed; most missing barriers are found whatever the schedule.
 constexpr uint16_t ASYNC = 0xffff;  // in place of a thread: TMA and wgmma
 struct Word {
   uint64_t written_at = 0, read_at = 0;
@@ -60,6 +61,7 @@ struct StoredLine {
 };
 
 struct Mbarrier {
+  uint64_t initialised_at = 0, async_known = 0;
   int count = 0, pending = 0;
   int64_t bytes = 0;
   uint32_t phase = 0;  // how many phases have completed
@@ -72,7 +74,7 @@ struct Mbarrier {
 // Threads that meet: a named barrier, or a warp at a warp instruction.
 struct Meeting {
   int arrived = 0, expected = 0;
-  uint64_t generation = 0, completed_at = 0;
+  uint64_t generation = 0, completed_at = 0, async_known = 0;
   const char* instruction = nullptr;
   Place place{};
   std::vector<Thread*> waiting;
@@ -133,6 +135,8 @@ struct Thread : Coordinates {
   int store_groups = 0;
   uint64_t fenced_at = 0;             // last fence_proxy_async
   uint64_t acquired_at = 0;           // last time it learnt of other threads' accesses: a barrier, an mbarrier's phase
+  uint64_t async_known = 0;           // asynchronous accesses up to here are over, as far as it knows
+  uint64_t cluster_met_at = 0;        // last cluster_wait
   uint64_t touch_clock = 1, wgmma_fence_clock = 0;
   uint64_t posted = 0, commits = 0, waited = 0;
   std::vector<std::pair<RegisterState*, uint64_t>> owned;  // registers of unfinished wgmmas, with their numbers
@@ -143,7 +147,7 @@ struct Thread : Coordinates {
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   int arrived = 0, live = 0;
-  uint64_t phase = 0, completed_at = 0;
+  uint64_t phase = 0, completed_at = 0, async_known = 0;
   std::vector<Thread*> waiting;
   int running = 0;                    // blocks that have not ended
 };
@@ -256,8 +260,11 @@ void check_write(Block& block, uint32_t offset, int bytes, bool async_proxy);
 // After a write or read through the generic proxy, by the current thread or the given one.
 void note_write(Block& block, uint32_t offset, int bytes, int thread = -1);
 void note_read(Block& block, uint32_t offset, int bytes, int thread = -1);
-// The current thread has met others: what they did before `time` is ordered before what it does next.
-void acquire(uint64_t time);
+// The current thread has met others: what they did before `time`, and asynchronous accesses that they know to be over,
+// are ordered before what it does next.
+void acquire(uint64_t time, uint64_t async_known);
+// What the current thread tells those it is about to meet.
+void tell(uint64_t& async_known);
 // What the block stored becomes visible to other blocks.
 void release_stores(Block& block);
 void begin_write(Block& block, uint32_t offset, uint32_t bytes, uint32_t operation);

@@ -55,6 +55,12 @@ static std::string who(uint16_t thread) {
   return thread == ASYNC ? "an asynchronous operation" : "thread " + std::to_string(thread);
 }
 
+// Whether the current thread cannot know that an access of the past is over.
+static bool unordered(uint16_t thread, uint64_t time) {
+  const Thread& t = self();
+  return thread == ASYNC ? time > t.async_known : thread != t.linear && time > t.acquired_at;
+}
+
 void check_read(Block& block, uint32_t offset, int bytes, bool async_proxy) {
   for (uint32_t c = offset / 16; c * 16 < offset + bytes; c++)
     if (block.chunks[c].writes)
@@ -67,7 +73,7 @@ void check_read(Block& block, uint32_t offset, int bytes, bool async_proxy) {
     if (async_proxy && word.writer != ASYNC && word.written_at > block.threads[word.writer].fenced_at)
       fail("proxy", "reads shared offset %u through the async proxy, but thread %u wrote it and has not called "
            "fence_proxy_async since", w * 4 - SHARED_START, word.writer);
-    if (bytes >= 4 && &block == self().parent && word.writer != self().linear && word.written_at > self().acquired_at)
+    if (bytes >= 4 && &block == self().parent && unordered(word.writer, word.written_at))
       fail("race", "reads shared offset %u, which %s wrote with no barrier between", w * 4 - SHARED_START,
            who(word.writer).c_str());
   }
@@ -83,24 +89,29 @@ void check_write(Block& block, uint32_t offset, int bytes, bool async_proxy) {
       fail("overwrite", "writes shared offset %u, which an unfinished operation still writes: %s; wait for it",
            c * 16 - SHARED_START, describe(chunk.writer).c_str());
   }
-  Thread& t = self();
-  const bool own = &block == t.parent;
+  const bool own = &block == self().parent;
   for (uint32_t w = offset / 4; w * 4 < offset + bytes; w++) {
     const Word& word = block.words[w];
     if (word.barrier)
       fail("mbarrier", "writes shared offset %u, which is an mbarrier's; it was not invalidated",
            w * 4 - SHARED_START);
     if (!own || bytes < 4) continue;  // bytes beside another thread's in one word are no race
-    if (word.reader != t.linear && word.read_at > t.acquired_at)
+    if (unordered(word.reader, word.read_at))
       fail("race", "%s shared offset %u, which %s reads with no barrier between",
            async_proxy ? "copies to" : "writes", w * 4 - SHARED_START, who(word.reader).c_str());
-    if (word.writer != t.linear && word.written_at > t.acquired_at)
+    if (unordered(word.writer, word.written_at))
       fail("race", "%s shared offset %u, which %s wrote with no barrier between",
            async_proxy ? "copies to" : "writes", w * 4 - SHARED_START, who(word.writer).c_str());
   }
 }
 
-void acquire(uint64_t time) { self().acquired_at = std::max(self().acquired_at, time); }
+void acquire(uint64_t time, uint64_t async_known) {
+  Thread& t = self();
+  t.acquired_at = std::max(t.acquired_at, time);
+  t.async_known = std::max(t.async_known, async_known);
+}
+
+void tell(uint64_t& async_known) { async_known = std::max(async_known, self().async_known); }
 
 void note_read(Block& block, uint32_t offset, int bytes, int thread) {
   const uint64_t time = ++machine->time;
@@ -268,7 +279,7 @@ uint32_t* word(const char* instruction, const void* pointer, Place place, bool p
 
 uint32_t ld_acquire(const uint32_t* pointer, Place place) {
   const uint32_t value = *word("ld_acquire", pointer, place, true);
-  acquire(machine->time);
+  acquire(machine->time, machine->time);
   poll();
   return value;
 }
@@ -290,7 +301,7 @@ uint32_t atomic_add(uint32_t* pointer, uint32_t value, Place place) {
 
 uint32_t atomic_add_acq_rel(uint32_t* pointer, uint32_t value, Place place) {
   release_stores(*self().parent);
-  acquire(machine->time);
+  acquire(machine->time, machine->time);
   return atomic_add(pointer, value, place);
 }
 

@@ -242,7 +242,7 @@ void wgmma_wait(int pending, Place place) {
       note_read(*t.parent, offset, 16, ASYNC);
     });
   }
-  acquire(machine->time);
+  acquire(0, machine->time);  // wgmmas are over; other threads may not be
   while (!group.queue.empty() && group.queue.front().finished) {
     group.queue.pop_front();
     group.first++;

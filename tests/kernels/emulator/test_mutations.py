@@ -55,10 +55,10 @@ CLUSTER_MUTATIONS = {
     "multicast to one block": ("(1 << CLUSTER) - 1", "1", "every", ""),
     "multicast of the same half": ("{k, n0 + part}", "{k, n0}", "every", ""),
     "release told to one block only": ("tid % 128 < CLUSTER", "tid % 128 < 1", "every", ""),
-    "release told to itself twice": ("map_to_rank(barrier, tid % 128)", "map_to_rank(barrier, rank)", "every", ""),
+    "release told to itself twice": ("map_to_rank(barrier, tid % 128)", "map_to_rank(barrier, rank)", "some", ""),
     "empty barrier forgets the neighbour": ("CONSUMERS * CLUSTER)", "CONSUMERS)", "every", ""),
     "blocks leave without a word": ("if (CLUSTER > 1) {  // no block leaves", "if (0) {  // no block leaves", "some", "has ended"),
-    "only the block meets at the start": ("  if (CLUSTER > 1) {\n    cluster_arrive();\n    cluster_wait();\n  } else {", "  if (0) {\n  } else {", "some", ""),
+    "only the block meets at the start": ("  if (CLUSTER > 1) {\n    cluster_arrive();\n    cluster_wait();\n  } else {", "  if (0) {\n  } else {", "every", "of another block"),
 }  # fmt: skip
 MMA_MUTATIONS = {
     "wait leaves one copy too many": ("cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", "every", "unfinished"),
