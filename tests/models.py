@@ -588,26 +588,29 @@ def dead_relu() -> ModelProto:
 
 @tiny()
 def infinite_activation() -> ModelProto:
-    """−inf enters a MatMul, and the output is finite all the same: exp(log(relu(x)) @ w), w > 0."""
+    """−inf enters a MatMul, and all behind it is finite all the same: exp(log(relu(x)) @ w), w > 0."""
     return model_of(
-        """(float[N,4,8] x) => (float[N,4,5] y) {
+        """(float[N,4,8] x) => (float[N,4,3] y)
+        <float[5,3] w1> {
         r = Relu (x)
         l = Log (r)
         m = MatMul (l, w)
-        y = Exp (m) }""",
+        e = Exp (m)
+        y = MatMul (e, w1) }""",
         w=np.abs(normal(8, 5)),
     )
 
 
 @tiny()
 def nan_activation() -> ModelProto:
-    """NaN enters a MatMul (the root of a negative number) and is replaced behind it."""
-    return model_of("""(float[N,4,8] x) => (float[N,4,5] y)
-        <float[8,5] w, float zero = {0.0}> {
+    """NaN enters a MatMul (the root of a negative number) and is replaced before the next."""
+    return model_of("""(float[N,4,8] x) => (float[N,4,3] y)
+        <float[8,5] w, float zero = {0.0}, float[5,3] w1> {
         s = Sqrt (x)
         m = MatMul (s, w)
         isnan = IsNaN (m)
-        y = Where (isnan, zero, m) }""")
+        c = Where (isnan, zero, m)
+        y = MatMul (c, w1) }""")
 
 
 def _causal(_: np.random.Generator) -> Array:

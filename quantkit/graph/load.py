@@ -121,7 +121,15 @@ def load_graph(model: ModelLike) -> Graph:
     if isinstance(model, onnx.ModelProto):
         if not model.graph.node:
             raise ModelError("model: it has no nodes; give a trained ONNX model.")
-        return _clean(ir.serde.deserialize_model(model), model.graph.name or "model", None)
+        name = model.graph.name or "model"
+        try:
+            with quiet():
+                read = ir.serde.deserialize_model(model)
+        except Exception as error:
+            raise ModelError(
+                f"{name}: not a valid ONNX model ({_first_line(error)}); export it again."
+            ) from error
+        return _clean(read, name, None)
     path = Path(model)
     return _clean(_read(path), path.stem, path)
 
@@ -132,18 +140,29 @@ def _read(path: Path) -> ir.Model:
     if path.is_dir():
         raise ModelError(f"{path}: is a folder; give the path of the .onnx file in it.")
     try:
-        model = ir.load(path)
+        with quiet():
+            model = ir.load(path)
     except Exception as error:
         # onnx-ir passes on whatever protobuf or its own readers raise; none of it is one type.
         raise ModelError(
             f"{path}: not a readable ONNX model ({path.stat().st_size} bytes; {_first_line(error)}); "
             "export or download it again."
         ) from error
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
+    for name, tensor in _tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             _check_external(path, name, tensor)
     return model
+
+
+def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Every stored tensor, those of Constant nodes included, with the name it is known by."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            yield name, value.const_value
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                yield str(node.outputs[0].name if node.outputs else node.name), attribute.as_tensor()
 
 
 def _check_external(path: Path, name: str, tensor: ir.ExternalTensor) -> None:
@@ -164,6 +183,7 @@ def _clean(model: ir.Model, name: str, path: Path | None) -> Graph:
     what = str(path or name)
     if len(list(model.graph)) == 0:
         raise ModelError(f"{what}: it has no nodes; give a trained ONNX model.")
+    _check_whole(model, what)
     fed = [v.name for v in model.graph.inputs]
     with quiet():
         _name_nodes(model)
@@ -184,6 +204,30 @@ def _clean(model: ir.Model, name: str, path: Path | None) -> Graph:
                 f"{what}: not a valid ONNX graph ({_first_line(error)}); check it with onnx.checker."
             ) from error
     return Graph(model, name, path)
+
+
+def _check_whole(model: ir.Model, what: str) -> None:
+    """Refuse what the optimizer would trip over, or mend in a way that nobody wants."""
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.producer() is not None or value.is_graph_input():
+                continue
+            if not value.is_initializer():
+                raise ModelError(
+                    f"{what}: {node.op_type} {node.name or 'without a name'} reads {value.name}, which nothing computes; "
+                    "export or download the model again."
+                )
+    for value in model.graph.outputs:
+        if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
+            raise ModelError(f"{what}: nothing computes its output {value.name}; export the model again.")
+    for name, tensor in _tensors(model):
+        try:
+            tensor.numpy()
+        except Exception as error:
+            # Wrong sizes and unknown types surface as whatever NumPy makes of them.
+            raise ModelError(
+                f"{what}: weight {name} cannot be read ({_first_line(error)}); export or download the model again."
+            ) from error
 
 
 def _drop_initializer_inputs(model: ir.Model) -> None:
@@ -232,7 +276,8 @@ def _at_working_opset(model: ir.Model, what: str) -> ir.Model:
     opset = model.graph.opset_imports.get("")
     if opset is None:
         raise ModelError(
-            f"{what}: uses no standard ONNX operators; quantkit quantizes Conv, MatMul and Gemm."
+            f"{what}: names no version of ONNX's operators, so it is cut short or has only others; "
+            "export or download it again."
         )
     if opset > NEWEST_OPSET:
         raise ModelError(
