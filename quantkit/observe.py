@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -90,28 +90,34 @@ def observe(
     )
     locks = {name: Lock() for name in wanted}
 
-    def run(batch: Sample) -> dict[str, ChannelStats]:
-        """Run a batch and count its tensors; return the statistics that must be added in the batches' order."""
+    def run(batch: Sample) -> tuple[dict[str, ChannelStats], list[int]]:
+        """Run a batch and count its tensors; return what must be added in the batches' order."""
         parts: dict[str, ChannelStats] = {}
         for tensors in chain([dict(batch)], (session.run(batch) for session in sessions)):
             while tensors:
                 name, array = tensors.popitem()
                 if name in wanted:
                     parts |= _count(name, array, found.statistics[name], locks[name])
-        return parts
+        return parts, [_key(sample) for sample in _samples_of(batch, axes)]
 
-    seen = _Seen()
+    fingerprints: list[int] = []
+    smallest = 2**64
     with ThreadPoolExecutor(max_workers=work.workers) as pool:
-        under_way: deque[tuple[Sample, Future[dict[str, ChannelStats]]]] = deque()
+        under_way: deque[tuple[Sample, Future[tuple[dict[str, ChannelStats], list[int]]]]] = deque()
 
         def finish() -> None:
+            nonlocal smallest
             batch, future = under_way.popleft()
-            for name, part in future.result().items():
+            parts, keys = future.result()
+            for name, part in parts.items():
                 channels = found.statistics[name].channels
                 assert channels is not None
                 channels.add(part)
-            seen.add(batch, axes)
-            on_samples(batch_length(batch, axes))
+            for key, sample in zip(keys, _samples_of(batch, axes), strict=True):
+                if key < smallest:
+                    smallest, found.probe = key, {n: a.copy() for n, a in sample.items()}
+            fingerprints.extend(keys)
+            on_samples(len(keys))
 
         try:
             for batch in batches(samples, graph.inputs, work.batch_size):
@@ -123,8 +129,21 @@ def observe(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    found.fingerprints, found.probe = np.array(seen.fingerprints, np.uint64), seen.probe
+    found.fingerprints = np.array(fingerprints, np.uint64)
     return found
+
+
+def _samples_of(batch: Sample, axes: dict[str, int | None]) -> Iterator[Sample]:
+    """The samples of a batch, as views."""
+    for i in range(batch_length(batch, axes)):
+        yield {
+            name: array if (axis := axes[name]) is None else array[(slice(None),) * axis + (slice(i, i + 1),)]
+            for name, array in batch.items()
+        }
+
+
+def _key(sample: Sample) -> int:
+    return int.from_bytes(sample_fingerprint(sample), "little")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,23 +154,6 @@ class _Work:
     workers: int
     threads: int
     groups: list[list[str]]
-
-
-class _Seen:
-    """The fingerprints of the samples, and the sample of the smallest."""
-
-    def __init__(self) -> None:
-        self.fingerprints: list[int] = []
-        self.probe: Sample = {}
-        self._smallest = 2**64
-
-    def add(self, batch: Sample, axes: dict[str, int | None]) -> None:
-        for i in range(batch_length(batch, axes)):
-            sample = {n: a if axes[n] is None else a.take([i], axis=axes[n]) for n, a in batch.items()}
-            key = int.from_bytes(sample_fingerprint(sample), "little")
-            self.fingerprints.append(key)
-            if key < self._smallest:
-                self._smallest, self.probe = key, {n: a.copy() for n, a in sample.items()}
 
 
 def _divide(

@@ -1,12 +1,15 @@
 """Per-channel statistics of a tensor that a linear operator reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.errors import CacheError, DataError
+
+# Elements of a piece of a tensor.
+_SLAB = 1 << 16
 
 
 class ChannelStats:
@@ -65,14 +68,24 @@ class ChannelStats:
         axis = self.axis % values.ndim
         before = int(np.prod(values.shape[:axis]))
         cube = np.ascontiguousarray(values).reshape(before, values.shape[axis], -1)
+        lo, hi = np.full(cube.shape[1], np.inf, np.float32), np.full(cube.shape[1], -np.inf, np.float32)
+        total, absolute = np.zeros(cube.shape[1]), np.zeros(cube.shape[1])
+        for rows, channels in _slabs(*cube.shape):
+            slab = cube[rows, channels]
+            least = slab.min(axis=(0, 2))
+            lo[channels] = np.minimum(lo[channels], least)
+            hi[channels] = np.maximum(hi[channels], slab.max(axis=(0, 2)))
+            # ∞ − ∞ is NaN, and is meant to be.
+            with np.errstate(invalid="ignore"):
+                summed = _sums(slab)
+                total[channels] += summed
+                if least.min() < 0 or np.isnan(least).any():
+                    negative = _sums(np.minimum(slab, 0))
+                    summed = np.where(np.isneginf(negative), np.inf, summed - 2 * negative)
+                absolute[channels] += summed
         # −0 becomes 0: which of the two a minimum returns depends on their order.
-        lo, hi = cube.min(axis=(0, 2)) + np.float32(0), cube.max(axis=(0, 2)) + np.float32(0)
-        # ∞ − ∞ is NaN, and is meant to be.
-        with np.errstate(invalid="ignore"):
-            total = _sums(cube)
-            has_negative = lo.min() < 0 or np.isnan(lo).any()
-            negative = _sums(np.minimum(cube, 0)) if has_negative else np.zeros_like(total)
-            absolute = np.where(np.isneginf(negative), np.inf, total - 2 * negative)
+        lo += np.float32(0)
+        hi += np.float32(0)
         self._include(lo, hi, total, absolute, cube.shape[0] * cube.shape[2])
 
     def merge(self, other: "ChannelStats") -> "ChannelStats":
@@ -159,6 +172,19 @@ class ChannelStats:
 
     def __repr__(self) -> str:
         return f"ChannelStats(axis={self.axis}, channels={self.min.size}, count={self.count})"
+
+
+def _slabs(rows: int, channels: int, inner: int) -> Iterator[tuple[slice, slice]]:
+    """Cut (rows, channels, inner) into pieces that stay in a core's cache while they are read several times."""
+    if channels * inner <= _SLAB or inner == 1:
+        step = max(_SLAB // (channels * inner), 1)
+        for start in range(0, rows, step):
+            yield slice(start, start + step), slice(None)
+    else:
+        step = max(_SLAB // inner, 1)
+        for row in range(rows):
+            for start in range(0, channels, step):
+                yield slice(row, row + 1), slice(start, start + step)
 
 
 def _sums(cube: NDArray[np.float32]) -> NDArray[np.float64]:
