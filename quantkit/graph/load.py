@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -117,14 +118,15 @@ def load_graph(model: ModelLike) -> Graph:
     if isinstance(model, Graph):
         return model
     if isinstance(model, ir.Model):
-        return _clean(model.clone(), "model", None)
+        return _clean(_copy(model), _stem(model.graph.name), None)
     if isinstance(model, onnx.ModelProto):
-        if not model.graph.node:
-            raise ModelError("model: it has no nodes; give a trained ONNX model.")
-        name = model.graph.name or "model"
+        name = _stem(model.graph.name)
+        # Cleaning renames tensors, and onnx-ir's are views of the message.
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
         try:
             with quiet():
-                read = ir.serde.deserialize_model(model)
+                read = ir.serde.deserialize_model(copy)
         except Exception as error:
             raise ModelError(
                 f"{name}: not a valid ONNX model ({_first_line(error)}); export it again."
@@ -132,6 +134,24 @@ def load_graph(model: ModelLike) -> Graph:
         return _clean(read, name, None)
     path = Path(model)
     return _clean(_read(path), path.stem, path)
+
+
+def _stem(name: str | None) -> str:
+    """A graph's name as it may stand in a file's."""
+    return re.sub(r"[^\w.-]+", "_", name or "") or "model"
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    """A clone whose constants may be renamed: a clone shares tensors, and lifting a constant names its tensor."""
+    copy = model.clone()
+    for node in copy.graph.all_nodes():
+        value = node.attributes.get("value")
+        if node.op_type == "Constant" and value is not None and value.type == ir.AttributeType.TENSOR:
+            tensor = value.as_tensor()
+            if tensor.dtype != ir.DataType.STRING:
+                own = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+                node.attributes["value"] = ir.AttrTensor("value", own)
+    return copy
 
 
 def _read(path: Path) -> ir.Model:
@@ -213,8 +233,9 @@ def _check_whole(model: ir.Model, what: str) -> None:
             if value is None or value.producer() is not None or value.is_graph_input():
                 continue
             if not value.is_initializer():
+                reader = f"{node.op_type} {node.name or 'without a name'}"
                 raise ModelError(
-                    f"{what}: {node.op_type} {node.name or 'without a name'} reads {value.name}, which nothing computes; "
+                    f"{what}: {reader} reads {value.name}, which nothing computes; "
                     "export or download the model again."
                 )
     for value in model.graph.outputs:
