@@ -216,6 +216,7 @@ def _clean(model: ir.Model, name: str, path: Path | None) -> Graph:
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
             passes.TopologicalSortPass()(model)
             passes.ShapeInferencePass()(model)
+            _complete_types(model)
             _restore_inputs(model, {str(n) for n in fed})
             _name_nodes(model)
             passes.NameFixPass()(model)
@@ -256,6 +257,17 @@ def _drop_initializer_inputs(model: ir.Model) -> None:
     kept = [v for v in model.graph.inputs if str(v.name) not in model.graph.initializers]
     if len(kept) != len(model.graph.inputs):
         model.graph.inputs[:] = kept
+
+
+def _complete_types(model: ir.Model) -> None:
+    """Behind an operator that shape inference does not know, a linear operator's weight tells what its input is."""
+    for node in model.graph:
+        if node.domain == "" and node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            pair = [v for v in node.inputs[:2] if v is not None]
+            known = next((v.dtype for v in pair if v.dtype is not None), None)
+            for value in [*pair, node.outputs[0]]:
+                if value.dtype is None and known is not None:
+                    value.dtype = known
 
 
 def _restore_inputs(model: ir.Model, names: set[str]) -> None:

@@ -32,7 +32,7 @@ class Site:
         index: which input (or output) of the node it is.
         shape: the tensor's shape, None or a name where a dimension is free.
         axis: for a weight the axis of its output channels, for an input with a constant weight the axis that the
-            operator contracts; None where there is none.
+            operator contracts (−1 where the rank is not known); None where there is none.
     """
 
     name: str
@@ -136,6 +136,9 @@ def _why_not(node: ir.Node) -> str:
         return "both inputs are constant"
     if node.op_type == "Gemm" and not right.is_initializer():
         return "its weight is computed, not constant"
+    if left.shape is None and right.is_initializer() and right.shape is not None and len(right.shape) > 1:
+        # Behind an operator that shape inference does not know. The last axis is the last, whatever the rank.
+        return "GEMV-shaped (N = 1): memory-bound, nothing to gain" if right.shape[-1] == 1 else ""
     if left.shape is None or right.shape is None:
         return "an input's rank is unknown"
     if len(left.shape) < 2 or len(right.shape) < 2:
@@ -154,6 +157,7 @@ def _why_not(node: ir.Node) -> str:
 def _linear_sites(node: ir.Node) -> Iterator[Site]:
     left, right = node.inputs[0], node.inputs[1]
     assert left is not None and right is not None
+    # With the rank unknown, the last axis is −1.
     rank = len(left.shape) if left.shape is not None else 0
     if node.op_type == "MatMul":
         if right.is_initializer():
@@ -167,10 +171,7 @@ def _linear_sites(node: ir.Node) -> Iterator[Site]:
             yield _site(node, 1, "input", None)
         return
     if node.op_type == "Gemm":
-        if left.is_initializer():
-            yield _site(node, 0, "weight", 1 if _int(node, "transA", 0) else 0)
-        else:
-            yield _site(node, 0, "input", 0 if _int(node, "transA", 0) else 1)
+        yield _site(node, 0, "input", 0 if _int(node, "transA", 0) else 1)
         yield _site(node, 1, "weight", 0 if _int(node, "transB", 0) else 1)
         return
     yield _site(node, 0, "input", 1)
