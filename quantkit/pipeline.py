@@ -29,10 +29,11 @@ from quantkit.export import get_emitter
 from quantkit.export.verify import Verification, verify
 from quantkit.files import atomic_write, check_output
 from quantkit.graph import Graph, ModelLike, load_graph
+from quantkit.interchange.probe import made_up_probe
 from quantkit.observe import observe
 from quantkit.plan import Plan
 from quantkit.presets import get_preset
-from quantkit.solve import solve
+from quantkit.solve import calibrator_of, solve
 from quantkit.tables import Cell, Table
 
 # Files beyond this keep their weights beside them: protobuf holds 2 GiB at most.
@@ -201,15 +202,13 @@ def export_model(
         out: the file to write; None for `<stem>.<preset>[.<target> unless tensorrt].onnx` in the current folder.
 
     Raises:
-        CacheError: the cache is damaged or of another model.
+        CacheError: the cache is damaged or of another model, or its ranges are fixed and `method` is another one.
         ExportError: the written file failed its check.
         FileError: it could not be written, or is the float model or the cache.
     """
     held = cache if isinstance(cache, CalibrationCache) else CalibrationCache.load(cache)
     emitter, wanted = get_emitter(target), get_preset(preset)
-    if method is None:
-        method, method_options = held.method, {**held.method_options, **(method_options or {})}
-    calibrator = get_calibrator(method, **(method_options or {}))
+    calibrator = calibrator_of(held, method, method_options)
     graph = load_graph(_model_of(held) if model is None else model)
     held.check_model(graph.fingerprint, str(graph.path or graph.name))
     path = Path(out) if out is not None else Path(default_name(graph.name, preset, target))
@@ -222,11 +221,15 @@ def export_model(
         target=emitter.target,
         calibrator=calibrator,
         everything=everything,
+        ranges=held.ranges,
     )
     written = emitter.emit(graph, plan)
+    probe = fill_batch(dict(held.probe), graph.inputs)
+    if held.ranges:
+        probe = made_up_probe(graph, held.ranges)
     with atomic_write(path) as temporary:
         save(written, temporary)
-        checked = verify(temporary, graph, plan, fill_batch(dict(held.probe), graph.inputs)) if held.probe else None
+        checked = verify(temporary, graph, plan, probe) if probe else None
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
     return Exported(
         path=path,
@@ -234,7 +237,9 @@ def export_model(
         size_bytes=size,
         float_size_bytes=graph.weight_bytes,
         verification=checked,
-        warnings=tuple(clipping_warnings(plan, histograms)),
+        warnings=tuple(
+            clipping_warnings(plan, histograms) if calibrator else _imported_warnings(plan, probe)
+        ),
     )
 
 
@@ -287,6 +292,22 @@ def evaluate_model(
             batch_size=batch_size,
             on_samples=lambda count: bar.update(count),
         )
+
+
+def _imported_warnings(plan: Plan, probe: Mapping[str, NDArray[Any]] | None) -> list[str]:
+    """What fixed ranges leave open."""
+    found = [
+        "the imported ranges come without a sample: the file was run on made-up input alone; evaluate it on real data"
+        if probe
+        else "the imported ranges come without a sample, and no made-up input runs: the file was not run; evaluate it "
+        "on real data"
+    ]
+    if plan.preset != "int8":
+        found.append(
+            f"the imported ranges were chosen for 8-bit integers, and {plan.preset} clips at them too; "
+            "ranges of its own need `quantkit calibrate`"
+        )
+    return found
 
 
 def default_name(stem: str, preset: str, target: str) -> str:

@@ -4,12 +4,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from quantkit.calibrators import Calibrator, weight_range
-from quantkit.errors import PlanError, SpecError
+from quantkit.cache import IMPORTED, CalibrationCache
+from quantkit.calibrators import Calibrator, get_calibrator, weight_range
+from quantkit.errors import CacheError, PlanError, SpecError
 from quantkit.formats import QParams, QuantSpec, Range, qparams_from_range, quantize
 from quantkit.graph import Graph, LeftAlone, Site, find_sites, sharing_groups
 from quantkit.graph.sites import LINEAR_OPS
@@ -21,14 +23,42 @@ from quantkit.statistics import FloatHistogram
 _INT32_MAX = 2**31 - 1
 
 
+def calibrator_of(
+    cache: CalibrationCache, method: str | None = None, options: Mapping[str, Any] | None = None
+) -> Calibrator | None:
+    """Return the calibrator to solve a cache with; None where its ranges are fixed, so that there is nothing to solve.
+
+    Args:
+        cache: the calibration cache.
+        method: the method asked for; None for the one the cache records, with its options.
+        options: the method's options.
+
+    Raises:
+        CacheError: the ranges are fixed, and another method or an option is asked for.
+        UnknownNameError, SpecError: the method or its options are unknown.
+    """
+    if cache.ranges:
+        if method not in (None, IMPORTED) or options:
+            raise CacheError(
+                f"method {method or cache.method}: the cache holds fixed ranges, imported from "
+                f"{cache.data.get('file', 'a file')}, that no method can change; leave --method out, or measure with "
+                "`quantkit calibrate`."
+            )
+        return None
+    if method is None:
+        return get_calibrator(cache.method, **{**cache.method_options, **(options or {})})
+    return get_calibrator(method, **(options or {}))
+
+
 def solve(
     graph: Graph,
     histograms: Mapping[str, FloatHistogram],
     *,
     preset: Preset,
     target: Target,
-    calibrator: Calibrator,
+    calibrator: Calibrator | None,
     everything: bool = False,
+    ranges: Mapping[str, Range] | None = None,
 ) -> Plan:
     """Return the plan that `calibrator` finds.
 
@@ -42,15 +72,19 @@ def solve(
         preset: formats and what stays in float by default.
         target: what will run the model.
         calibrator: the method for activations. Weights are known whole: theirs is their largest magnitude.
+            None where the ranges are fixed.
         everything: quantize also what the preset leaves in float.
+        ranges: fixed ranges by tensor name, in place of histograms. They are taken as they are: tensors that are
+            tied together keep each its own.
 
     Raises:
         PlanError: there is nothing that can be quantized so.
     """
-    unfit = _unfit(graph, histograms)
+    ranges = ranges or {}
+    unfit = _unfit(graph, histograms, ranges)
     while True:
         placement = place(graph, preset, target, everything=everything, unfit=unfit)
-        activations, misfits = _solve_activations(graph, histograms, placement, calibrator)
+        activations, misfits = _solve_activations(graph, histograms, placement, calibrator, ranges)
         if not misfits:
             break
         # Without them the placement is another one; each round takes at least one tensor out.
@@ -64,7 +98,7 @@ def solve(
         fingerprint=graph.fingerprint,
         preset=preset.name,
         target=target.name,
-        method=calibrator.name,
+        method=IMPORTED if calibrator is None else calibrator.name,
         activations=activations,
         weights=weights,
         biases=biases,
@@ -73,12 +107,18 @@ def solve(
     )
 
 
-def _unfit(graph: Graph, histograms: Mapping[str, FloatHistogram]) -> dict[str, str]:
+def _unfit(
+    graph: Graph, histograms: Mapping[str, FloatHistogram], ranges: Mapping[str, Range]
+) -> dict[str, str]:
     unfit: dict[str, str] = {}
     for site in find_sites(graph)[0]:
         if site.role == "weight":
             if site.name not in unfit and not np.all(np.isfinite(graph.array(site.name).astype(np.float32))):
                 unfit[site.name] = f"weight {site.name} holds NaN or infinity"
+            continue
+        if ranges:
+            if site.name not in ranges:
+                unfit[site.name] = f"tensor {site.name} has no range in the imported file"
             continue
         histogram = histograms.get(site.name)
         if histogram is None or histogram.count == 0:
@@ -105,19 +145,27 @@ def _nothing_left(graph: Graph, preset: Preset, left: list[LeftAlone]) -> str:
 
 
 def _solve_activations(
-    graph: Graph, histograms: Mapping[str, FloatHistogram], placement: Placement, calibrator: Calibrator
+    graph: Graph,
+    histograms: Mapping[str, FloatHistogram],
+    placement: Placement,
+    calibrator: Calibrator | None,
+    ranges: Mapping[str, Range],
 ) -> tuple[dict[str, ActivationPlan], dict[str, str]]:
     """Return the plans, and the tensors that cannot have one with the reason."""
     plans: dict[str, ActivationPlan] = {}
     misfits: dict[str, str] = {}
     solved: set[str] = set()
-    for group in [*sharing_groups(graph), *({name} for name in placement.activations)]:
+    tied = [] if ranges else sharing_groups(graph)
+    for group in [*tied, *({name} for name in placement.activations)]:
         members = sorted((group & placement.activations.keys()) - solved)
         if not members:
             continue
         solved.update(members)
-        merged = reduce(FloatHistogram.merge, (histograms[name] for name in members))
-        found = calibrator.solve(merged, placement.spec)
+        if calibrator is None:
+            found = ranges[members[0]]
+        else:
+            merged = reduce(FloatHistogram.merge, (histograms[name] for name in members))
+            found = calibrator.solve(merged, placement.spec)
         for name in members:
             try:
                 qparams = qparams_from_range(found, placement.spec, scale_dtype=_float_dtype(graph, name))

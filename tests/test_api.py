@@ -21,6 +21,7 @@ PACKAGE = ROOT / "quantkit"
 HOUSE = (
     ("cli",),
     ("pipeline",),
+    ("interchange",),
     ("evaluate", "observe", "solve"),
     ("export", "kernels", "cache", "diagnose", "placement"),
     ("simulate", "cache_merge", "evaluation"),
