@@ -6,6 +6,7 @@ QuantkitError                 everything below; the command line turns it into o
  ├── CacheError               a calibration cache: damaged, of another model, overlapping, or lacking a statistic
  ├── SpecError                a number format, range or scale that does not fit its tensor
  ├── UnknownNameError         a method, format, target or preset nobody has registered
+ ├── RecipeError              a recipe that cannot be read, or says what there is not
  ├── PlanError                a plan that does not fit the graph it is to be applied to
  ├── ExportError              a written model that does not do what its plan says
  ├── KernelError              a kernel that cannot be built or launched, or breaks a rule in the emulator
@@ -37,6 +38,10 @@ class SpecError(QuantkitError):
 
 class UnknownNameError(QuantkitError):
     """A name that no built-in and no plug-in answers to."""
+
+
+class RecipeError(QuantkitError):
+    """A recipe that cannot be read, or a rule in it that says what there is not."""
 
 
 class PlanError(QuantkitError):
