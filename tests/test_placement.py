@@ -1,0 +1,131 @@
+from itertools import product
+
+import pytest
+
+from quantkit.export import get_emitter
+from quantkit.formats import FP8_E4M3, INT8, UINT8
+from quantkit.graph import load_graph
+from quantkit.placement import Placement, place
+from quantkit.presets import get_preset
+from tests.models import MODELS, TinyModel, model_of
+from tests.plans import TARGETS
+
+every_model = pytest.mark.parametrize("tiny", MODELS.values(), ids=MODELS)
+
+
+def placed(
+    name: str,
+    target: str = "tensorrt",
+    preset: str = "int8",
+    *,
+    everything: bool = False,
+    unfit: dict[str, str] | None = None,
+) -> Placement:
+    graph = load_graph(MODELS[name].build())
+    return place(
+        graph, get_preset(preset), get_emitter(target).target, everything=everything, unfit=unfit or {}
+    )
+
+
+def left(placement: Placement) -> dict[str, str]:
+    return {x.node: x.reason for x in placement.left}
+
+
+@every_model
+def test_a_linear_node_is_quantized_or_left_with_a_reason(tiny: TinyModel) -> None:
+    graph = load_graph(tiny.build())
+    linear = [
+        n.name
+        for n in graph.model.graph.all_nodes()
+        if n.domain == "" and n.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    ]
+    for target, preset, everything in product(TARGETS, ("int8", "fp8"), (False, True)):
+        found = place(graph, get_preset(preset), get_emitter(target).target, everything=everything)
+        assert sorted(linear) == sorted([*found.nodes, *left(found)])
+        assert all(left(found).values())
+
+
+def test_formats_come_from_the_target_for_int8_and_from_the_preset_for_fp8() -> None:
+    assert placed("conv_relu").spec.format is INT8
+    assert placed("conv_relu", "ort").spec.symmetric
+    assert placed("conv_relu", "ort-cpu").spec.format is UINT8
+    assert not placed("conv_relu", "ort-cpu").spec.symmetric
+    assert {placed("conv_relu", t, "fp8").spec.format for t in TARGETS} == {FP8_E4M3}
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "ort"])
+def test_only_inputs_are_quantized_and_only_for_those_who_read_them_so(target: str) -> None:
+    assert placed("conv_relu", target).activations == {"x": (("Conv", 0),), "r": (("Conv_1", 0),)}
+
+
+def test_ort_cpu_quantizes_what_convolutions_write_but_not_the_models_output() -> None:
+    found = placed("conv_relu", "ort-cpu").activations
+    assert found == {"x": (("Conv", 0),), "r": ()}
+
+
+def test_ort_cpu_leaves_float_readers_of_a_matmuls_input_alone() -> None:
+    # The residual stream of a transformer: rounding it for the Add would cost accuracy and win nothing.
+    assert placed("layernorm_mlp", "ort-cpu").activations == {"n": (("MatMul", 0),), "h": (("MatMul_1", 0),)}
+    model = model_of("""(float[N,6,8] x) => (float[N,6,8] y) <float[8,8] w> {
+        t = Tanh (x) m = MatMul (t, w) y = Add (t, m) }""")
+    found = place(load_graph(model), get_preset("int8"), get_emitter("ort-cpu").target)
+    assert found.activations == {"t": (("MatMul", 0),)}
+
+
+def test_the_skip_of_a_residual_add_is_quantized_for_tensorrt_in_int8_alone() -> None:
+    assert ("Add", 1) in placed("residual_identity").activations["s"]
+    assert placed("residual_downsample").activations["d"] == (("Add", 0),)
+    for everything in (False, True):
+        fp8 = placed("residual_identity", preset="fp8", everything=everything).activations
+        assert not any(("Add", index) in readers for readers in fp8.values() for index in (0, 1))
+
+
+def test_ort_cpu_quantizes_both_sides_of_a_residual_add_and_its_sum() -> None:
+    model = MODELS["residual_identity"].build()
+    node = model.graph.node.add(op_type="Neg", input=["y"], output=["z2"])
+    model.graph.output[0].name = node.output[0]
+    found = place(load_graph(model), get_preset("int8"), get_emitter("ort-cpu").target).activations
+    assert found == {"x": (("Conv", 0),), "s": (), "r": (), "c": (), "y": ()}
+
+
+def test_a_skip_is_not_quantized_when_the_convolution_beside_it_is_not() -> None:
+    found = placed("residual_identity", unfit={"r": "it is broken"}).activations
+    assert found["s"] == (("Conv_1", 0),)
+
+
+# --- what stays in float ------------------------------------------------------------------------------------
+
+
+def test_fp8_leaves_gemm_and_narrow_convolutions_in_float_unless_told_otherwise() -> None:
+    assert set(left(placed("pass_through", preset="fp8"))) == {"Conv", "Conv_1", "Gemm"}
+    assert "--all" in left(placed("pass_through", preset="fp8"))["Gemm"]
+    assert not left(placed("pass_through", preset="fp8", everything=True))
+    assert not left(placed("pass_through"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("tensor", ["r", "w2", "b2"])
+def test_nodes_that_read_an_unfit_tensor_stay_in_float_with_its_reason(target: str, tensor: str) -> None:
+    names = {"r": ("conv_relu", "Conv_1"), "w2": ("pass_through", "Gemm"), "b2": ("pass_through", "Gemm")}
+    name, node = names[tensor]
+    found = placed(name, target, everything=True, unfit={tensor: "it is broken"})
+    assert left(found) == {node: "it is broken"}
+    assert tensor not in found.activations
+    assert tensor not in {site.name for site in found.weights}
+    assert node not in found.nodes
+
+
+def test_ort_cpu_leaves_an_add_alone_that_touches_an_unfit_tensor() -> None:
+    found = placed("residual_downsample", "ort-cpu", unfit={"d": "it is broken"}).activations
+    assert "d" not in found
+    assert found == {"x": (("Conv", 0), ("Conv_1", 0)), "r": (), "c": ()}
+
+
+def test_an_output_that_a_layer_reads_too_is_quantized_for_that_layer() -> None:
+    for target in TARGETS:
+        assert placed("intermediate_output", target).activations["r"] == (("Conv_1", 0),)
+
+
+def test_a_weight_used_along_two_axes_is_placed_twice() -> None:
+    axes = [(s.name, s.axis) for s in placed("shared_weight_axes").weights]
+    assert axes == [("w", 1), ("w", 0)]
