@@ -294,7 +294,7 @@ def evaluate_model(
         )
 
 
-def _imported_warnings(plan: Plan, probe: Mapping[str, NDArray[Any]] | None) -> list[str]:
+def _imported_warnings(plan: Plan, probe: Mapping[str, NDArray[Any]]) -> list[str]:
     """What fixed ranges leave open."""
     found = [
         "the imported ranges come without a sample: the file was run on made-up input alone; evaluate it on real data"
@@ -302,7 +302,7 @@ def _imported_warnings(plan: Plan, probe: Mapping[str, NDArray[Any]] | None) -> 
         else "the imported ranges come without a sample, and no made-up input runs: the file was not run; evaluate it "
         "on real data"
     ]
-    if plan.preset != "int8":
+    if any((a.spec.format.kind, a.spec.format.bits) != ("integer", 8) for a in plan.activations.values()):
         found.append(
             f"the imported ranges were chosen for 8-bit integers, and {plan.preset} clips at them too; "
             "ranges of its own need `quantkit calibrate`"

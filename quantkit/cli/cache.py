@@ -5,9 +5,15 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli import options
+from quantkit.cli import interchange, options
 
-app = typer.Typer(help="Show and merge calibration caches.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Show and merge calibration caches; read and write those of other tools.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.command("import")(interchange.import_)
+app.command("export")(interchange.export)
 
 
 @app.command("show")

@@ -30,6 +30,9 @@ from quantkit.tables import Cell, Table
 
 EXPORT_FORMATS = ("tensorrt", "ort", "ort-json", "ort-flatbuffers", "aimet", "aimet-0.6.1")
 
+# Names that a line holds; JSON has all of them.
+_SHOWN = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
@@ -101,6 +104,16 @@ class ExportedTable:
     method: str
     ranges: Mapping[str, Range]
     left_out: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON would hold it."""
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "method": self.method,
+            "ranges": {name: [float(r.lo), float(r.hi)] for name, r in self.ranges.items()},
+            "left_out": dict(self.left_out),
+        }
 
 
 def import_cache(file: str | os.PathLike[str], model: ModelLike, *, format: str | None = None) -> Imported:
@@ -286,4 +299,4 @@ def _names(model: ModelLike) -> set[str]:
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return ", ".join(names[:_SHOWN]) + (f", … and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
