@@ -88,7 +88,8 @@ void arrive(Block& block, uint32_t offset, int64_t bytes) {
   Mbarrier& barrier = mbarrier_at(block, offset);
   tell(barrier.async_known);
   barrier.bytes += bytes;
-  if (barrier.bytes > MOST_BYTES) fail("mbarrier", "expects %lld bytes; the limit is 2^20 - 1", (long long)barrier.bytes);
+  if (barrier.bytes > MOST_BYTES)
+    fail("mbarrier", "expects %lld bytes; the limit is 2^20 - 1", (long long)barrier.bytes);
   if (barrier.pending == 0)
     fail("mbarrier", "one arrival more than the %d it was initialised for (%lld bytes of this phase are missing)",
          barrier.count, (long long)barrier.bytes);
@@ -102,7 +103,8 @@ void complete_bytes(Block& block, uint32_t offset, int64_t bytes) {
   Mbarrier& barrier = mbarrier_at(block, offset);
   barrier.bytes -= bytes;
   barrier.async_known = machine->time;
-  if (barrier.bytes < -MOST_BYTES) fail("mbarrier", "%lld bytes arrived that nobody expects", (long long)-barrier.bytes);
+  if (barrier.bytes < -MOST_BYTES)
+    fail("mbarrier", "%lld bytes arrived that nobody expects", (long long)-barrier.bytes);
   complete_if_due(barrier);
 }
 

@@ -9,11 +9,11 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantkit.errors import KernelError
+from quantkit.files import atomic_write
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE.parent / "cuda" / "include"
@@ -51,12 +51,9 @@ def _headers() -> list[bytes]:
 
 
 def _compile(compiler: str, arguments: Sequence[str | Path], target: Path, what: str) -> None:
-    """Run the compiler into a temporary file beside `target`, then rename it to `target`."""
+    """Run the compiler and publish what it makes as `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with atomic_write(target) as temporary:
         command = [compiler, *map(str, arguments), "-o", str(temporary)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -64,9 +61,6 @@ def _compile(compiler: str, arguments: Sequence[str | Path], target: Path, what:
                 line for line in done.stderr.splitlines() if "error" in line
             ] or done.stderr.splitlines()
             raise KernelError(f"{what}: the emulator's build failed: {' | '.join(errors[:3])}")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _require_compiler() -> str:
@@ -79,7 +73,7 @@ def _require_compiler() -> str:
 def build_library(cache: Path = DEFAULT_CACHE) -> Path:
     """Return the emulator's shared library, built if the cache lacks it.
 
-    KernelError: no compiler, or the build fails.
+    KernelError: no compiler, or the build fails. FileError: the cache cannot be written.
     """
     compiler = _require_compiler()
     sources = sorted(HERE.glob("*.cpp"))
@@ -119,15 +113,7 @@ def build_kernel(
     target = cache / f"{source.stem}-{key}.so"
     if not target.exists():
         # The library is named by its full path, so the kernel finds this very build of it.
-        arguments = [
-            *flags,
-            *(f"-I{folder}" for folder in folders),
-            "-x",
-            "c++",
-            source,
-            "-x",
-            "none",
-            library,
-        ]
+        search = [f"-I{folder}" for folder in folders]
+        arguments: list[str | Path] = [*flags, *search, "-x", "c++", source, "-x", "none", library]
         _compile(compiler, arguments, target, source.name)
     return target

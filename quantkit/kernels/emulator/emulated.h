@@ -95,7 +95,9 @@ QK_TEMPLATE void store_wait(emulator::Place place) {
 }
 
 template <class Type, int Columns>
-constexpr bool wgmma_has_n = Columns % 8 == 0 && Columns >= 8 && Columns <= 256 && (Type::code != S8::code || Columns <= 24 || Columns % 16 == 0);
+constexpr bool wgmma_has_n =
+    Columns % 8 == 0 && Columns >= 8 && Columns <= 256 &&
+    (Type::code != S8::code || Columns <= 24 || Columns % 16 == 0);
 
 template <class Type, int Columns>
 QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, uint64_t a, uint64_t b, bool accumulate,

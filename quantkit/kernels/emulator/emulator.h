@@ -46,7 +46,8 @@ void cp_async_wait(int pending, Place place);
 void mma(int type, void* d, const uint32_t* a, const uint32_t* b, Place place);
 
 // blocks: bit r selects block r of the cluster; 0 is this block alone.
-void tma_load(uint32_t shared, const void* map, uint32_t barrier, uint32_t blocks, const int* at, int rank, Place place);
+void tma_load(uint32_t shared, const void* map, uint32_t barrier, uint32_t blocks, const int* at, int rank,
+              Place place);
 void tma_store(const void* map, uint32_t shared, const int* at, int rank, bool add, Place place);
 void store_wait(int pending, bool read_only, Place place);
 

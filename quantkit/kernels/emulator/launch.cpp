@@ -9,8 +9,6 @@ using namespace qk::emulator;
 
 extern "C" {
 
-constexpr size_t PAGE = 4096;
-
 struct QkBuffer {
   char* start;
   uint64_t bytes;

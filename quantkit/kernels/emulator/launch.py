@@ -5,7 +5,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from quantkit.errors import KernelError
 from quantkit.kernels.emulator.build import DEFAULT_CACHE, build_kernel, build_library
+from quantkit.kernels.emulator.native import Buffer, Launch, Memory, ParameterSizes, Report, open_library
 from quantkit.kernels.emulator.tensor_map import TensorMap
 
 Argument = np.ndarray | np.generic | TensorMap
@@ -37,7 +37,7 @@ class EmulatorError(KernelError):
     """A kernel that did what no GPU promises to do right.
 
     kind: 'out of range', 'misaligned', 'unfinished copy', 'overwrite', 'proxy', 'mbarrier', 'barrier', 'wgmma',
-        'descriptor', 'registers', 'divergence', 'deadlock', 'timeout', 'tensor map', 'unfinished store',
+        'registers', 'divergence', 'deadlock', 'timeout', 'tensor map', 'unfinished store',
         'stack overflow', 'resources'.
     block, thread: coordinates (x, y, z) of the thread that was caught. file, line: the instruction it was at.
     """
@@ -51,113 +51,14 @@ class EmulatorError(KernelError):
         self.line = line
 
 
-class _Buffer(ctypes.Structure):
-    _fields_ = (("start", ctypes.c_void_p), ("bytes", ctypes.c_uint64))
-
-
-class _Launch(ctypes.Structure):
-    _fields_ = (
-        ("entry", ctypes.c_void_p),
-        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
-        ("grid", ctypes.c_uint32 * 3),
-        ("block", ctypes.c_uint32 * 3),
-        ("cluster", ctypes.c_uint32),
-        ("shared_bytes", ctypes.c_uint32),
-        ("mode", ctypes.c_int32),
-        ("resident_clusters", ctypes.c_int32),
-        ("seed", ctypes.c_uint64),
-        ("timeout_s", ctypes.c_double),
-        ("buffers", ctypes.POINTER(_Buffer)),
-        ("buffer_count", ctypes.c_uint64),
-    )
-
-
-class _Report(ctypes.Structure):
-    _fields_ = (
-        ("failed", ctypes.c_int32),
-        ("line", ctypes.c_int32),
-        ("block", ctypes.c_uint32 * 3),
-        ("thread", ctypes.c_uint32 * 3),
-        ("switches", ctypes.c_uint64),
-        ("kind", ctypes.c_char * 32),
-        ("file", ctypes.c_char * 512),
-        ("message", ctypes.c_char * 4096),
-    )
-
-
-class _ParameterSizes(ctypes.Structure):
-    _fields_ = (("count", ctypes.c_uint64), ("bytes", ctypes.c_uint64 * 64))
-
-
 # The library emulates one launch at a time.
 _lock = threading.Lock()
-
-
-@cache
-def _library(path: Path) -> Any:
-    library = ctypes.CDLL(str(path))
-    library.qk_allocate.restype = ctypes.c_void_p
-    library.qk_allocate.argtypes = (ctypes.c_uint64,)
-    library.qk_is_intact.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
-    library.qk_free.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
-    library.qk_free.restype = None
-    library.qk_launch.argtypes = (ctypes.POINTER(_Launch), ctypes.POINTER(_Report))
-    library.qk_launch.restype = None
-    return library
 
 
 def _three(dim: int | Sequence[int]) -> tuple[int, int, int]:
     values = (dim,) if isinstance(dim, int) else tuple(dim)
     x, y, z = (*values, 1, 1, 1)[:3]
     return x, y, z
-
-
-class _Memory:
-    """The launch's device memory: one guarded copy of every array, written back when the launch succeeds."""
-
-    def __init__(self, library: Any) -> None:
-        self._library = library
-        self._copies: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
-
-    def address_of(self, array: np.ndarray) -> int:
-        if not array.flags.c_contiguous:
-            raise KernelError(
-                "emulator: an array argument is not contiguous; pass numpy.ascontiguousarray of it."
-            )
-        host = array.ctypes.data
-        for start, nbytes in self._copies:
-            if (
-                (start, nbytes) != (host, array.nbytes)
-                and start < host + array.nbytes
-                and host < start + nbytes
-            ):
-                raise KernelError(
-                    "emulator: two array arguments overlap; pass the whole array and an offset."
-                )
-        key = (host, array.nbytes)
-        if key not in self._copies:
-            address = self._library.qk_allocate(array.nbytes)
-            if not address:
-                raise KernelError(f"emulator: no memory for an argument of {array.nbytes} bytes.")
-            ctypes.memmove(address, host, array.nbytes)
-            self._copies[key] = (address, array)
-        return self._copies[key][0]
-
-    def buffers(self) -> list[_Buffer]:
-        return [_Buffer(address, array.nbytes) for address, array in self._copies.values()]
-
-    def write_back(self) -> None:
-        for number, (address, array) in enumerate(self._copies.values()):
-            if not self._library.qk_is_intact(address, array.nbytes):
-                raise KernelError(
-                    f"emulator: the kernel wrote past an end of buffer {number} ({array.nbytes} bytes)."
-                )
-            if array.flags.writeable:
-                ctypes.memmove(array.ctypes.data, address, array.nbytes)
-
-    def free(self) -> None:
-        for address, array in self._copies.values():
-            self._library.qk_free(address, array.nbytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,18 +73,18 @@ class Kernel:
 
     def __init__(self, name: str, kernel_path: Path, library_path: Path) -> None:
         self.name = name
-        self._library = _library(library_path)
+        self._library = open_library(library_path)
         self._module = ctypes.CDLL(str(kernel_path))
         try:
             self._entry = ctypes.cast(getattr(self._module, f"qk_entry_{name}"), ctypes.c_void_p)
-            sizes = _ParameterSizes.in_dll(self._module, f"qk_parameters_{name}")
+            sizes = ParameterSizes.in_dll(self._module, f"qk_parameters_{name}")
         except (AttributeError, ValueError) as error:
             raise KernelError(
                 f"{kernel_path.name}: no kernel {name}; end the source with QK_EXPORT({name})."
             ) from error
         self.parameter_bytes = tuple(sizes.bytes[: sizes.count])
 
-    def _pack(self, arguments: Sequence[Argument], memory: _Memory) -> list[bytes]:
+    def _pack(self, arguments: Sequence[Argument], memory: Memory) -> list[bytes]:
         if len(arguments) != len(self.parameter_bytes):
             raise KernelError(
                 f"{self.name}: {len(arguments)} arguments for {len(self.parameter_bytes)} parameters."
@@ -241,13 +142,13 @@ class Kernel:
         for wrong, complaint in complaints:
             if wrong:
                 raise KernelError(f"{self.name}: {complaint}.")
-        memory = _Memory(self._library)
+        memory = Memory(self._library)
         try:
             packed = self._pack(arguments, memory)
             parameters = [ctypes.create_string_buffer(data, len(data)) for data in packed]
             pointers = (ctypes.c_void_p * max(1, len(parameters)))(*map(ctypes.addressof, parameters))
             buffers = memory.buffers()
-            launch = _Launch(
+            launch = Launch(
                 self._entry,
                 ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p)),
                 (ctypes.c_uint32 * 3)(*grid3),
@@ -258,10 +159,10 @@ class Kernel:
                 max(1, multiprocessors // cluster),
                 seed,
                 timeout_s,
-                (_Buffer * max(1, len(buffers)))(*buffers),
+                (Buffer * max(1, len(buffers)))(*buffers),
                 len(buffers),
             )
-            report = _Report()
+            report = Report()
             with _lock:
                 self._library.qk_launch(ctypes.byref(launch), ctypes.byref(report))
             if report.failed:
@@ -271,7 +172,7 @@ class Kernel:
             memory.free()
         return LaunchReport(switches=report.switches)
 
-    def _error(self, report: _Report) -> EmulatorError:
+    def _error(self, report: Report) -> EmulatorError:
         kind, message = report.kind.decode(), report.message.decode(errors="replace")
         file, line = report.file.decode(), int(report.line)
         block, thread = tuple(report.block), tuple(report.thread)

@@ -54,11 +54,12 @@ struct Word {
   bool barrier = false;  // part of an mbarrier object
 };
 
-// 16 bytes of global memory that a block has stored and not yet released to other blocks.
+// 16 bytes of global memory that a block has stored and not yet released to other blocks, by address / 16.
 struct StoredLine {
   uint16_t valid = 0;  // one bit a byte
   char bytes[16];
 };
+using StoredLines = std::unordered_map<uintptr_t, StoredLine>;
 
 struct Mbarrier {
   uint64_t initialised_at = 0, async_known = 0;
@@ -167,7 +168,7 @@ struct Block {
   int free_registers = 0, launch_registers = 0;
   std::vector<Thread*> waiting_registers;
   int incoming = 0;                   // TMA loads still to arrive here
-  std::unordered_map<uintptr_t, StoredLine> stored;
+  StoredLines stored;
   bool ended = false;
 };
 
@@ -205,6 +206,7 @@ struct Machine {
   uint64_t time = 1;                  // counts accesses to shared memory
   std::vector<Arrival> arrivals;
   std::vector<std::unique_ptr<Cluster>> clusters;
+  std::vector<StoredLines> late_stores;
   void* main_stack_pointer = nullptr;
   std::string error, error_kind;
   Place error_place{};
@@ -223,6 +225,18 @@ extern Machine* machine;
 
 inline Thread& self() { return *static_cast<Thread*>(current); }
 
+// ---- fibers.cpp ----------------------------------------------------------------------------------------------
+
+constexpr size_t STACK_BYTES = 64 << 10;
+constexpr size_t PAGE = 4096;
+
+// Save the callee-saved registers on the stack, store the stack pointer in *from, and continue at `to`.
+extern "C" void qk_switch(void** from, void* to);
+// A stack pointer at which qk_switch begins to run `entry`.
+void* prepare_stack(char* top, void (*entry)());
+char* take_stack();
+void return_stack(char* stack);
+
 // ---- machine.cpp ---------------------------------------------------------------------------------------------
 
 // Stop the launch with a message about the current thread's current instruction.
@@ -239,10 +253,15 @@ void make_ready(Thread* thread);
 uint32_t record(const char* name, Place place);
 std::string describe(uint32_t operation);
 std::string describe(Place place);
-void run();
+std::string who_waits();
+Thread* pick();
 
 // All 32 lanes bring an input and an output; the last one runs `finish` for all.
 void meet_warp(const void* input, void* output, const std::function<void(Warp&)>& finish);
+
+// ---- run.cpp -------------------------------------------------------------------------------------------------
+
+void run();
 
 // ---- memory.cpp ----------------------------------------------------------------------------------------------
 
@@ -267,6 +286,7 @@ void acquire(uint64_t time, uint64_t async_known);
 void tell(uint64_t& async_known);
 // What the block stored becomes visible to other blocks.
 void release_stores(Block& block);
+void write_stores(const StoredLines& stored);
 void begin_write(Block& block, uint32_t offset, uint32_t bytes, uint32_t operation);
 void end_write(Block& block, uint32_t offset, uint32_t bytes);
 void finish_copies(Thread& thread, int groups);
@@ -283,7 +303,7 @@ void thread_left(Thread& thread);
 void land_one();
 void finish_stores(Thread& thread, int groups, bool read_only);
 
-// ---- tensor_core.cpp -----------------------------------------------------------------------------------------
+// ---- multiply.cpp, wgmma.cpp ----------------------------------------------------------------------------------
 
 // d[m][n] (+)= a[m] . b[n] over rows of 32 bytes; d has a pitch of 256 words.
 void multiply(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32], uint32_t (*d)[256],

@@ -23,7 +23,8 @@ constexpr int INT32 = 3, FLOAT32 = 7;           // CUtensorMapDataType
 Map decode(const void* pointer, int rank) {
   Map map;
   memcpy(&map, pointer, sizeof map);
-  if (map.magic != MAGIC) fail("tensor map", "these 128 bytes are no tensor map; pass it as a QK_GRID_CONSTANT parameter");
+  if (map.magic != MAGIC)
+    fail("tensor map", "these 128 bytes are no tensor map; pass it as a QK_GRID_CONSTANT parameter");
   if (map.rank != rank) fail("tensor map", "%d coordinates for a tensor map of %d dimensions", rank, map.rank);
   return map;
 }

@@ -247,12 +247,6 @@ FAULT(wgmma_operand_past_the_end, 128)(float* out) {
   wgmma<E4M3, 8>(d, operand() + 128, operand(), false);
 }
 QK_EXPORT(wgmma_operand_past_the_end)
-FAULT(wgmma_operand_inside_pattern, 128)(float* out) {
-  Registers<float, 4> d;
-  wgmma_fence();
-  wgmma<E4M3, 8>(d, matrix_descriptor(shared_base() + 128, 0, 256, Swizzle::BYTES_32), operand(), false);
-}
-QK_EXPORT(wgmma_operand_inside_pattern)
 FAULT(wgmma_of_three_warps, 128)(float* out) {
   Registers<float, 4> d;
   if (threadIdx.x < 96) {

@@ -222,7 +222,8 @@ QK_EXPORT(cluster_ring)
 
 #if QK_EMULATED || QK_MULTICAST_INSTRUCTIONS
 // Block r loads row block r of the map into every block of the cluster whose bit is set in `blocks`.
-QK_CLUSTER_KERNEL(128, 1, CLUSTER) multicast(const QK_GRID_CONSTANT TensorMap map, uint8_t* out, int bytes, int rows, int blocks) {
+QK_CLUSTER_KERNEL(128, 1, CLUSTER) multicast(const QK_GRID_CONSTANT TensorMap map, uint8_t* out, int bytes,
+                                                  int rows, int blocks) {
   const uint32_t base = shared_base(), rank = cluster_rank(), size = cluster_size(), barrier = base + bytes * size;
   const bool receives = blocks >> rank & 1;
   if (threadIdx.x == 0) {

@@ -86,7 +86,8 @@ wgmma_tile(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tensor
       for (int step = 0; step < steps; step++, turn++) {
         const int s = turn % STAGES;
         mbarrier_wait(full + 8 * s, turn / STAGES & 1);
-        const uint32_t stage_a = base + s * STAGE_BYTES + consumer * 64 * ROW, stage_b = base + s * STAGE_BYTES + TILE_M * ROW;
+        const uint32_t stage_a = base + s * STAGE_BYTES + consumer * 64 * ROW;
+        const uint32_t stage_b = base + s * STAGE_BYTES + TILE_M * ROW;
         wgmma_fence();
         QK_UNROLL for (int k = 0; k < ROW / 32; k++)
           wgmma<Type, TILE_N>(sum, descriptor(stage_a + k * 32), descriptor(stage_b + k * 32), step + k > 0);

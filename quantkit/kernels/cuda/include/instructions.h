@@ -230,7 +230,8 @@ QK_PURE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, uin
 // t = lane % 4: d[4j + 2h + e] is row 16w + g + 8h, column 8j + 2t + e. Warpgroup function; it returns at once.
 // N is a multiple of 8 up to 256; for S8 one of 8, 16, 24, 32, 48, 64, and so on in steps of 16.
 template <class Type, int Columns>
-QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, uint64_t a, uint64_t b, bool accumulate QK_AT);
+QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, uint64_t a, uint64_t b,
+                       bool accumulate QK_AT);
 // The same with A in registers: each warp's 16 rows as in mma.
 template <class Type, int Columns>
 QK_TEMPLATE void wgmma(Registers<typename Type::Accumulator, Columns / 2>& d, Registers<uint32_t, 4>& a, uint64_t b,

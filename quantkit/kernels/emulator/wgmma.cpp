@@ -1,68 +1,10 @@
-// The matrix instructions: ldmatrix, stmatrix, mma, and wgmma with its descriptors and its asynchrony.
+// wgmma: descriptors, the registers it owns until it is waited for, and its asynchrony.
 #include "machine.h"
 
 namespace qk {
 namespace emulator {
 
 namespace {
-
-// ---- fragments -----------------------------------------------------------------------------------------------
-
-// Lanes 8i … 8i+7 address the rows of matrix i.
-void load_matrices(int count, bool transposed, uint32_t address, uint32_t* registers) {
-  Thread& t = self();
-  Block& block = *t.parent;
-  uint32_t offset = 0;
-  if (t.lane < 8 * count) {
-    SharedAddress s = resolve(address, 16, 16);
-    if (s.block != &block) fail("out of range", "ldmatrix reads the block's own shared memory");
-    check_read(block, s.offset, 16, false);
-    note_read(block, s.offset, 16);
-    offset = s.offset;
-  }
-  meet_warp(&offset, registers, [&](Warp& warp) {
-    for (int m = 0; m < count; m++) {
-      uint16_t matrix[8][8];
-      for (int row = 0; row < 8; row++)
-        memcpy(matrix[row], &block.shared[*static_cast<const uint32_t*>(warp.input[8 * m + row])], 16);
-      for (int lane = 0; lane < 32; lane++) {
-        const int row = lane / 4, column = lane % 4 * 2;
-        const uint16_t low = transposed ? matrix[column][row] : matrix[row][column];
-        const uint16_t high = transposed ? matrix[column + 1][row] : matrix[row][column + 1];
-        static_cast<uint32_t*>(warp.output[lane])[m] = low | uint32_t(high) << 16;
-      }
-    }
-  });
-}
-
-void store_matrices(int count, bool transposed, uint32_t address, const uint32_t* registers) {
-  Thread& t = self();
-  Block& block = *t.parent;
-  struct Input { uint32_t offset; const uint32_t* registers; int thread; } input{0, registers, t.linear};
-  if (t.lane < 8 * count) {
-    SharedAddress s = resolve(address, 16, 16);
-    if (s.block != &block) fail("out of range", "stmatrix writes the block's own shared memory");
-    check_write(block, s.offset, 16, false);
-    input.offset = s.offset;
-  }
-  meet_warp(&input, nullptr, [&](Warp& warp) {
-    for (int m = 0; m < count; m++)
-      for (int lane = 0; lane < 32; lane++) {
-        const Input& from = *static_cast<const Input*>(warp.input[lane]);
-        const uint32_t pair = from.registers[m];
-        for (int half = 0; half < 2; half++) {
-          const int row = transposed ? lane % 4 * 2 + half : lane / 4;
-          const int column = transposed ? lane / 4 : lane % 4 * 2 + half;
-          const uint32_t to = static_cast<const Input*>(warp.input[8 * m + row])->offset + column * 2;
-          const uint16_t value = pair >> (16 * half);
-          memcpy(&block.shared[to], &value, 2);
-          note_write(block, to, 2, from.thread);
-        }
-      }
-  });
-}
-
-// ---- wgmma ---------------------------------------------------------------------------------------------------
 
 // Call chunk(row, half, shared offset) for the 16-byte pieces of the `rows` x 32 bytes that a descriptor names.
 template <class F>
@@ -74,18 +16,13 @@ void for_each_chunk(uint64_t descriptor, int rows, F chunk) {
   for (int row = 0; row < rows; row++)
     for (int half = 0; half < 2; half++) {
       const uint32_t offset = start + row / 8 * stride + row % 8 * pitch + half * (mode ? 16 : leading);
-      // The pattern follows address bits 7 and up; base_offset says where it starts when that is not a multiple
-      // of its period.
+      // The pattern follows address bits 7 and up, counted from base_offset (as an H200 does, both ways of the test).
       chunk(row, half, offset ^ (((offset >> 7) - base) & mask) << 4);
     }
 }
 
 void check_descriptor(const Block& block, uint64_t descriptor, int rows) {
-  const uint32_t mode = descriptor >> 62;
-  const uint32_t start = (descriptor & 0x3fff) << 4, base = descriptor >> 49 & 7;
-  if (mode && (start >> 7 & (mode == 1 ? 7 : mode == 2 ? 3 : 1)) != (base & (mode == 1 ? 7 : mode == 2 ? 3 : 1)))
-    fail("descriptor", "the operand starts at shared offset %d, inside a swizzle pattern, with base_offset %u",
-         int(start) - int(SHARED_START), base);
+  const uint32_t start = (descriptor & 0x3fff) << 4;
   for_each_chunk(descriptor, rows, [&](int, int, uint32_t offset) {
     if (offset < SHARED_START || offset + 16 > block.shared.size())
       fail("out of range", "the operand reaches shared offset %d of %zu (start %d, leading %d, stride %d bytes)",
@@ -140,33 +77,12 @@ void issue(Block& block, Warpgroup& group, Wgmma& w) {
 }
 
 Warpgroup& warpgroup(Thread& t) {
-  if (t.parent->threads.size() % 128) fail("wgmma", "a block of %zu threads has no whole warpgroups", t.parent->threads.size());
+  if (t.parent->threads.size() % 128)
+    fail("wgmma", "a block of %zu threads has no whole warpgroups", t.parent->threads.size());
   return t.parent->warpgroups[t.linear / 128];
 }
 
 }  // namespace
-
-void mma(int type, void* d, const uint32_t* a, const uint32_t* b, Place place) {
-  enter("mma", place);
-  struct Input { const uint32_t *a, *b; } input{a, b};
-  meet_warp(&input, d, [type](Warp& warp) {
-    static uint8_t rows_a[16][32], rows_b[8][32];
-    static uint32_t sum[16][256];
-    auto each_pair = [&](auto move) {
-      for (int lane = 0; lane < 32; lane++)
-        for (int h = 0; h < 2; h++)
-          move(static_cast<uint32_t*>(warp.output[lane]) + 2 * h, &sum[lane / 4 + 8 * h][lane % 4 * 2]);
-    };
-    for (int lane = 0; lane < 32; lane++) {
-      const Input& from = *static_cast<const Input*>(warp.input[lane]);
-      for (int i = 0; i < 4; i++) memcpy(&rows_a[lane / 4 + i % 2 * 8][lane % 4 * 4 + i / 2 * 16], &from.a[i], 4);
-      for (int i = 0; i < 2; i++) memcpy(&rows_b[lane / 4][lane % 4 * 4 + i * 16], &from.b[i], 4);
-    }
-    each_pair([](uint32_t* mine, uint32_t* matrix) { memcpy(matrix, mine, 8); });
-    multiply(type, 16, 8, rows_a, rows_b, sum, false);
-    each_pair([](uint32_t* mine, uint32_t* matrix) { memcpy(mine, matrix, 8); });
-  });
-}
 
 void touch_registers(RegisterState& state, int index, int count) {
   Thread& t = self();
@@ -230,7 +146,7 @@ void wgmma_wait(int pending, Place place) {
   if (t.commits <= uint64_t(pending)) return;
   const uint64_t end = group.group_end[t.commits - pending - 1];
   // A wgmma is one operation of four warps: it cannot finish before all of them have issued it.
-  while (end > group.first && !group.queue.empty() && group.queue[std::min<uint64_t>(end - group.first, group.queue.size()) - 1].posted < 128)
+  while (end > group.first && group.queue[end - 1 - group.first].posted < 128)
     sleep_on(group.waiting, "wgmma_wait (other threads of the warpgroup have not issued the wgmma)");
   for (uint64_t number = group.first; number < end; number++) {
     Wgmma& w = group.queue[number - group.first];
@@ -258,7 +174,8 @@ void wgmma_wait(int pending, Place place) {
 
 void check_wgmma_end(Thread& t) {
   if (t.posted != t.waited)
-    fail("wgmma", "the thread ends with %llu wgmmas that no wgmma_wait covers", (unsigned long long)(t.posted - t.waited));
+    fail("wgmma", "the thread ends with %llu wgmmas that no wgmma_wait covers",
+         (unsigned long long)(t.posted - t.waited));
 }
 
 }  // namespace emulator
@@ -277,45 +194,6 @@ void wgmma_commit(Place place) {
   if (number == group.group_end.size()) group.group_end.push_back(t.posted);
   else if (group.group_end[number] != t.posted)
     fail("divergence", "the warpgroup's threads commit different numbers of wgmmas");
-}
-
-void ldmatrix_x2(uint32_t& r0, uint32_t& r1, uint32_t address, Place place) {
-  enter("ldmatrix_x2", place);
-  uint32_t r[2];
-  load_matrices(2, false, address, r);
-  r0 = r[0], r1 = r[1];
-}
-
-void ldmatrix_x4(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t address, Place place) {
-  enter("ldmatrix_x4", place);
-  uint32_t r[4];
-  load_matrices(4, false, address, r);
-  r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
-}
-
-void ldmatrix_x4_transposed(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t address, Place place) {
-  enter("ldmatrix_x4_transposed", place);
-  uint32_t r[4];
-  load_matrices(4, true, address, r);
-  r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
-}
-
-void stmatrix_x2(uint32_t address, uint32_t r0, uint32_t r1, Place place) {
-  enter("stmatrix_x2", place);
-  const uint32_t r[] = {r0, r1};
-  store_matrices(2, false, address, r);
-}
-
-void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3, Place place) {
-  enter("stmatrix_x4", place);
-  const uint32_t r[] = {r0, r1, r2, r3};
-  store_matrices(4, false, address, r);
-}
-
-void stmatrix_x4_transposed(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3, Place place) {
-  enter("stmatrix_x4_transposed", place);
-  const uint32_t r[] = {r0, r1, r2, r3};
-  store_matrices(4, true, address, r);
 }
 
 }  // namespace qk
