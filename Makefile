@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DIGITS := ../examples/digits
+EXTENSION := setup.py quantkit/statistics/_native.c
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types clean
@@ -31,12 +32,12 @@ $(VENV)/made: pyproject.toml
 	    && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; fi
 	@touch $@
 
-$(VENV)/installed: $(VENV)/made
+$(VENV)/installed: $(VENV)/made $(EXTENSION)
 	@echo 'installing quantkit (ONNX Runtime is about 250 MB)'
 	@$(PIP) --editable .
 	@touch $@
 
-$(VENV)/installed-test: $(VENV)/made
+$(VENV)/installed-test: $(VENV)/made $(EXTENSION)
 	@echo 'installing quantkit and what its tests need'
 	@$(PIP) --editable '.[test]'
 	@touch $@
@@ -67,5 +68,5 @@ types: $(VENV)/installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo-out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out dist build *.egg-info quantkit/statistics/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,7 +27,7 @@ from quantkit.graph import Graph, find_sites
 from quantkit.memory import DEFAULT_MAX_MEMORY, fitting_batch, tensor_bytes
 from quantkit.runtime import Session
 from quantkit.statistics import ChannelStats, FloatHistogram
-from quantkit.statistics.tensor import TensorStatistics
+from quantkit.statistics.tensor import TensorStatistics, observe_tensor
 
 
 @dataclass(kw_only=True)
@@ -192,14 +192,11 @@ def _processors() -> int:
 
 def _count(name: str, array: np.ndarray, statistics: TensorStatistics, lock: Lock) -> dict[str, ChannelStats]:
     """Count the tensor; return its channels' statistics, of this tensor alone."""
-    part, limits = None, None
-    if statistics.channels is not None:
-        part = ChannelStats(statistics.channels.axis)
-        part.observe(array)
-        if part.count:
-            limits = float(part.min.min()), float(part.max.max())
-    with lock:
-        statistics.histogram.observe(array, limits=limits)
+    part = None if statistics.channels is None else ChannelStats(statistics.channels.axis)
+    counts = observe_tensor(array, part, exponent=statistics.histogram.exponent)
+    if counts is not None:
+        with lock:
+            statistics.histogram.include(counts)
     return {} if part is None else {name: part}
 
 

@@ -6,13 +6,18 @@ from quantkit.cli import options
 
 
 def plugins(as_json: options.AsJson = False) -> None:
-    """List every calibration method, format and target, and what keeps a plug-in from loading."""
+    """List every calibration method, format and target, and what keeps a plug-in from loading.
+
+    Kind "statistics" is what reduces tensors: native, or numpy where no C compiler was at hand to install it.
+    """
     from quantkit.calibrators import list_calibrators
     from quantkit.export import list_emitters
     from quantkit.formats import list_formats
+    from quantkit.statistics import NATIVE
     from quantkit.tables import Table
 
     found = {"method": list_calibrators(), "format": list_formats(), "target": list_emitters()}
+    found["statistics"] = {"native" if NATIVE else "numpy": ""}
     if as_json:
         options.print_json(found)
         return

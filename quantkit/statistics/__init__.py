@@ -6,5 +6,6 @@ bit in any order and grouping; sums of floats to 1e-12.
 
 from quantkit.statistics.channels import ChannelStats
 from quantkit.statistics.histogram import Bins, FloatHistogram
+from quantkit.statistics.reduction import NATIVE
 
-__all__ = ["Bins", "ChannelStats", "FloatHistogram"]
+__all__ = ["NATIVE", "Bins", "ChannelStats", "FloatHistogram"]

@@ -1,15 +1,15 @@
 """Per-channel statistics of a tensor that a linear operator reads."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.errors import CacheError, DataError
-
-# Elements of a piece of a tensor.
-_SLAB = 1 << 16
+from quantkit.statistics.reduction import as_float32, reduce_cube
+from quantkit.statistics.summing import ChannelSums
 
 
 class ChannelStats:
@@ -57,36 +57,27 @@ class ChannelStats:
         Raises:
             DataError: it has no such axis, or its number of channels is not that of the tensors before.
         """
-        if x.size == 0:
-            return
-        values = np.asarray(x, np.float32)
+        cube = self.cube_of(as_float32(x))
+        if cube.size:
+            sums, _ = reduce_cube(cube, channels=True)
+            assert sums is not None
+            self.include(sums)
+
+    def cube_of(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return a tensor in the shape (before, channels, behind) the axis.
+
+        Raises:
+            DataError: it has no such axis.
+        """
+        if values.size == 0:
+            return np.zeros((0, 0, 0), np.float32)
         if not -values.ndim <= self.axis < values.ndim:
             raise DataError(
                 f"channel statistics: no axis {self.axis} in a tensor of shape {values.shape}; "
                 "its rank must not vary between samples."
             )
         axis = self.axis % values.ndim
-        before = int(np.prod(values.shape[:axis]))
-        cube = np.ascontiguousarray(values).reshape(before, values.shape[axis], -1)
-        lo, hi = np.full(cube.shape[1], np.inf, np.float32), np.full(cube.shape[1], -np.inf, np.float32)
-        total, absolute = np.zeros(cube.shape[1]), np.zeros(cube.shape[1])
-        for rows, channels in _slabs(*cube.shape):
-            slab = cube[rows, channels]
-            least = slab.min(axis=(0, 2))
-            lo[channels] = np.minimum(lo[channels], least)
-            hi[channels] = np.maximum(hi[channels], slab.max(axis=(0, 2)))
-            # ∞ − ∞ is NaN, and is meant to be.
-            with np.errstate(invalid="ignore"):
-                summed = _sums(slab)
-                total[channels] += summed
-                if least.min() < 0 or np.isnan(least).any():
-                    negative = _sums(np.minimum(slab, 0))
-                    summed = np.where(np.isneginf(negative), np.inf, summed - 2 * negative)
-                absolute[channels] += summed
-        # −0 becomes 0: which of the two a minimum returns depends on their order.
-        lo += np.float32(0)
-        hi += np.float32(0)
-        self._include(lo, hi, total, absolute, cube.shape[0] * cube.shape[2])
+        return values.reshape(math.prod(values.shape[:axis]), values.shape[axis], -1)
 
     def merge(self, other: "ChannelStats") -> "ChannelStats":
         """Return the statistics of both together; neither operand changes.
@@ -110,28 +101,32 @@ class ChannelStats:
             DataError: the numbers of channels differ.
         """
         if other.count:
-            self._include(other.min, other.max, other.sum, other.abs_sum, other.count)
+            self.include(
+                ChannelSums(
+                    min=other.min, max=other.max, sum=other.sum, abs_sum=other.abs_sum, count=other.count
+                )
+            )
 
-    def _include(
-        self,
-        lo: NDArray[np.float32],
-        hi: NDArray[np.float32],
-        total: NDArray[np.float64],
-        absolute: NDArray[np.float64],
-        count: int,
-    ) -> None:
+    def include(self, found: ChannelSums) -> None:
+        """Take in what was found in a tensor.
+
+        Raises:
+            DataError: the numbers of channels differ.
+        """
         if self.count == 0:
-            self.min, self.max, self.sum, self.abs_sum = lo.copy(), hi.copy(), total.copy(), absolute.copy()
-        elif lo.shape != self.min.shape:
+            self.min, self.max = found.min.copy(), found.max.copy()
+            self.sum, self.abs_sum = found.sum.copy(), found.abs_sum.copy()
+        elif found.min.shape != self.min.shape:
             raise DataError(
-                f"channel statistics: {lo.size} channels on axis {self.axis} after {self.min.size}; "
+                f"channel statistics: {found.min.size} channels on axis {self.axis} after {self.min.size}; "
                 "the channel axis must not vary between samples."
             )
         else:
-            self.min, self.max = np.minimum(self.min, lo), np.maximum(self.max, hi)
+            self.min, self.max = np.minimum(self.min, found.min), np.maximum(self.max, found.max)
+            # ∞ − ∞ is NaN, and is meant to be.
             with np.errstate(invalid="ignore"):
-                self.sum, self.abs_sum = self.sum + total, self.abs_sum + absolute
-        self.count += count
+                self.sum, self.abs_sum = self.sum + found.sum, self.abs_sum + found.abs_sum
+        self.count += found.count
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return the state as plain arrays; `from_arrays` reads them back."""
@@ -172,23 +167,3 @@ class ChannelStats:
 
     def __repr__(self) -> str:
         return f"ChannelStats(axis={self.axis}, channels={self.min.size}, count={self.count})"
-
-
-def _slabs(rows: int, channels: int, inner: int) -> Iterator[tuple[slice, slice]]:
-    """Cut (rows, channels, inner) into pieces that stay in a core's cache while they are read several times."""
-    if channels * inner <= _SLAB or inner == 1:
-        step = max(_SLAB // (channels * inner), 1)
-        for start in range(0, rows, step):
-            yield slice(start, start + step), slice(None)
-    else:
-        step = max(_SLAB // inner, 1)
-        for row in range(rows):
-            for start in range(0, channels, step):
-                yield slice(row, row + 1), slice(start, start + step)
-
-
-def _sums(cube: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Σ over the first and last axis in float64, shape (channels,)."""
-    runs = cube.sum(axis=2, dtype=np.float64) if cube.shape[2] > 1 else cube[:, :, 0]
-    sums: NDArray[np.float64] = runs.sum(axis=0, dtype=np.float64)
-    return sums

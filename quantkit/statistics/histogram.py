@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.errors import CacheError
-from quantkit.statistics.counting import LINEAR, count_floats
+from quantkit.statistics.counting import LEAST_EXPONENT, LINEAR, Counts
+from quantkit.statistics.reduction import as_float32, reduce_cube
 
 # |x| below 2^(E-3) is read from the prefixes, above from the linear bins; there the two agree in their edges.
 _LINEAR_FROM = 256
-# The lowest octaves of the count must be those of normal numbers.
-_LEAST_EXPONENT = -100
 # The least float32 above 0.
 _SMALLEST = 2.0**-149
 
@@ -67,7 +66,7 @@ class FloatHistogram:
         self.inf_count = 0
         self.min = math.inf
         self.max = -math.inf
-        self._exponent = _LEAST_EXPONENT
+        self._exponent = LEAST_EXPONENT
         # Index LINEAR - 1 + i counts trunc(x · 2^(11−E)) = i.
         self._linear = np.zeros(2 * LINEAR - 1, np.int64)
         # Row 0 counts positive prefixes from _first on, row 1 negative ones; zeros stand in zero_count alone.
@@ -76,35 +75,26 @@ class FloatHistogram:
 
     # --- observing ------------------------------------------------------------------------------------
 
-    def observe(self, x: NDArray[np.generic], *, limits: tuple[float, float] | None = None) -> None:
-        """Count every element of `x` (any shape; float32, or a float type that is cast to it).
+    def observe(self, x: NDArray[np.generic]) -> None:
+        """Count every element of `x` (any shape; float32, or a float type that is cast to it)."""
+        values = as_float32(x)
+        if values.size:
+            _, counts = reduce_cube(values.reshape(1, 1, -1), channels=False, exponent=self._exponent)
+            assert counts is not None
+            self.include(counts)
 
-        Args:
-            x: the values.
-            limits: their minimum and maximum, where they are known already.
-        """
-        with np.errstate(over="ignore"):
-            flat = np.ascontiguousarray(x, np.float32).reshape(-1)
-        if flat.size == 0:
-            return
-        self.count += flat.size
-        lo, hi = limits or (float(flat.min()), float(flat.max()))
-        if not (math.isfinite(lo) and math.isfinite(hi)):
-            nans = int(np.count_nonzero(np.isnan(flat)))
-            finite = flat[np.isfinite(flat)]
-            self.nan_count += nans
-            self.inf_count += flat.size - finite.size - nans
-            flat = finite
-            if flat.size == 0:
-                return
-            lo, hi = float(flat.min()), float(flat.max())
-        # −0 becomes 0: which of the two a minimum returns depends on their order.
-        self.min, self.max = min(self.min, lo + 0.0), max(self.max, hi + 0.0)
-        self._raise_exponent(_exponent_of(max(-lo, hi)))
-        zeros, *sides = count_floats(flat, exponent=self._exponent, nonnegative=lo >= 0)
-        self.zero_count += zeros
-        self._linear[LINEAR - 1 :] += sides[0].linear
-        self._linear[:LINEAR] += sides[1].linear[::-1]
+    def include(self, counts: Counts) -> None:
+        """Take in what was counted of an array."""
+        self.count += counts.size
+        self.zero_count += counts.zeros
+        self.nan_count += counts.nans
+        self.inf_count += counts.infinities
+        self.min, self.max = min(self.min, counts.min), max(self.max, counts.max)
+        self._raise_exponent(counts.exponent)
+        sides = counts.positive, counts.negative
+        positive, negative = (_join(side.linear, self._exponent - counts.exponent) for side in sides)
+        self._linear[LINEAR - 1 : LINEAR - 1 + positive.size] += positive
+        self._linear[LINEAR - negative.size : LINEAR] += negative[::-1]
         for row, side in enumerate(sides):
             if side.prefixes.size:
                 self._widen(side.first, side.first + side.prefixes.size)
@@ -133,6 +123,11 @@ class FloatHistogram:
         linear = np.zeros_like(self._linear)
         np.add.at(linear, joined, self._linear)
         self._linear, self._exponent = linear, exponent
+
+    @property
+    def exponent(self) -> int:
+        """E, or −100 where it would be less."""
+        return self._exponent
 
     # --- merging --------------------------------------------------------------------------------------
 
@@ -282,11 +277,12 @@ class FloatHistogram:
         return f"FloatHistogram(count={self.count}, min={self.min:.6g}, max={self.max:.6g})"
 
 
-def _exponent_of(amax: float) -> int:
-    """floor(log2(amax)), at least _LEAST_EXPONENT."""
-    if amax == 0:
-        return _LEAST_EXPONENT
-    return max(math.frexp(amax)[1] - 1, _LEAST_EXPONENT)
+def _join(linear: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
+    """Linear bins of one sign as they are once E is `steps` larger."""
+    joined: NDArray[np.int64] = (
+        linear if steps == 0 else linear.reshape(-1, min(1 << steps, LINEAR)).sum(axis=1)
+    )
+    return joined
 
 
 def _trim(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:

@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quantkit.errors import CacheError, DataError
 from quantkit.statistics.channels import ChannelStats
+from quantkit.statistics.counting import Counts
 from quantkit.statistics.histogram import FloatHistogram
+from quantkit.statistics.reduction import as_float32, reduce_cube
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +57,26 @@ class TensorStatistics:
             dtype=self.dtype,
             shape=tuple(a if a == b else None for a, b in zip(self.shape, other.shape, strict=True)),
         )
+
+
+def observe_tensor(x: NDArray[np.generic], channels: ChannelStats | None, *, exponent: int) -> Counts | None:
+    """Take a tensor into `channels` and return its counts, which `FloatHistogram.include` takes; None if empty.
+
+    One pass serves both. Nothing of the histogram is needed, so several threads may do this for one.
+
+    Args:
+        x: any shape; float32, or a float type that is cast to it.
+        channels: where its channels are reduced, if at all.
+        exponent: the histogram's, as it is or was.
+
+    Raises:
+        DataError: it does not fit `channels`.
+    """
+    values = as_float32(x)
+    cube = values.reshape(1, 1, -1) if channels is None else channels.cube_of(values)
+    if cube.size == 0:
+        return None
+    sums, counts = reduce_cube(cube, channels=channels is not None, exponent=exponent)
+    if channels is not None and sums is not None:
+        channels.include(sums)
+    return counts

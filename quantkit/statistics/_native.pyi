@@ -1,0 +1,12 @@
+import numpy as np
+from numpy.typing import NDArray
+
+def reduce(
+    x: NDArray[np.float32],
+    shape: tuple[int, int, int],
+    channels: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]
+    | None,
+    counts: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    exponent: int,
+    /,
+) -> tuple[int, int, int, int, float, float, int]: ...
