@@ -74,7 +74,9 @@ def _follow(
         inputs = sorted({str(v.name) for n in stage for v in _reads(n) if str(v.name) in known})
         part = ir.Model(ir.convenience.extract(model.graph, inputs, outputs), ir_version=model.ir_version)
         part.graph.name = "part"
-        for name, array in Session(part, optimize=False).run({n: known[n] for n in inputs}).items():
+        # One thread: floats are summed in one order on every machine, and no stage starts a pool of its own.
+        session = Session(part, optimize=False, threads=1)
+        for name, array in session.run({n: known[n] for n in inputs}).items():
             enter(name, array)
     return found
 
