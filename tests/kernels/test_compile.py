@@ -1,6 +1,5 @@
 """NVRTC builds: every architecture, what each may use, the cache."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from quantkit.errors import KernelError
 from quantkit.kernels import compile as compile_module
 from quantkit.kernels.compile import ARCHITECTURES, compile_kernel, is_available
 from quantkit.kernels.cuda import generate_wgmma
+
+from .sass import opcodes, tools
 
 HERE = Path(__file__).parent / "emulator"
 pytestmark = pytest.mark.skipif(
@@ -59,7 +60,11 @@ def test_every_instruction_assembles_on_every_architecture_that_has_it(cache, ar
     assert built.warnings == ()
 
 
-@pytest.mark.parametrize("type_name", ["S8", "E4M3", "E5M2", "BF16", "F16"])
+# E5M2 and F16 differ from E4M3 and BF16 in one word of the instruction's name.
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("E5M2", "F16")]
+
+
+@pytest.mark.parametrize("type_name", ["S8", "E4M3", "BF16", *OTHERS])
 def test_wgmma_assembles_for_every_width_and_source(cache, type_name, tmp_path):
     """One kernel that uses each: the assembler is the judge of the generated text."""
     calls = "".join(
@@ -144,16 +149,37 @@ assert built.cubin.read_bytes()[:4] == b"\\x7fELF" and built.registers > 0
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".cubin", ".log"]
 
 
+needs_disassembler = pytest.mark.skipif(tools() is None, reason="cuobjdump and nvdisasm are not installed")
+
+
+@needs_disassembler
 def test_products_and_sums_round_apart(cache, tmp_path):
     """--fmad=false: the emulator and the GPU then agree on every float expression."""
-    cuobjdump = [p for p in (Path(d) / "cuobjdump" for d in os.get_exec_path()) if p.exists()]
-    if not cuobjdump or not any((Path(d) / "nvdisasm").exists() for d in os.get_exec_path()):
-        pytest.skip("cuobjdump and nvdisasm are not on PATH")
     source = tmp_path / "k.cu"
     source.write_text('extern "C" __global__ void k(float* p) { p[0] = p[1] * p[2] + p[3]; }\n')
-    built = compile_kernel(source, arch="sm_90a", cache=cache)
-    sass = subprocess.run(
-        [cuobjdump[0], "-sass", built.cubin], capture_output=True, text=True, check=True
-    ).stdout
-    assert "FMUL" in sass
-    assert "FFMA" not in sass
+    found = opcodes(compile_kernel(source, arch="sm_90a", cache=cache).cubin)
+    assert found["FMUL"] == found["FADD"] == 1
+    assert found["FFMA"] == 0
+
+
+# Source, type, architecture: the tensor core's opcode there. fp8 mma.sync on sm_90 runs as fp16.
+TENSOR_CORES = [
+    ("mma_tile", "S8", "sm_80", "IMMA"),
+    ("mma_tile", "BF16", "sm_80", "HMMA"),
+    ("mma_tile", "E4M3", "sm_89", "QMMA"),
+    ("mma_tile", "E4M3", "sm_90a", "HMMA"),
+    ("mma_tile", "S8", "sm_120a", "IMMA"),
+    ("mma_tile", "E4M3", "sm_120a", "QMMA"),
+    ("wgmma_tile", "S8", "sm_90a", "IGMMA"),
+    ("wgmma_tile", "E4M3", "sm_90a", "QGMMA"),
+    ("wgmma_tile", "BF16", "sm_90a", "HGMMA"),
+]
+
+
+@needs_disassembler
+@pytest.mark.parametrize(("stem", "type_name", "arch", "opcode"), TENSOR_CORES)
+def test_kernels_run_on_the_tensor_core_and_keep_to_registers(cache, stem, type_name, arch, opcode):
+    built = compile_kernel(HERE / f"{stem}.cu", arch=arch, defines={"TYPE": type_name}, cache=cache)
+    found = opcodes(built.cubin)
+    assert {name for name in found if name.endswith("MMA")} == {opcode}
+    assert found["LDL"] == found["STL"] == 0
