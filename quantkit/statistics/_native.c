@@ -387,8 +387,9 @@ static PyObject *py_reduce(PyObject *module, PyObject *args) {
         return NULL;
     if (count_arrays != Py_None && !PyArg_ParseTuple(count_arrays, "OO", &outputs[4], &outputs[5]))
         return NULL;
-    if (rows < 1 || channels < 1 || inner < 1 || exponent < -100 || exponent > 127) {
-        PyErr_SetString(PyExc_ValueError, "an empty shape, or an exponent beyond -100 to 127");
+    if (rows < 1 || channels < 1 || inner < 1 || rows > INT64_MAX / 8 / channels / inner || exponent < -100 ||
+        exponent > 127) {
+        PyErr_SetString(PyExc_ValueError, "an empty or endless shape, or an exponent beyond -100 to 127");
         return NULL;
     }
 

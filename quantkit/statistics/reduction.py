@@ -24,7 +24,7 @@ NATIVE = not NATIVE_ERROR
 
 def as_float32(x: NDArray[np.generic]) -> NDArray[np.float32]:
     """Return `x` as float32, C-contiguous and aligned; no copy where it is that already."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         values = np.asarray(x, np.float32)
     return np.require(values, requirements=["C", "A"])
 

@@ -29,23 +29,23 @@ def sum_channels(cube: NDArray[np.float32]) -> ChannelSums:
     """Reduce an array of shape (before, channels, behind), not empty and C-contiguous."""
     lo, hi = np.full(cube.shape[1], np.inf, np.float32), np.full(cube.shape[1], -np.inf, np.float32)
     total, absolute = np.zeros(cube.shape[1]), np.zeros(cube.shape[1])
-    for rows, channels in _slabs(*cube.shape):
-        slab = cube[rows, channels]
-        least = slab.min(axis=(0, 2))
-        lo[channels] = np.minimum(lo[channels], least)
-        hi[channels] = np.maximum(hi[channels], slab.max(axis=(0, 2)))
-        # ∞ − ∞ is NaN, and is meant to be.
-        with np.errstate(invalid="ignore"):
+    # ∞ − ∞ is NaN, and is meant to be; a signalling NaN is one like the others.
+    with np.errstate(invalid="ignore"):
+        for rows, channels in _slabs(*cube.shape):
+            slab = cube[rows, channels]
+            least = slab.min(axis=(0, 2))
+            lo[channels] = np.minimum(lo[channels], least)
+            hi[channels] = np.maximum(hi[channels], slab.max(axis=(0, 2)))
             summed = _sums(slab)
             total[channels] += summed
             if least.min() < 0 or np.isnan(least).any():
                 negative = _sums(np.minimum(slab, 0))
                 summed = np.where(np.isneginf(negative), np.inf, summed - 2 * negative)
             absolute[channels] += summed
-    for limits in (lo, hi):
-        # −0 becomes 0: which of the two a minimum returns depends on their order. So do the bits of NaN.
-        limits += np.float32(0)
-        limits[np.isnan(limits)] = np.nan
+        for limits in (lo, hi):
+            # −0 becomes 0: which of the two a minimum returns depends on their order. So do the bits of NaN.
+            limits += np.float32(0)
+            limits[np.isnan(limits)] = np.nan
     return ChannelSums(min=lo, max=hi, sum=total, abs_sum=absolute, count=cube.shape[0] * cube.shape[2])
 
 
