@@ -30,7 +30,7 @@ def weight_range(
 
     Args:
         w: the weight, any float type, finite.
-        spec: its format and axis; not in blocks.
+        spec: its format and axis; not in blocks, for which `weight_qparams` is.
         method: "amax" or "mse".
         name: what errors call the weight.
 
@@ -38,14 +38,11 @@ def weight_range(
         SpecError: `w` is empty or not finite, has no such axis, or `spec` is in blocks.
         UnknownNameError: `method` is neither.
     """
-    if method not in get_args(WeightMethod):
-        raise UnknownNameError(
-            f"{name}: no weight method {method}; choose one of {', '.join(get_args(WeightMethod))}."
-        )
-    rows = _rows(w, spec, name)
+    check_weight(w, spec, method, name)
+    if spec.block_size is not None or spec.block_shape is not None:
+        raise SpecError(f"{name}: {spec} is in blocks, a range is per tensor or channel; use weight_qparams.")
+    rows = _rows(w, spec)
     lo, hi = rows.min(axis=1), rows.max(axis=1)
-    if not (np.all(np.isfinite(lo)) and np.all(np.isfinite(hi))):
-        raise SpecError(f"{name}: NaN or infinity in it; mend the model or keep it in float.")
     if method == "mse":
         keep = _best_shrinks(rows, lo, hi, spec)
         lo, hi = lo * keep, hi * keep
@@ -53,19 +50,26 @@ def weight_range(
     return Range(lo.reshape(shape), hi.reshape(shape))
 
 
-def _rows(w: NDArray[np.floating], spec: QuantSpec, name: str) -> NDArray[np.float32]:
-    """The weight with its channels in rows, shape (channels, values); one row where there is one scale."""
-    if spec.block_size is not None:
-        raise SpecError(
-            f"{name}: {spec} is in blocks, a range is per tensor or channel; use block_size=None."
+def check_weight(w: NDArray[np.floating], spec: QuantSpec, method: str, name: str) -> None:
+    """Raise unless `w` is what the solvers of weights take; see `weight_range`."""
+    if method not in get_args(WeightMethod):
+        raise UnknownNameError(
+            f"{name}: no weight method {method}; choose one of {', '.join(get_args(WeightMethod))}."
         )
     if w.size == 0:
         raise SpecError(f"{name}: empty, of shape {w.shape}; leave it in float.")
+    if spec.axis is not None and not -w.ndim <= spec.axis < w.ndim:
+        raise SpecError(f"{name}: no axis {spec.axis} in shape {w.shape}; choose 0 to {w.ndim - 1}.")
+    # The ends tell: NaN is neither least nor greatest without showing.
+    if not (np.isfinite(w.min()) and np.isfinite(w.max())):
+        raise SpecError(f"{name}: NaN or infinity in it; mend the model or keep it in float.")
+
+
+def _rows(w: NDArray[np.floating], spec: QuantSpec) -> NDArray[np.float32]:
+    """The weight with its channels in rows, shape (channels, values); one row where there is one scale."""
     values = np.asarray(w, np.float32)
     if spec.axis is None:
         return values.reshape(1, -1)
-    if not -w.ndim <= spec.axis < w.ndim:
-        raise SpecError(f"{name}: no axis {spec.axis} in shape {w.shape}; choose 0 to {w.ndim - 1}.")
     return np.ascontiguousarray(np.moveaxis(values, spec.axis, 0)).reshape(w.shape[spec.axis], -1)
 
 

@@ -19,7 +19,7 @@ class Format:
         bits: bits that a stored code takes.
         min: smallest finite value.
         max: largest finite value.
-        dtype: the NumPy dtype that holds the codes (ml_dtypes for what NumPy lacks).
+        dtype: the NumPy dtype that holds the codes, a byte or more each (ml_dtypes for what NumPy lacks).
         kind: "integer" codes are evenly spaced and can have a zero point; "float" codes are not and cannot.
     """
 
@@ -42,8 +42,8 @@ class Format:
 
     @property
     def middle(self) -> int:
-        """The zero point of a symmetric quantization: 0, or the middle code of an unsigned type."""
-        return 0 if self.min < 0 else 2 ** (self.bits - 1)
+        """The zero point of a symmetric quantization: 0, or the middle code of an unsigned integer."""
+        return 0 if self.kind == "float" or self.min < 0 else 2 ** (self.bits - 1)
 
     def codes(self) -> NDArray[np.generic]:
         """Every finite code in ascending order of its value, shape (n,), of `dtype`. For types of up to 16 bits."""
@@ -58,8 +58,7 @@ class Format:
         """The values ≥ 0 that a symmetric quantization can take, ascending, in units of the scale, shape (n,)."""
         if self.kind == "integer":
             return np.arange(self.symmetric_max + 1, dtype=np.float64)
-        values = np.unique(np.abs(self.codes().astype(np.float64)))
-        return values
+        return np.unique(np.abs(self.codes().astype(np.float64)))
 
 
 def _float(name: str, dtype: type) -> Format:
@@ -74,13 +73,15 @@ def _float(name: str, dtype: type) -> Format:
     )
 
 
-def _integer(name: str, dtype: type) -> Format:
+def _integer(name: str, dtype: type, bits: int | None = None) -> Format:
     info: Any = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
+    # Of a narrower integer only the middle of its dtype's codes is used.
+    dropped = 0 if bits is None else int(info.bits) - bits
     return Format(
         name=name,
-        bits=int(info.bits),
-        min=float(info.min),
-        max=float(info.max),
+        bits=int(info.bits) - dropped,
+        min=float(int(info.min) >> dropped),
+        max=float(int(info.max) >> dropped),
         dtype=np.dtype(dtype),
         kind="integer",
     )
@@ -90,13 +91,29 @@ INT8 = _integer("int8", np.int8)
 UINT8 = _integer("uint8", np.uint8)
 INT16 = _integer("int16", np.int16)
 UINT16 = _integer("uint16", np.uint16)
+INT4 = _integer("int4", ml_dtypes.int4)
+UINT4 = _integer("uint4", ml_dtypes.uint4)
+# No file format has an element type of 3 bits: the codes lie in bytes until they are packed.
+INT3 = _integer("int3", np.int8, bits=3)
+UINT3 = _integer("uint3", np.uint8, bits=3)
+INT2 = _integer("int2", ml_dtypes.int2)
+UINT2 = _integer("uint2", ml_dtypes.uint2)
 FP8_E4M3 = _float("fp8_e4m3", ml_dtypes.float8_e4m3fn)
 FP8_E5M2 = _float("fp8_e5m2", ml_dtypes.float8_e5m2)
+FP4_E2M1 = _float("fp4_e2m1", ml_dtypes.float4_e2m1fn)
+# Powers of two without zero and without sign: a type for scales (OCP Microscaling Formats v1.0, section 5.4.1).
+E8M0 = _float("e8m0", ml_dtypes.float8_e8m0fnu)
 
 _REGISTRY: Registry[Format] = Registry(
     group="quantkit.formats",
     noun="format",
-    builtin={f.name: f for f in (INT8, UINT8, INT16, UINT16, FP8_E4M3, FP8_E5M2)},
+    builtin={
+        f.name: f
+        for f in (
+            *(INT8, UINT8, INT16, UINT16, INT4, UINT4, INT3, UINT3, INT2, UINT2),
+            *(FP8_E4M3, FP8_E5M2, FP4_E2M1, E8M0),
+        )
+    },
 )
 
 
