@@ -57,7 +57,16 @@ def insert_qdq(graph: Graph, plan: Plan, style: QdqStyle) -> ir.Model:
     for bias in plan.biases:
         writer.bias(bias)
     writer.drop_unused_initializers()
-    return writer.model
+    _take_along(model)
+    return model
+
+
+def _take_along(model: ir.Model) -> None:
+    """Let the model hold the weights that lie in another's external data; they are mapped, not read."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 class _Writer:
