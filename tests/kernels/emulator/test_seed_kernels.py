@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from quantkit.kernels.emulator import Mode
+
+from ..backends import EmulatorBackend
 from ..layouts import product, small_integers
 from .seed import mma_tile, wgmma_tile
 
@@ -46,3 +49,18 @@ def test_wgmma_tile_is_exact_for_small_integers_of_every_type(machine, type_name
 def test_wgmma_tile_takes_narrow_and_wide_tiles(machine, tile_n):
     a, b = operands("S8", 200, 300, 272)
     np.testing.assert_array_equal(wgmma_tile(machine, "S8", a, b, tile_n=tile_n, stages=2), product(a, b))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_no_seed_of_the_scheduler_finds_fault_with_the_seed_kernels(compiler, seed):
+    """Twenty more orders of threads and copies, the cluster's included."""
+
+    class Seeded(EmulatorBackend):
+        def launch(self, *arguments, **options):
+            return super().launch(*arguments, seed=seed, **options)
+
+    a, b = operands("S8", 300, 200, 656)
+    for mode in (Mode.SHUFFLED, Mode.BOTH):
+        for run in (mma_tile, wgmma_tile, lambda *args: wgmma_tile(*args, cluster=2)):
+            np.testing.assert_array_equal(run(Seeded(mode), "S8", a, b), product(a, b))
