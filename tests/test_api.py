@@ -23,7 +23,7 @@ HOUSE = (
     ("pipeline",),
     ("interchange",),
     ("evaluate", "observe", "solve"),
-    ("export", "kernels", "cache", "diagnose", "placement"),
+    ("export", "kernels", "cache", "diagnose", "placement", "recipe"),
     ("simulate", "cache_merge", "evaluation"),
     ("calibrators", "memory", "plan", "presets"),
     ("statistics", "graph", "metrics", "runtime", "cache_file", "cache_identity"),
