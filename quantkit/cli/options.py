@@ -1,6 +1,7 @@
 """Options that several commands share, and what they mean together."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -138,9 +139,13 @@ def print_exports(cache: Path) -> None:
 
 
 def short(path: Path) -> str:
-    """Return how to type `path` here: relative where it lies in the current folder or below."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    """Return how to type `path` here: relative to the current folder or absolute, whichever is shorter."""
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:
+        # Another drive of Windows.
+        return str(path)
+    return min(relative, str(path), key=len)
 
 
 def size(size_bytes: int) -> str:
