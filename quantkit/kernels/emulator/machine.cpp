@@ -61,6 +61,7 @@ void fail(const char* kind, const char* format, ...) {
     const std::string who = machine->landing ? describe(machine->landing) : t.instruction;
     machine->error = who + ": " + machine->error;
   }
+  if (!current) throw LaunchFailed();  // no thread is to blame
   void* abandoned;  // nobody resumes this fiber
   qk_switch(&abandoned, machine->main_stack_pointer);
   abort();

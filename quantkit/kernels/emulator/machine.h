@@ -239,6 +239,8 @@ void return_stack(char* stack);
 
 // ---- machine.cpp ---------------------------------------------------------------------------------------------
 
+// What `fail` throws before any thread runs; inside one it leaves by a switch, for nothing may be unwound there.
+struct LaunchFailed {};
 // Stop the launch with a message about the current thread's current instruction.
 [[noreturn]] void fail(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));
 // First thing in every instruction: remember where the thread is; in shuffled mode, perhaps let others run first.

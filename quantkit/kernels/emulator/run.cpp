@@ -145,9 +145,14 @@ void run() {
         i++;
       }
     while (m.waiting_clusters > 0 && m.running_clusters < m.resident_clusters) {
-      start_cluster(order[clusters - m.waiting_clusters--]);
+      try {
+        start_cluster(order[clusters - m.waiting_clusters--]);
+      } catch (const LaunchFailed&) {
+        break;
+      }
       m.running_clusters++;
     }
+    if (m.failed) break;
     if (m.running_clusters == 0) break;
     Thread* thread = m.ready[m.ready_head++];
     current = thread;

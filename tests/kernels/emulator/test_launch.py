@@ -218,3 +218,12 @@ def test_without_a_compiler_the_emulator_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(KernelError, match="no C\\+\\+ compiler"):
         load(SOURCE, "widths")
+
+
+@pytest.mark.slow
+def test_a_whole_gpu_of_blocks_may_be_resident(compiler, tmp_path):
+    """More threads than Linux gives a process guard pages for."""
+    source = write(tmp_path, "block_sync(); if (threadIdx.x == 0) atomic_add(out, 1);", "uint32_t* out")
+    out = np.zeros(1, np.uint32)
+    launch(source, "small", out, grid=48, block=1024, multiprocessors=48)
+    assert out[0] == 48
