@@ -1,5 +1,6 @@
 """ONNX Runtime sessions over onnx-ir models, without writing them to disk or copying their weights."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class Session:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        # Its errors come as exceptions; on the screen they would stand twice.
+        options.log_severity_level = 4
         options.intra_op_num_threads = threads
         disabled: list[str] = []
         if not optimize:
@@ -68,7 +70,6 @@ class Session:
                 f"{what}: ONNX Runtime cannot load it: {reason(error)}; check it with onnx.checker."
             ) from error
         self._what = what
-        self._inputs = {i.name: i.type for i in self._session.get_inputs()}
         self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -79,29 +80,25 @@ class Session:
         """
         names = list(outputs) if outputs is not None else self.output_names
         try:
-            results = self._session.run_with_ort_values(
-                names, {n: self._value(n, a) for n, a in feeds.items()}
-            )
+            results = self._session.run_with_ort_values(names, {n: _ort_value(a) for n, a in feeds.items()})
             return dict(zip(names, [r.numpy() for r in results], strict=True))
         except Exception as error:
             shapes = ", ".join(f"{n} {a.dtype} {list(a.shape)}" for n, a in feeds.items())
             raise ModelError(f"{self._what}: fails when run on {shapes}: {reason(error)}.") from error
 
-    def _value(self, name: str, array: np.ndarray) -> Any:
-        import onnxruntime as ort
 
-        if array.dtype == ml_dtypes.bfloat16:
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                array.view(np.uint16), onnx.TensorProto.BFLOAT16
-            )
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+def _ort_value(array: np.ndarray) -> Any:
+    import onnxruntime as ort
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            np.ascontiguousarray(array).view(np.uint16), onnx.TensorProto.BFLOAT16
+        )
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
 def with_outputs(model: ir.Model, outputs: Sequence[str]) -> ir.Model:
-    """Return a copy of `model` (weights shared) that computes exactly these tensors.
-
-    bfloat16 tensors are cast to float32 under the same output name's place, since NumPy cannot hold them.
-    """
+    """Return a copy of `model` (weights shared) that computes exactly these tensors, in this order."""
     copy = model.clone()
     graph = copy.graph
     values = {str(v.name): v for node in graph for v in node.outputs}
@@ -113,7 +110,7 @@ def with_outputs(model: ir.Model, outputs: Sequence[str]) -> ir.Model:
 
 def reason(error: BaseException) -> str:
     """What ONNX Runtime complains of, in one line without its error codes and source paths."""
-    text = " ".join(str(error).split())
+    text = re.sub(r"/onnxruntime_src/\S+ ", "", " ".join(str(error).split()))
     text = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
     return text[:300].rstrip(". ")
 
@@ -126,6 +123,9 @@ def _serialized(model: ir.Model, outputs: Sequence[str] | None) -> tuple[bytes, 
         tensor = value.const_value
         assert tensor is not None
         if tensor.nbytes < _INLINE_BYTES or tensor.dtype not in _PLAIN:
+            if isinstance(tensor, ir.ExternalTensor):
+                # A graph given as bytes has no folder to look for other files in.
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
             continue
         weights[name] = np.ascontiguousarray(tensor.numpy())
         value.const_value = ir.ExternalTensor(

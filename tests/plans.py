@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import onnx
 
 from quantkit.calibrators import get_calibrator
 from quantkit.data import open_data
 from quantkit.export import get_emitter
-from quantkit.graph import Graph, load_graph
+from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.observe import observe
 from quantkit.plan import Plan
 from quantkit.presets import get_preset
@@ -59,7 +58,7 @@ class Calibrated:
         )
 
 
-def calibrate(model: onnx.ModelProto, feeds: Sequence[Feed]) -> Calibrated:
+def calibrate(model: ModelLike, feeds: Sequence[Feed]) -> Calibrated:
     """Observe a model."""
     graph = load_graph(model)
     found = observe(graph, open_data(list(feeds), graph.inputs))

@@ -16,11 +16,10 @@ from onnx import TensorProto, numpy_helper
 from quantkit.errors import PlanError, UnknownNameError
 from quantkit.export import get_emitter, list_emitters
 from quantkit.export.rewrite import IR_VERSIONS
-from quantkit.graph import load_graph
 from quantkit.plan import Plan
 from quantkit.runtime import Session
 from tests.models import MODELS, TinyModel, external_weights
-from tests.plans import NOTHING, TARGETS, calibrated
+from tests.plans import NOTHING, TARGETS, calibrate, calibrated
 
 every_model = pytest.mark.parametrize(
     "tiny", [m for n, m in MODELS.items() if n not in NOTHING], ids=lambda m: m.name
@@ -153,7 +152,7 @@ def test_a_file_is_the_same_in_another_process_whatever_its_hash_seed() -> None:
     code = (
         "import hashlib, onnx_ir as ir\n"
         "from quantkit.export import get_emitter\n"
-        "from tests.plans import TARGETS, calibrated\n"
+        "from tests.plans import TARGETS, calibrate, calibrated\n"
         "for name in ('pass_through', 'residual_downsample', 'concat_branches', 'shared_weight_axes'):\n"
         "    for target in TARGETS:\n"
         "        held = calibrated(name)\n"
@@ -183,15 +182,20 @@ def test_a_model_of_external_weights_is_exported_whole(tmp_path: Path) -> None:
     source.mkdir()
     folder.mkdir()
     external_weights(source / "model.onnx")
-    inline = calibrated("conv_relu")
+    feeds = MODELS["conv_relu"].feeds(8)
+    held = calibrate(source / "model.onnx", feeds)
     # One layer stays in float, so that its weight must come along.
-    held = replace(inline, graph=load_graph(source / "model.onnx"), histograms={"x": inline.histograms["x"]})
+    held = replace(held, histograms={"x": held.histograms["x"]})
     plan = held.plan()
     assert list(plan.nodes) == ["Conv"]
-    ir.save(get_emitter("tensorrt").emit(held.graph, plan), folder / "quantized.onnx")
+    model = get_emitter("tensorrt").emit(held.graph, plan)
+    ir.save(model, folder / "quantized.onnx")
+    inline = replace(calibrated("conv_relu"), histograms=held.histograms)
+    expected = Session(get_emitter("tensorrt").emit(inline.graph, inline.plan()), threads=1).run(feeds[0])
     for file in source.iterdir():
         file.unlink()
-    assert np.isfinite(Session(folder / "quantized.onnx").run(inline.feeds[0])["y"]).all()
+    found = Session(folder / "quantized.onnx", threads=1).run(feeds[0])
+    np.testing.assert_array_equal(found["y"], expected["y"])
 
 
 # --- tensorrt -----------------------------------------------------------------------------------------------
