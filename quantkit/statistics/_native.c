@@ -12,6 +12,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
 
 /* One binary for every processor, with loops for what most servers have: the loader picks. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__has_attribute)
@@ -27,6 +30,7 @@
 #define COARSE (20 * 128)
 #define FINE (4 * 2048)
 #define SLOTS (COARSE + FINE)
+#define LINEAR 4096
 
 /* Zeros and what lies below the keys are spread over slots by their place: a counter that is incremented again
  * before its last value has reached the cache is waited for, and half of a tensor behind a Relu is zeros. */
@@ -48,13 +52,15 @@ typedef struct {
     int exponent;
     int64_t zeros, nans, infinities;
     Limits limits; /* of the finite values */
-    int64_t *totals; /* (2, SLOTS) by sign and key */
-    int64_t *below;  /* (65536,) by the top 16 bits: nonzero values too small for a key */
-    int64_t below_count;
+    int64_t *below; /* (65536,) by the top 16 bits: nonzero values too small for a key; NULL before any is met */
+    int failed;     /* there was no memory for it */
+    int64_t totals[2 * SLOTS]; /* by sign and key */
     int uncounted; /* elements in `table` that are not in `totals` */
-    int negatives; /* the second row of `table` is in use */
+    int negatives; /* the second row of `table` is in use, */
+    int any_negative; /* or was */
+    int can_drop;
     uint16_t table[2 * ROW];
-    uint16_t keys[BLOCK];
+    uint16_t keys[BLOCK + 32]; /* read and written 32 at a time */
     uint32_t finite[BLOCK];
 } Counts;
 
@@ -104,17 +110,46 @@ static void empty_table(Counts *c) {
     empty_row(c->table, c->totals);
     if (c->negatives)
         empty_row(c->table + ROW, c->totals + SLOTS);
+    c->any_negative |= c->negatives;
     c->uncounted = c->negatives = 0;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+/* Move the keys that are not in the low slots to the front; return how many they are. Half of a tensor behind a
+ * Relu is zeros: they are known by number, and need not be counted one by one. */
+__attribute__((target("avx512vbmi2,avx512bw"))) static int drop_low(uint16_t *keys, int n) {
+    const __m512i low = _mm512_set1_epi16(LOW), row = _mm512_set1_epi16(ROW);
+    int kept = 0;
+    for (int i = 0; i < n; i += 32) {
+        __m512i key = _mm512_loadu_si512(keys + i);
+        __mmask32 wanted = n - i < 32 ? ((__mmask32)1 << (n - i)) - 1 : ~(__mmask32)0;
+        wanted &= _mm512_cmpge_epu16_mask(key, low) & _mm512_cmpge_epu16_mask(_mm512_sub_epi16(key, row), low);
+        _mm512_storeu_si512(keys + kept, _mm512_maskz_compress_epi16(wanted, key));
+        kept += __builtin_popcount(wanted);
+    }
+    return kept;
+}
+static int can_drop(void) { return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bw"); }
+#else
+static int drop_low(uint16_t *keys, int n) { return (void)keys, n; }
+static int can_drop(void) { return 0; }
+#endif
+
+static void add_below(Counts *c, uint32_t prefix, int64_t number) {
+    if (c->below == NULL)
+        c->below = calloc(1 << 16, sizeof *c->below);
+    if (c->below == NULL)
+        c->failed = 1;
+    else
+        c->below[prefix] += number;
 }
 
 static void count_below(Counts *c, const uint32_t *x, int n) {
     const int32_t lowest = (base_of(c->exponent) >> 16) - COARSE;
     for (int i = 0; i < n; i++) {
         uint32_t magnitude = x[i] & 0x7FFFFFFF;
-        if (magnitude != 0 && (int32_t)(magnitude >> 16) < lowest) {
-            c->below[x[i] >> 16]++;
-            c->below_count++;
-        }
+        if (magnitude != 0 && (int32_t)(magnitude >> 16) < lowest)
+            add_below(c, x[i] >> 16, 1);
     }
 }
 
@@ -126,8 +161,11 @@ static void count(Counts *c, const uint32_t *x, int64_t n, int has_negative) {
             empty_table(c);
         c->negatives |= has_negative;
         c->uncounted += size;
+        int64_t zeros = c->zeros;
         if (find_keys(x + start, size, c->exponent, c->keys, &c->zeros))
             count_below(c, x + start, size);
+        if (c->zeros - zeros > size / 8 && c->can_drop)
+            size = drop_low(c->keys, size);
         uint16_t *table = c->table;
         const uint16_t *keys = c->keys;
 #pragma GCC unroll 16
@@ -151,12 +189,10 @@ static void raise_exponent(Counts *c, int exponent) {
             int32_t bits = key < COARSE ? (key - COARSE + (before >> 16)) << 16 : (key - COARSE + (before >> 12)) << 12;
             int32_t fine = (bits >> 12) - (after >> 12), coarse = (bits >> 16) - (after >> 16);
             int32_t moved = (fine > coarse ? fine : coarse) + COARSE;
-            if (moved >= 0) {
+            if (moved >= 0)
                 row[moved] += found;
-            } else {
-                c->below[(bits >> 16) | sign << 15] += found;
-                c->below_count += found;
-            }
+            else
+                add_below(c, (uint32_t)(bits >> 16 | sign << 15), found);
         }
     }
     c->exponent = exponent;
@@ -173,6 +209,46 @@ static void include_limits(Counts *c, Limits found) {
     int exponent = (amax >> 23) - 127;
     if (exponent > c->exponent)
         raise_exponent(c, exponent);
+}
+
+/* The first prefix that may occur, and how many there are from it on. */
+static int32_t first_prefix(const Counts *c) { return c->below == NULL ? (base_of(c->exponent) >> 16) - COARSE : 0; }
+static int32_t prefixes_of(const Counts *c) { return (base_of(c->exponent) >> 16) + FINE / 16 - first_prefix(c); }
+
+static int64_t sum_of(const int64_t *counts, int n) {
+    int64_t sum = 0;
+    for (int i = 0; i < n; i++)
+        sum += counts[i];
+    return sum;
+}
+
+/* Add the `n` keys of an octave to linear bins: trunc(x · 2^(11−E)) is (n + key) >> shift. */
+static void add_octave(const int64_t *keys, int n, int shift, int64_t *linear) {
+    int run = n >> shift ? 1 << shift : n;
+    for (int key = 0; key < n; key += run)
+        linear[(n + key) >> shift] += sum_of(keys + key, run);
+}
+
+/* Fill the tables of a sign from zeros: `linear` of (LINEAR,), `prefixes` of (prefixes_of(c),). */
+static void fill_tables(const Counts *c, int sign, int64_t *linear, int64_t *prefixes) {
+    const int64_t *row = c->totals + sign * SLOTS;
+    if (c->below != NULL) {
+        int32_t lowest = (base_of(c->exponent) >> 16) - COARSE;
+        for (int32_t prefix = 0; prefix < lowest; prefix++) {
+            *prefixes++ = c->below[prefix | sign << 15];
+            linear[0] += c->below[prefix | sign << 15];
+        }
+    }
+    memcpy(prefixes, row, COARSE * sizeof *prefixes);
+    for (int octave = 0; octave < COARSE / 128; octave++, row += 128)
+        add_octave(row, 128, 19 - octave, linear);
+    prefixes += COARSE;
+    for (int i = 0; i < FINE / 16; i++)
+        prefixes[i] = sum_of(row + 16 * i, 16);
+    for (int octave = 0; octave < FINE / 2048; octave++, row += 2048)
+        add_octave(row, 2048, 3 - octave, linear);
+    if (sign == 0)
+        linear[0] += c->zeros;
 }
 
 /* Count values among which some are not finite. */
@@ -365,27 +441,35 @@ static int open_buffer(PyObject *object, const char *name, int flags, int64_t si
 }
 
 PyDoc_STRVAR(reduce_doc,
-             "reduce(x, shape, channels, counts, exponent, /)\n--\n\n"
+             "reduce(x, shape, channels, linear, exponent, /)\n--\n\n"
              "Reduce float32 values, C-contiguous and aligned, of shape (rows, channels, inner).\n\n"
              "channels: None or (lo, hi, sum, abs_sum), float32 and float64 of (channels,); they are written.\n"
-             "counts: None or (totals, below), int64 of (2, 10752) and (65536,); they are added to.\n"
+             "linear: None, then nothing is counted; or int64 of (2, 4096), by sign; it is written.\n"
              "exponent: E to begin with.\n"
-             "Return (E, zeros, NaN, infinities, least, largest, values in below); the limits are of the finite\n"
-             "values, and +inf and -inf where there are none. Nothing is counted where counts is None.");
+             "Return None if nothing is counted, else (E, zeros, NaN, infinities, least, largest, positive, negative):\n"
+             "the limits of the finite values, +inf and -inf where there are none, and of either sign the first\n"
+             "prefix met and the bytes of an int64 for each from there to the last.");
 
 static double float_of(int32_t key) { return key == -1 ? 0.0 : as_float(ordered((uint32_t)key)); }
 
+/* (first, counts) of the prefixes that occur among `n` from `first` on. */
+static PyObject *used_prefixes(const int64_t *prefixes, int first, int n) {
+    while (n > 0 && prefixes[n - 1] == 0)
+        n--;
+    while (n > 0 && *prefixes == 0)
+        prefixes++, first++, n--;
+    return Py_BuildValue("(iy#)", n ? first : 0, (const char *)prefixes, (Py_ssize_t)(n * sizeof *prefixes));
+}
+
 static PyObject *py_reduce(PyObject *module, PyObject *args) {
-    PyObject *x, *outputs[6] = {Py_None, Py_None, Py_None, Py_None, Py_None, Py_None}, *channel_arrays, *count_arrays;
+    PyObject *x, *outputs[5] = {Py_None, Py_None, Py_None, Py_None, Py_None}, *channel_arrays;
     Py_ssize_t rows, channels, inner;
     int exponent;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O(nnn)OOi", &x, &rows, &channels, &inner, &channel_arrays, &count_arrays, &exponent))
+    if (!PyArg_ParseTuple(args, "O(nnn)OOi", &x, &rows, &channels, &inner, &channel_arrays, &outputs[4], &exponent))
         return NULL;
     if (channel_arrays != Py_None &&
         !PyArg_ParseTuple(channel_arrays, "OOOO", &outputs[0], &outputs[1], &outputs[2], &outputs[3]))
-        return NULL;
-    if (count_arrays != Py_None && !PyArg_ParseTuple(count_arrays, "OO", &outputs[4], &outputs[5]))
         return NULL;
     if (rows < 1 || channels < 1 || inner < 1 || rows > INT64_MAX / 8 / channels / inner || exponent < -100 ||
         exponent > 127) {
@@ -393,18 +477,21 @@ static PyObject *py_reduce(PyObject *module, PyObject *args) {
         return NULL;
     }
 
-    static const char *const names[6] = {"lo", "hi", "sum", "abs_sum", "totals", "below"};
-    const int64_t sizes[6] = {channels, channels, channels, channels, 2 * SLOTS, 1 << 16};
-    const size_t items[6] = {4, 4, 8, 8, 8, 8};
-    Py_buffer input = {0}, views[6] = {{0}};
+    static const char *const names[5] = {"lo", "hi", "sum", "abs_sum", "linear"};
+    const int64_t sizes[5] = {channels, channels, channels, channels, 2 * LINEAR};
+    const size_t items[5] = {4, 4, 8, 8, 8};
+    Py_buffer input = {0}, views[5] = {{0}};
     Counts *c = NULL;
+    int64_t *prefixes = NULL;
     PyObject *result = NULL;
     if (open_buffer(x, "x", PyBUF_C_CONTIGUOUS, (int64_t)rows * channels * inner, 4, &input) != 0)
         goto done;
-    for (int i = 0; i < 6; i++)
+    for (int i = 0; i < 5; i++)
         if (open_buffer(outputs[i], names[i], PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, sizes[i], items[i], &views[i]) != 0)
             goto done;
-    if (count_arrays != Py_None) {
+    Channels found = {views[0].buf, views[1].buf, views[2].buf, views[3].buf};
+    int64_t *linear = views[4].buf;
+    if (linear != NULL) {
         c = calloc(1, sizeof *c);
         if (c == NULL) {
             PyErr_NoMemory();
@@ -412,10 +499,8 @@ static PyObject *py_reduce(PyObject *module, PyObject *args) {
         }
         c->exponent = exponent;
         c->limits = NOTHING;
-        c->totals = views[4].buf;
-        c->below = views[5].buf;
+        c->can_drop = can_drop();
     }
-    Channels found = {views[0].buf, views[1].buf, views[2].buf, views[3].buf};
 
     Py_BEGIN_ALLOW_THREADS
     if (found.lo != NULL) {
@@ -428,21 +513,33 @@ static PyObject *py_reduce(PyObject *module, PyObject *args) {
     reduce(input.buf, rows, channels, inner, found.lo != NULL ? &found : NULL, c);
     if (found.lo != NULL)
         keys_to_floats(found, channels);
+    if (c != NULL) {
+        prefixes = calloc(2 * (size_t)prefixes_of(c), sizeof *prefixes);
+        memset(linear, 0, 2 * LINEAR * sizeof *linear);
+        for (int sign = 0; prefixes != NULL && sign <= c->any_negative; sign++)
+            fill_tables(c, sign, linear + sign * LINEAR, prefixes + sign * prefixes_of(c));
+    }
     Py_END_ALLOW_THREADS
 
     if (c == NULL) {
-        result = Py_BuildValue("(iLLLddL)", exponent, 0LL, 0LL, 0LL, Py_HUGE_VAL, -Py_HUGE_VAL, 0LL);
+        result = Py_NewRef(Py_None);
+    } else if (c->failed || prefixes == NULL) {
+        PyErr_NoMemory();
     } else {
         int any = c->limits.lo <= c->limits.hi;
-        result = Py_BuildValue("(iLLLddL)", c->exponent, (long long)c->zeros, (long long)c->nans,
+        result = Py_BuildValue("(iLLLddNN)", c->exponent, (long long)c->zeros, (long long)c->nans,
                                (long long)c->infinities, any ? float_of(c->limits.lo) : Py_HUGE_VAL,
-                               any ? float_of(c->limits.hi) : -Py_HUGE_VAL, (long long)c->below_count);
+                               any ? float_of(c->limits.hi) : -Py_HUGE_VAL, used_prefixes(prefixes, first_prefix(c), prefixes_of(c)),
+                               used_prefixes(prefixes + prefixes_of(c), first_prefix(c), prefixes_of(c)));
     }
 done:
+    if (c != NULL)
+        free(c->below);
     free(c);
+    free(prefixes);
     if (input.obj != NULL)
         PyBuffer_Release(&input);
-    for (int i = 0; i < 6; i++)
+    for (int i = 0; i < 5; i++)
         if (views[i].obj != NULL)
             PyBuffer_Release(&views[i]);
     return result;

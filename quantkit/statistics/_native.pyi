@@ -6,7 +6,7 @@ def reduce(
     shape: tuple[int, int, int],
     channels: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]
     | None,
-    counts: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    linear: NDArray[np.int64] | None,
     exponent: int,
     /,
-) -> tuple[int, int, int, int, float, float, int]: ...
+) -> tuple[int, int, int, int, float, float, tuple[int, bytes], tuple[int, bytes]] | None: ...

@@ -27,9 +27,9 @@ _FINE = 4 * 2048
 # E, −100, the last of them still holds normal numbers.
 _COARSE = 20 * 128
 # Keys of one sign, from the lowest coarse one on.
-KEYS = _COARSE + _FINE
+_KEYS = _COARSE + _FINE
 # While counting, slot 0 of a sign's row is what lies below the keys, zeros too.
-_ROW = 1 + KEYS
+_ROW = 1 + _KEYS
 # The first coarse key of every trunc(x · 2^(11−E)) from 0 to 255.
 _COARSE_STARTS = np.flatnonzero(
     np.diff(np.floor(np.exp2(np.arange(_COARSE) // 128 - 19) * (128 + np.arange(_COARSE) % 128)), prepend=-1)
@@ -97,38 +97,6 @@ def count_floats(
     if flat.size:
         exponent = max(exponent, _exponent_of(max(-lo, hi)))
     totals, below, zeros = _count_keys(flat, exponent, nonnegative=lo >= 0)
-    return counts_of(
-        totals,
-        below,
-        size=size,
-        zeros=zeros,
-        nans=nans,
-        infinities=size - flat.size - nans,
-        # −0 becomes 0: which of the two a minimum returns depends on their order.
-        limits=(lo + 0.0, hi + 0.0),
-        exponent=exponent,
-    )
-
-
-def counts_of(
-    totals: NDArray[np.int64],
-    below: NDArray[np.int64] | None,
-    *,
-    size: int,
-    zeros: int,
-    nans: int,
-    infinities: int,
-    limits: tuple[float, float],
-    exponent: int,
-) -> Counts:
-    """Return the counts in both tables from those of keys.
-
-    Args:
-        totals: by sign and key, (2, KEYS).
-        below: by the top 16 bits, (65536,), of the nonzero values that are too small for a key; None for
-            none.
-        size, zeros, nans, infinities, limits, exponent: as in the result.
-    """
     base = _base(exponent) >> 16
     # The first half of `below` is that of the positive values.
     positive, negative = (
@@ -140,9 +108,10 @@ def counts_of(
         size=size,
         zeros=zeros,
         nans=nans,
-        infinities=infinities,
-        min=limits[0],
-        max=limits[1],
+        infinities=size - flat.size - nans,
+        # −0 becomes 0: which of the two a minimum returns depends on their order.
+        min=lo + 0.0,
+        max=hi + 0.0,
         exponent=exponent,
         positive=positive,
         negative=negative,
@@ -188,7 +157,7 @@ def _count_keys(
                 # Five times as fast as indexing with the mask.
                 low = np.bincount(chunk.view(np.uint16)[_TOP::2].compress(beyond), minlength=1 << 16)
                 below = low if below is None else below + low
-    by_sign = np.zeros((2, KEYS), np.int64)
+    by_sign = np.zeros((2, _KEYS), np.int64)
     by_sign[0] = totals[1:_ROW]
     if not nonnegative:
         by_sign[1] = totals[_ROW + 1 :]

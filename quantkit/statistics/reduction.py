@@ -7,7 +7,7 @@ threads meanwhile; it takes a third of the time.
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.statistics.counting import KEYS, LEAST_EXPONENT, Counts, count_floats, counts_of
+from quantkit.statistics.counting import LEAST_EXPONENT, LINEAR, Counts, SideCounts, count_floats
 from quantkit.statistics.summing import ChannelSums, sum_channels
 
 try:
@@ -55,24 +55,29 @@ def reduce_cube(
             abs_sum=np.empty(n),
             count=before * behind,
         )
-    tables = None if exponent is None else (np.zeros((2, KEYS), np.int64), np.zeros(1 << 16, np.int64))
-    raised, zeros, nans, infinities, lo, hi, small = _native.reduce(
+    linear = None if exponent is None else np.empty((2, LINEAR), np.int64)
+    found = _native.reduce(
         cube,
         cube.shape,
         None if sums is None else (sums.min, sums.max, sums.sum, sums.abs_sum),
-        tables,
+        linear,
         LEAST_EXPONENT if exponent is None else exponent,
     )
-    if tables is None:
+    if found is None or linear is None:
         return sums, None
-    totals, below = tables
-    return sums, counts_of(
-        totals,
-        below if small else None,
+    raised, zeros, nans, infinities, lo, hi, *prefixes = found
+    positive, negative = (
+        SideCounts(linear=linear[sign], prefixes=np.frombuffer(counts, np.int64), first=first)
+        for sign, (first, counts) in enumerate(prefixes)
+    )
+    return sums, Counts(
         size=cube.size,
         zeros=zeros,
         nans=nans,
         infinities=infinities,
-        limits=(lo, hi),
+        min=lo,
+        max=hi,
         exponent=raised,
+        positive=positive,
+        negative=negative,
     )
