@@ -6,9 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantkit.data.inputs import InputSpec, Sample, batch_axes, fixed_batch_size
 from quantkit.errors import DataError
+
+# Bytes of the pieces that a fingerprint folds.
+_PIECE = 1 << 16
+# 2^64 / the golden ratio: its bits follow no pattern, and it has an inverse.
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def batches(source: Iterable[Sample], inputs: Sequence[InputSpec], batch_size: int) -> Iterator[Sample]:
@@ -78,8 +84,9 @@ def fill_batch(sample: Sample, inputs: Sequence[InputSpec]) -> Sample:
 def sample_fingerprint(sample: Sample) -> bytes:
     """Return 8 bytes by which a sample is known again.
 
-    They are the first of SHA-256 over the names, types, shapes and contents of its arrays; processors have
-    instructions for SHA-256, which makes it the quickest of the hashes at hand.
+    They are the first of SHA-256 over the names, types, shapes and contents of its arrays. Of the contents,
+    whole pieces of 64 KiB are folded into one before (`_fold`): SHA-256 alone takes a tenth of what running
+    a network on them takes.
     """
     digest = hashlib.sha256()
     for name in sorted(sample):
@@ -91,8 +98,27 @@ def sample_fingerprint(sample: Sample) -> bytes:
         if array.dtype.hasobject:
             digest.update(repr(array.tolist()).encode())
         else:
-            digest.update(array.reshape(-1).view(np.uint8).data)
+            content = array.reshape(-1).view(np.uint8)
+            whole = content.size - content.size % _PIECE
+            digest.update(_fold(content[:whole]).data)
+            digest.update(content[whole:].data)
     return digest.digest()[:8]
+
+
+def _fold(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Fold pieces into one, each of its 8-byte words w apart: h ← (h ⊕ h >> 32) · 0x9E3779B97F4A7C15 + w mod 2⁶⁴.
+
+    A step loses nothing of h or of w, so words that differ in one piece alone never meet; the shift spreads the
+    upper bits, where a product keeps the sign of a float.
+    """
+    folded = np.zeros(_PIECE // 8 if content.size else 0, np.uint64)
+    shifted = np.empty_like(folded)
+    for piece in content.view("<u8").reshape(-1, _PIECE // 8):
+        np.right_shift(folded, 32, out=shifted)
+        np.bitwise_xor(folded, shifted, out=folded)
+        np.multiply(folded, _ODD, out=folded)
+        np.add(folded, piece, out=folded)
+    return folded.astype("<u8", copy=False).view(np.uint8)
 
 
 def _groups(source: Iterable[Sample], axes: dict[str, int | None], size: int) -> Iterator[list[Sample]]:

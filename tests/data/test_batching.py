@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import warnings
 
@@ -92,6 +93,32 @@ def test_the_fingerprint_of_a_sample_is_a_golden_value():
     # By coreutils: printf "('ids', 'int64', (1, 1))\x03\0\0\0\0\0\0\0('x', 'float32', (1, 2))\0\0\xc0\x3f\0\0\0\xc0"
     # piped into sha256sum, the first 16 digits.
     assert sample_fingerprint(sample).hex() == "a130eecc80860d46"
+
+
+def test_the_fingerprint_of_a_large_sample_is_that_of_its_folded_contents():
+    words = [((i * i + 7) << (i % 50)) % 2**64 for i in range(3 * 8192)]
+    folded = [0] * 8192
+    for i, word in enumerate(words):
+        h = folded[i % 8192]
+        folded[i % 8192] = ((h ^ h >> 32) * 0x9E3779B97F4A7C15 + word) % 2**64
+    header = repr(("x", "uint64", (3 * 8192 + 1,))).encode()
+    content = b"".join(h.to_bytes(8, "little") for h in folded) + (5).to_bytes(8, "little")
+    expected = hashlib.sha256(header + content).digest()[:8]
+    sample = {"x": np.array([*words, 5], np.uint64)}
+    assert sample_fingerprint(sample) == expected
+    assert expected.hex() == "a7d9be86e57edd1c"
+
+
+@given(data=st.data())
+def test_the_fingerprint_tells_large_samples_apart(data):
+    x = np.tile(np.arange(1, 8193, dtype=np.float32), 8)
+    places = data.draw(st.sets(st.integers(0, x.size - 1), min_size=1, max_size=3))
+    changed = x.copy()
+    changed[list(places)] *= -1
+    first = sample_fingerprint({"x": x})
+    assert sample_fingerprint({"x": changed}) != first
+    assert sample_fingerprint({"x": -x}) != first
+    assert sample_fingerprint({"x": np.roll(changed, 16384)}) != sample_fingerprint({"x": changed})
 
 
 def test_the_fingerprint_does_not_depend_on_order_or_memory_layout():
