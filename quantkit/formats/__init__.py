@@ -22,7 +22,7 @@ from quantkit.formats.format import (
     get_format,
     list_formats,
 )
-from quantkit.formats.layout import scale_shape
+from quantkit.formats.layout import scale_shape, size_bytes
 from quantkit.formats.qparams import QParams, Range, dynamic_qparams, qparams_from_range, range_of
 from quantkit.formats.quantize import QTensor, dequantize, fake_quantize, quantize
 from quantkit.formats.spec import QuantSpec, ScaleRule
@@ -57,4 +57,5 @@ __all__ = [
     "quantize",
     "range_of",
     "scale_shape",
+    "size_bytes",
 ]

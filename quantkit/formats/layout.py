@@ -1,5 +1,6 @@
 """Where the scales of a tensor lie: which elements share one, and in what order the scales are stored."""
 
+import math
 from collections.abc import Iterator
 from types import EllipsisType
 
@@ -40,6 +41,21 @@ def scale_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
     return (*shape[:axis], -(-shape[axis] // spec.block_size), *shape[axis + 1 :])
 
 
+def size_bytes(shape: tuple[int, ...], spec: QuantSpec, *, scale_bytes: int = 4) -> int:
+    """Return the bytes that a tensor of `shape` takes: codes, scales and, where they are free, zero points.
+
+    Each is packed without gaps, a whole number of bytes. Scales take `scale_bytes` unless `spec.scale_format` says
+    otherwise.
+    """
+    codes, scales = math.prod(shape), math.prod(scale_shape(shape, spec))
+    taken = _bytes(codes * spec.format.bits)
+    if spec.scale_format is None:
+        taken += scales * scale_bytes
+    else:
+        taken += _bytes(scales * spec.scale_format.bits) + (4 if spec.has_global_scale else 0)
+    return taken + (0 if spec.symmetric else _bytes(scales * spec.format.bits))
+
+
 def check_scales(values: NDArray[np.generic], shape: tuple[int, ...], spec: QuantSpec) -> None:
     """Raise `SpecError` unless `values`, scales or zero points, are as many as a tensor of `shape` needs."""
     wanted = scale_shape(shape, spec)
@@ -73,7 +89,7 @@ def slabs(shape: tuple[int, ...], spec: QuantSpec) -> Iterator[tuple[Rows, Rows]
         yield ..., ...
         return
     step = _alignment(shape, spec)
-    row_size = max(int(np.prod(shape[1:])), 1)
+    row_size = max(math.prod(shape[1:]), 1)
     height = max(_SLAB // row_size // step, 1) * step
     follows = len(scale_shape(shape, spec)) == len(shape) or (
         spec.axis is not None and _axis(shape, spec) == 0
@@ -102,6 +118,10 @@ def to_groups(x: NDArray[np.float32], spec: QuantSpec) -> NDArray[np.float32]:
     x = _filled(x, spec.block_size, axis)
     blocks = x.reshape(*x.shape[:axis], shape[axis], spec.block_size, *x.shape[axis + 1 :])
     return np.moveaxis(blocks, axis + 1, 0).reshape(spec.block_size, -1)
+
+
+def _bytes(bits: int) -> int:
+    return -(-bits // 8)
 
 
 def _alignment(shape: tuple[int, ...], spec: QuantSpec) -> int:

@@ -5,9 +5,12 @@ from hypothesis import strategies as st
 
 from quantkit.errors import SpecError
 from quantkit.formats import (
+    E8M0,
+    FP4_E2M1,
     FP8_E4M3,
     INT4,
     INT8,
+    UINT4,
     QParams,
     QuantSpec,
     Range,
@@ -19,6 +22,7 @@ from quantkit.formats import (
     quantize,
     range_of,
     scale_shape,
+    size_bytes,
 )
 
 LAYOUTS = {
@@ -164,3 +168,27 @@ def test_a_range_of_blocks_keeps_their_shape():
     found = qparams_from_range(Range([[-1, 0], [0, 2]], [[1, 0], [0, 2]]), QuantSpec(format=INT4, axis=0))
     assert found.scale.shape == (2, 2)
     assert found.scale[0, 1] == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        (QuantSpec(format=INT8), 256 * 100 + 4),
+        (QuantSpec(format=INT8, axis=1), 256 * 100 + 400),
+        (QuantSpec(format=INT4, axis=0, block_size=128), 256 * 100 // 2 + 2 * 100 * 4),
+        (
+            QuantSpec(format=UINT4, axis=0, block_size=128, symmetric=False),
+            256 * 100 // 2 + 2 * 100 * 4 + 2 * 100 // 2,
+        ),
+        (QuantSpec(format=FP4_E2M1, axis=0, block_size=16, scale_format=FP8_E4M3), 12_800 + 1600 + 4),
+        (QuantSpec(format=FP4_E2M1, axis=0, block_size=32, scale_format=E8M0), 12_800 + 800),
+        (QuantSpec(format=FP8_E4M3, block_shape=(128, 128)), 25_600 + 2 * 4),
+    ],
+    ids=str,
+)
+def test_a_tensor_takes_its_codes_and_its_scales(spec, size):
+    assert size_bytes((256, 100), spec) == size
+
+
+def test_half_a_byte_takes_a_byte():
+    assert size_bytes((3,), QuantSpec(format=INT4), scale_bytes=2) == 2 + 2
