@@ -336,6 +336,83 @@ def concat_branches() -> ModelProto:
     )
 
 
+@tiny()
+def silu_squeeze_excite() -> ModelProto:
+    """SiLU reads a convolution's output twice; squeeze-and-excitation multiplies it by what it makes of its mean."""
+    return model_of("""(float[N,4,8,8] x) => (float[N,4,8,8] y)
+        <float[8,4,3,3] w0, float[8] b0, float[2,8,1,1] w1, float[2] b1, float[8,2,1,1] w2, float[8] b2,
+         float[4,8,1,1] w3, float[4] b3> {
+        a = Conv <pads = [1,1,1,1]> (x, w0, b0)
+        s = Sigmoid (a)
+        h = Mul (a, s)
+        m = GlobalAveragePool (h)
+        e = Conv (m, w1, b1)
+        er = Relu (e)
+        g = Conv (er, w2, b2)
+        gs = HardSigmoid (g)
+        z = Mul (h, gs)
+        p = Conv (z, w3, b3)
+        y = Add (p, x) }""")
+
+
+@tiny()
+def unet() -> ModelProto:
+    """Down and up again: a skip reaches a Concat beside a ConvTranspose, and another beside a Resize."""
+    return model_of(
+        """(float[N,3,8,8] x) => (float[N,2,8,8] y)
+        <float[4,3,3,3] w0, float[4] b0, float[8,4,3,3] w1, float[8] b1, float[8,4,2,2] w2, float[4] b2,
+         float[4,8,3,3] w3, float[4] b3, float[2,12,1,1] w4, float[2] b4> {
+        a = Conv <pads = [1,1,1,1]> (x, w0, b0)
+        ar = Relu (a)
+        p = MaxPool <kernel_shape = [2,2], strides = [2,2]> (ar)
+        c = Conv <pads = [1,1,1,1]> (p, w1, b1)
+        cr = Relu (c)
+        u = ConvTranspose <strides = [2,2]> (cr, w2, b2)
+        j = Concat <axis = 1> (u, ar)
+        d = Conv <pads = [1,1,1,1]> (j, w3, b3)
+        dr = LeakyRelu (d)
+        r = Resize <mode = "nearest"> (cr, , scales)
+        k = Concat <axis = 1> (dr, r)
+        y = Conv (k, w4, b4) }""",
+        scales=np.array([1, 1, 2, 2], np.float32),
+    )
+
+
+@tiny()
+def split_pad_shuffle() -> ModelProto:
+    """Split, a reflecting Pad, AveragePool and DepthToSpace between convolutions; PRelu behind one."""
+    return model_of(
+        """(float[N,4,8,8] x) => (float[N,3,8,8] y)
+        <float[8,4,3,3] w0, float[8] b0, float[8,1,1] slope, float[4,4,3,3] w1, float[12,4,3,3] w2, float[12] b2> {
+        a = Conv <pads = [1,1,1,1]> (x, w0, b0)
+        r = PRelu (a, slope)
+        l, h = Split <axis = 1, num_outputs = 2> (r)
+        q = Pad <mode = "reflect"> (l, around)
+        c = Conv (q, w1)
+        m = Mul (c, h)
+        v = AveragePool <kernel_shape = [2,2], strides = [2,2]> (m)
+        d = Conv <pads = [1,1,1,1]> (v, w2, b2)
+        y = DepthToSpace <blocksize = 2> (d) }""",
+        around=np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+    )
+
+
+@tiny()
+def residual_float_skip() -> ModelProto:
+    """The skip of the Add is no convolution's, and a LayerNormalization reads the sum as well as the next block."""
+    return model_of(
+        """(float[N,4,8,8] x) => (float[N,4,8,8] y)
+        <float[4,4,3,3] w0, float[4] b0, float[4,4,3,3] w1, float[8] g, float[8] b> {
+        t = Tanh (x)
+        c = Conv <pads = [1,1,1,1]> (t, w0, b0)
+        s = Add (t, c)
+        n = LayerNormalization (s, g, b)
+        d = Conv <pads = [1,1,1,1]> (n, w1)
+        z = Add (d, s)
+        y = Relu (z) }"""
+    )
+
+
 # --- linear layers ------------------------------------------------------------------------------------------
 
 
