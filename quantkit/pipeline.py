@@ -28,6 +28,7 @@ from quantkit.evaluation import Evaluation
 from quantkit.export import get_emitter
 from quantkit.export.verify import Verification, verify
 from quantkit.files import atomic_write, check_output
+from quantkit.formats import Range
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.interchange.probe import made_up_probe
 from quantkit.observe import observe
@@ -177,13 +178,14 @@ class Exported:
 
 def export_model(
     model: ModelLike | None,
-    cache: CalibrationCache | str | os.PathLike[str],
+    cache: CalibrationCache | str | os.PathLike[str] | None = None,
     *,
     preset: str = "int8",
     method: str | None = None,
     method_options: Mapping[str, Any] | None = None,
     target: str = "tensorrt",
     everything: bool = False,
+    group: int | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Exported:
     """Solve a plan from the cache and write the quantized model; the float model is not run over data again.
@@ -193,12 +195,13 @@ def export_model(
 
     Args:
         model: the float model; None for the one the cache was made from.
-        cache: a cache or its path.
-        preset: int8 or fp8.
+        cache: a cache or its path; None for a preset that quantizes weights alone.
+        preset: int8, fp8, or int4 (weights alone).
         method: the calibration method; None for the cache's.
         method_options: its options.
         target: tensorrt, ort, ort-cpu, or a plug-in's.
         everything: quantize also what the preset leaves in float for speed or accuracy.
+        group: weights that share a scale, for presets in groups (int4); None for 128.
         out: the file to write; None for `<stem>.<preset>[.<target> unless tensorrt].onnx` in the current folder.
 
     Raises:
@@ -206,14 +209,21 @@ def export_model(
         ExportError: the written file failed its check.
         FileError: it could not be written, or is the float model or the cache.
     """
-    held = cache if isinstance(cache, CalibrationCache) else CalibrationCache.load(cache)
-    emitter, wanted = get_emitter(target), get_preset(preset)
-    calibrator = calibrator_of(held, method, method_options)
-    graph = load_graph(_model_of(held) if model is None else model)
-    held.check_model(graph.fingerprint, str(graph.path or graph.name))
+    held = CalibrationCache.load(cache) if isinstance(cache, str | os.PathLike) else cache
+    emitter, wanted = get_emitter(target), get_preset(preset, block_size=group)
+    if held is None and (wanted.activations is not None or model is None):
+        raise CacheError(
+            f"export: {preset} needs {'a calibration cache' if wanted.activations else 'the model, or its cache'}; "
+            "give one, or run `quantkit calibrate` first."
+        )
+    calibrator = None if held is None else calibrator_of(held, method, method_options)
+    graph = load_graph(_model_of(held) if model is None and held is not None else model)  # type: ignore[arg-type]
+    if held is not None:
+        held.check_model(graph.fingerprint, str(graph.path or graph.name))
     path = Path(out) if out is not None else Path(default_name(graph.name, preset, target))
     check_output(path, inputs=[graph.path, None if isinstance(cache, CalibrationCache) else cache])
-    histograms = {name: s.histogram for name, s in held.statistics.items()}
+    histograms = {} if held is None else {name: s.histogram for name, s in held.statistics.items()}
+    ranges = {} if held is None else held.ranges
     plan = solve(
         graph,
         histograms,
@@ -221,12 +231,12 @@ def export_model(
         target=emitter.target,
         calibrator=calibrator,
         everything=everything,
-        ranges=held.ranges,
+        ranges=ranges,
     )
     written = emitter.emit(graph, plan)
-    probe = fill_batch(dict(held.probe), graph.inputs)
-    if held.ranges:
-        probe = made_up_probe(graph, held.ranges)
+    probe = {} if held is None else fill_batch(dict(held.probe), graph.inputs)
+    if held is None or ranges:
+        probe = made_up_probe(graph, ranges)
     with atomic_write(path) as temporary:
         save(written, temporary)
         checked = verify(temporary, graph, plan, probe) if probe else None
@@ -238,7 +248,7 @@ def export_model(
         float_size_bytes=graph.weight_bytes,
         verification=checked,
         warnings=tuple(
-            clipping_warnings(plan, histograms) if calibrator else _imported_warnings(plan, probe)
+            clipping_warnings(plan, histograms) if calibrator else _made_up_warnings(plan, probe, ranges)
         ),
     )
 
@@ -294,15 +304,19 @@ def evaluate_model(
         )
 
 
-def _imported_warnings(plan: Plan, probe: Mapping[str, NDArray[Any]]) -> list[str]:
-    """What fixed ranges leave open."""
+def _made_up_warnings(
+    plan: Plan, probe: Mapping[str, NDArray[Any]], ranges: Mapping[str, Range]
+) -> list[str]:
+    """What an export without a real sample leaves open."""
+    why = "the imported ranges come without a sample" if ranges else "no calibration, so no sample"
     found = [
-        "the imported ranges come without a sample: the file was run on made-up input alone; evaluate it on real data"
+        f"{why}: the file was run on made-up input alone; evaluate it on real data"
         if probe
-        else "the imported ranges come without a sample, and no made-up input runs: the file was not run; evaluate it "
-        "on real data"
+        else f"{why}, and no made-up input runs: the file was not run; evaluate it on real data"
     ]
-    if any((a.spec.format.kind, a.spec.format.bits) != ("integer", 8) for a in plan.activations.values()):
+    if ranges and any(
+        (a.spec.format.kind, a.spec.format.bits) != ("integer", 8) for a in plan.activations.values()
+    ):
         found.append(
             f"the imported ranges were chosen for 8-bit integers, and {plan.preset} clips at them too; "
             "ranges of its own need `quantkit calibrate`"

@@ -19,14 +19,14 @@ class Placement:
         weights: the weight sites to quantize.
         nodes: the linear nodes that run quantized.
         left: linear nodes that do not, with the reason.
-        spec: how activations are quantized.
+        spec: how activations are quantized; None where they stay in float.
     """
 
     activations: dict[str, tuple[Reader, ...]]
     weights: list[Site]
     nodes: dict[str, str]
     left: list[LeftAlone]
-    spec: QuantSpec
+    spec: QuantSpec | None
 
 
 @dataclass
@@ -62,14 +62,14 @@ def place(
         LeftAlone(node=node, op_type=graph.node(node).op_type, reason=reason)
         for node, reason in reasons.items()
     ]
-    integer = preset.activations.format.kind == "integer"
+    spec = target.int8_activations if preset.integer_activations else preset.activations
     linear = {s.node: s.op_type for s in sites if s.role == "weight" or s.role == "input"}
     nodes = {name: op_type for name, op_type in linear.items() if name not in reasons}
     choice = _Choice()
     for site in sites:
-        if site.role == "input" and site.node in nodes:
+        if site.role == "input" and site.node in nodes and spec is not None:
             choice.readers.setdefault(site.name, set()).add((site.node, site.index))
-    if target.outputs and integer:
+    if target.outputs and preset.integer_activations:
         _choose_outputs(graph, sites, nodes, unfit, choice)
     elif preset.skips:
         for site in sites:
@@ -77,7 +77,6 @@ def place(
                 choice.readers.setdefault(site.name, set()).add((site.node, site.index))
     for name in choice.everywhere:
         choice.readers[name] = set()
-    spec = target.int8_activations if integer else preset.activations
     return Placement(
         activations={name: tuple(sorted(readers)) for name, readers in sorted(choice.readers.items())},
         weights=[s for s in sites if s.role == "weight" and s.node in nodes],
@@ -99,6 +98,12 @@ def _float_nodes(
         broken = [name for name in read if name in unfit]
         if broken:
             reasons.setdefault(site.node, unfit[broken[0]])
+        elif preset.activations is None and not any(
+            v is not None and v.is_initializer() for v in graph.node(site.node).inputs[:2]
+        ):
+            reasons.setdefault(site.node, f"no weight, and {preset.name} quantizes weights alone")
+        elif preset.in_blocks and site.role == "weight" and site.contraction is None:
+            reasons.setdefault(site.node, f"{preset.name} weights lie in blocks, which no target has for it")
         elif everything:
             continue
         elif not preset.gemm and site.op_type == "Gemm":

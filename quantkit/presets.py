@@ -1,8 +1,10 @@
-"""Presets: how `--int8` and `--fp8` quantize weights and activations, and what a target makes of it."""
+"""Presets: how `--int8`, `--fp8`, `--int4` … quantize weights and activations, and what a target makes of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from quantkit.errors import SpecError
 from quantkit.formats import FP8_E4M3, INT8, QuantSpec
+from quantkit.formats.presets import WEIGHT_SPECS
 from quantkit.plugins import Registry
 
 
@@ -12,8 +14,9 @@ class Preset:
 
     Attributes:
         name: the flag, and part of the output file's name.
-        weights: how weights are quantized, per channel; the axis is set where the weight is known.
-        activations: how activations are quantized, unless the target wants it otherwise (`Target.int8_activations`).
+        weights: how weights are quantized; its axis, of channels or of blocks, is set where the weight is known.
+        activations: how activations are quantized, unless the target wants it otherwise (`Target.int8_activations`);
+            None for a preset that leaves them in float and so needs no calibration.
         skips: quantize the skip branch of residual Adds.
         narrow_convolutions: quantize convolutions that are depthwise or have ≤ 16 channels in or out.
         gemm: quantize Gemm, which mostly is a network's last layer.
@@ -21,10 +24,20 @@ class Preset:
 
     name: str
     weights: QuantSpec
-    activations: QuantSpec
+    activations: QuantSpec | None
     skips: bool
     narrow_convolutions: bool
     gemm: bool
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether weights are quantized in blocks along the axis that a product contracts: of MatMul and Gemm only."""
+        return self.weights.block_size is not None or self.weights.block_shape is not None
+
+    @property
+    def integer_activations(self) -> bool:
+        """Whether activations become integers."""
+        return self.activations is not None and self.activations.format.kind == "integer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +49,14 @@ class Target:
         int8_activations: symmetric or not, signed or not.
         outputs: integer kernels want their outputs quantized too, and all readers of a tensor read the quantized one.
         integer_bias: biases are stored as int32 with scale s_x · s_w.
+        whole_blocks: the last block of a weight may not be short.
     """
 
     name: str
     int8_activations: QuantSpec
     outputs: bool
     integer_bias: bool
+    whole_blocks: bool = False
 
 
 _PRESETS: Registry[Preset] = Registry(
@@ -50,7 +65,7 @@ _PRESETS: Registry[Preset] = Registry(
     builtin={
         "int8": Preset(
             name="int8",
-            weights=QuantSpec(format=INT8, axis=0),
+            weights=WEIGHT_SPECS["int8"],
             activations=QuantSpec(format=INT8),
             skips=True,
             narrow_convolutions=True,
@@ -60,23 +75,41 @@ _PRESETS: Registry[Preset] = Registry(
         # quantized Add or last layer costs more accuracy than it saves time.
         "fp8": Preset(
             name="fp8",
-            weights=QuantSpec(format=FP8_E4M3, axis=0),
+            weights=WEIGHT_SPECS["fp8"],
             activations=QuantSpec(format=FP8_E4M3),
             skips=False,
             narrow_convolutions=False,
             gemm=False,
         ),
+        "int4": Preset(
+            name="int4",
+            weights=WEIGHT_SPECS["int4"],
+            activations=None,
+            skips=False,
+            narrow_convolutions=False,
+            gemm=True,
+        ),
     },
 )
 
 
-def get_preset(name: str) -> Preset:
+def get_preset(name: str, *, block_size: int | None = None) -> Preset:
     """Return the preset registered as `name`.
+
+    Args:
+        name: int8, fp8, int4, or a plug-in's.
+        block_size: elements that share a scale, where the preset's weights lie in blocks; None for its own choice.
 
     Raises:
         UnknownNameError: nobody has registered it.
+        SpecError: its weights do not lie in blocks of a size that can be chosen.
     """
-    return _PRESETS.get(name)
+    preset = _PRESETS.get(name)
+    if block_size is None:
+        return preset
+    if preset.weights.block_size is None or preset.weights.scale_format is not None:
+        raise SpecError(f"preset {name}: its weights have no groups to choose; leave the group size out.")
+    return replace(preset, weights=replace(preset.weights, block_size=block_size))
 
 
 def list_presets() -> list[str]:

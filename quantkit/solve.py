@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantkit.cache import IMPORTED, CalibrationCache
-from quantkit.calibrators import Calibrator, get_calibrator, weight_range
+from quantkit.calibrators import Calibrator, WeightMethod, get_calibrator, weight_qparams, weight_range
 from quantkit.errors import CacheError, PlanError, SpecError
 from quantkit.formats import QParams, QuantSpec, Range, qparams_from_range, quantize
 from quantkit.graph import Graph, LeftAlone, Site, find_sites, sharing_groups
@@ -21,6 +21,9 @@ from quantkit.presets import Preset, Target
 from quantkit.statistics import FloatHistogram
 
 _INT32_MAX = 2**31 - 1
+# Of weights in few bits and blocks the scale of least squared error; of the others the largest magnitude, which keeps
+# as much and is what TensorRT does.
+_WEIGHT_METHOD: Mapping[bool, WeightMethod] = {True: "mse", False: "amax"}
 
 
 def calibrator_of(
@@ -81,7 +84,7 @@ def solve(
         PlanError: there is nothing that can be quantized so.
     """
     ranges = ranges or {}
-    unfit = _unfit(graph, histograms, ranges)
+    unfit = _unfit(graph, preset, histograms, ranges)
     while True:
         placement = place(graph, preset, target, everything=everything, unfit=unfit)
         activations, misfits = _solve_activations(graph, histograms, placement, calibrator, ranges)
@@ -91,14 +94,21 @@ def solve(
         unfit |= misfits
     if not placement.nodes:
         raise PlanError(_nothing_left(graph, preset, placement.left))
-    integer_bias = target.integer_bias and preset.activations.format.kind == "integer"
-    weights, biases = _solve_weights(graph, placement, preset, activations, integer_bias=integer_bias)
+    integer_bias = target.integer_bias and preset.integer_activations
+    weights, biases = _solve_weights(
+        graph,
+        placement,
+        preset,
+        activations,
+        integer_bias=integer_bias,
+        whole_blocks=target.whole_blocks,
+    )
     return Plan(
         model=graph.name,
         fingerprint=graph.fingerprint,
         preset=preset.name,
         target=target.name,
-        method=IMPORTED if calibrator is None else calibrator.name,
+        method=_method_name(preset, calibrator),
         activations=activations,
         weights=weights,
         biases=biases,
@@ -107,14 +117,22 @@ def solve(
     )
 
 
+def _method_name(preset: Preset, calibrator: Calibrator | None) -> str:
+    if preset.activations is None:
+        return _WEIGHT_METHOD[preset.in_blocks]
+    return IMPORTED if calibrator is None else calibrator.name
+
+
 def _unfit(
-    graph: Graph, histograms: Mapping[str, FloatHistogram], ranges: Mapping[str, Range]
+    graph: Graph, preset: Preset, histograms: Mapping[str, FloatHistogram], ranges: Mapping[str, Range]
 ) -> dict[str, str]:
     unfit: dict[str, str] = {}
     for site in find_sites(graph)[0]:
         if site.role == "weight":
             if site.name not in unfit and not np.all(np.isfinite(graph.array(site.name).astype(np.float32))):
                 unfit[site.name] = f"weight {site.name} holds NaN or infinity"
+            continue
+        if preset.activations is None:
             continue
         if ranges:
             if site.name not in ranges:
@@ -154,6 +172,8 @@ def _solve_activations(
     """Return the plans, and the tensors that cannot have one with the reason."""
     plans: dict[str, ActivationPlan] = {}
     misfits: dict[str, str] = {}
+    if placement.spec is None:
+        return plans, misfits
     solved: set[str] = set()
     tied = [] if ranges else sharing_groups(graph)
     for group in [*tied, *({name} for name in placement.activations)]:
@@ -189,18 +209,21 @@ def _solve_weights(
     activations: Mapping[str, ActivationPlan],
     *,
     integer_bias: bool,
+    whole_blocks: bool,
 ) -> tuple[list[WeightPlan], list[BiasPlan]]:
     sites: dict[tuple[str, int | None], list[Site]] = {}
     for site in placement.weights:
-        sites.setdefault((site.name, site.axis), []).append(site)
+        axis = site.contraction if preset.in_blocks else site.axis
+        sites.setdefault((site.name, axis), []).append(site)
     weights: list[WeightPlan] = []
     biases: list[BiasPlan] = []
     for (name, axis), readers in sites.items():
         w = graph.array(name)
         spec = replace(preset.weights, axis=axis)
+        if whole_blocks:
+            _check_blocks(name, w.shape, spec)
         dtype = _float_dtype(graph, name)
-        range_ = _holdable(weight_range(w.astype(np.float32), spec, method="amax"), spec, dtype)
-        qparams = qparams_from_range(range_, spec, scale_dtype=dtype)
+        qparams = _weight_qparams(name, w, spec, dtype)
         with_bias = [s for s in readers if integer_bias and _bias(graph.node(s.node)) is not None]
         for site in with_bias:
             qparams = _wide_enough(graph, site, qparams, _input_scale(graph, site, activations))
@@ -214,6 +237,24 @@ def _solve_weights(
         for site in with_bias:
             biases.append(_solve_bias(graph, site, qparams, _input_scale(graph, site, activations)))
     return weights, biases
+
+
+def _check_blocks(name: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
+    if spec.axis is None or spec.block_size is None or shape[spec.axis] % spec.block_size == 0:
+        return
+    size = shape[spec.axis]
+    divisors = [d for d in range(1, size + 1) if size % d == 0 and 8 <= d <= 256] or [size]
+    raise SpecError(
+        f"{name}: its axis {spec.axis} has {size} elements, not a multiple of the group size {spec.block_size}, as "
+        f"this target needs; choose --group {' or '.join(map(str, divisors))}, or keep the layer in float."
+    )
+
+
+def _weight_qparams(name: str, w: np.ndarray, spec: QuantSpec, dtype: np.dtype) -> QParams:
+    if spec.block_size is not None:
+        return weight_qparams(w, spec, method=_WEIGHT_METHOD[True], scale_dtype=dtype, name=name)
+    range_ = weight_range(w.astype(np.float32), spec, method=_WEIGHT_METHOD[False], name=name)
+    return qparams_from_range(_holdable(range_, spec, dtype), spec, scale_dtype=dtype)
 
 
 def _holdable(range_: Range, spec: QuantSpec, dtype: np.dtype) -> Range:

@@ -423,8 +423,8 @@ BAD = {
     "unknown method": Bad(words=f"{CALIBRATE} --method entropi", says="did you mean entropy?"),
     "unknown method of export": Bad(words="export --int8 --method percent", says="did you mean percentile?"),
     "unknown target": Bad(words="export --int8 --target tensor", says="did you mean tensorrt?"),
-    "both presets": Bad(words="export --int8 --fp8", says="one of --int8 and --fp8"),
-    "neither preset": Bad(words="export", says="one of --int8 and --fp8"),
+    "both presets": Bad(words="export --int8 --fp8", says="one of --int8, --fp8 and --int4"),
+    "neither preset": Bad(words="export", says="one of --int8, --fp8 and --int4"),
     "percentile above 100": Bad(
         words="export --int8 --method percentile --percentile 100.5", says="100.5; give 0 < percentile ≤ 100"
     ),

@@ -24,6 +24,18 @@ def export(
     fp8: Annotated[
         bool, typer.Option("--fp8", help="FP8 (E4M3) activations, FP8 weights per channel.")
     ] = False,
+    int4: Annotated[
+        bool,
+        typer.Option(
+            "--int4", help="INT4 weights of MatMul and Gemm in groups of 128; needs no calibration."
+        ),
+    ] = False,
+    group: Annotated[
+        int | None,
+        typer.Option(
+            "--group", min=1, help="For --int4: weights that share a scale (128; 64 and 32 lose less)."
+        ),
+    ] = None,
     method: options.Method = None,
     percentile: options.Percentile = None,
     target: Annotated[
@@ -52,29 +64,33 @@ def export(
     from quantkit.files import check_output
     from quantkit.pipeline import export_model
 
-    if int8 == fp8:
-        raise SpecError("export: give one of --int8 and --fp8.")
-    cache = cache or find_cache(Path())
-    held = CalibrationCache.load(cache)
+    chosen = [name for name, given in (("int8", int8), ("fp8", fp8), ("int4", int4)) if given]
+    if len(chosen) != 1:
+        raise SpecError("export: give one of --int8, --fp8 and --int4.")
+    # Weights alone need the model and nothing else.
+    if cache is None and (chosen != ["int4"] or model is None):
+        cache = find_cache(Path())
+    held = None if cache is None else CalibrationCache.load(cache)
     if out is not None:
         check_output(out, inputs=[cache])
     exported = export_model(
         model,
         held,
-        preset="int8" if int8 else "fp8",
+        preset=chosen[0],
         method=method,
-        method_options=options.method_options(method or held.method, percentile),
+        method_options=options.method_options(method or (held.method if held else None), percentile),
         target=target,
         everything=everything,
+        group=group,
         out=out,
     )
     if as_json:
         options.print_json(exported.to_dict())
     else:
-        _show(exported, held, model or Path(held.model.path), cache)
+        _show(exported, held, model or Path(held.model.path if held else ""), cache)
 
 
-def _show(exported: "Exported", held: "CalibrationCache", model: Path, cache: Path) -> None:
+def _show(exported: "Exported", held: "CalibrationCache | None", model: Path, cache: Path | None) -> None:
     plan = exported.plan
     typer.echo(exported.table().text())
     share = exported.size_bytes / max(exported.float_size_bytes, 1)
@@ -93,8 +109,10 @@ def _show(exported: "Exported", held: "CalibrationCache", model: Path, cache: Pa
     typer.echo("      (better with data that calibration did not see, and their --labels)")
 
 
-def _evaluation(path: Path, held: "CalibrationCache", model: Path, cache: Path) -> list[str]:
+def _evaluation(path: Path, held: "CalibrationCache | None", model: Path, cache: Path | None) -> list[str]:
     """The words of a command that evaluates the written file on the data of the calibration."""
+    if held is None or cache is None:
+        return ["quantkit", "evaluate", str(model), str(path), "--data", "DATA"]
     # A merged cache has a list of them.
     paths = held.data.get("path", [])
     there = [Path(p) for p in ([paths] if isinstance(paths, str) else paths) if Path(p).exists()]

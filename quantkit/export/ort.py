@@ -5,6 +5,8 @@ Relu before it (1.31 and 1.32, CPU), so QuantizeLinear names its type in `output
 DequantizeLinear on both sides of a Conv or MatMul makes it look for integer kernels of float8 that do not exist (1.31:
 the model does not load), so codes are turned back by Cast and Mul, which mean the same.
 
+Matrices in blocks of 4 bits become MatMulNBits, which both providers have kernels for.
+
 Biases of int8 models are int32: where they are float, the pass `WeightBiasQuantization` makes its own at every level
 (1.31: mobilenetv2 then differs from the plan by as much as the plan from float, 29 dB).
 """
@@ -39,7 +41,9 @@ class OrtEmitter:
 
 
 def ort_style(plan: Plan) -> QdqStyle:
-    """Integer Q/DQ with their zero points; float8 without, and cast back."""
+    """Integer Q/DQ with their zero points; float8 without, and cast back; weights in blocks as MatMulNBits."""
+    if any(weight.qtensor.spec.block_size is not None for weight in plan.weights):
+        return QdqStyle(opset=21, zero_points=False, matmul_nbits=True)
     if all(a.spec.format.kind == "integer" for a in plan.activations.values()):
         # MatMulIntegerToFloat wants the zero points of batched weights in another shape than DequantizeLinear has them.
         return QdqStyle(opset=19, zero_points=True, batched_zero_points=False)

@@ -8,6 +8,8 @@ from onnxscript import version_converter
 
 from quantkit import __version__
 from quantkit.errors import PlanError
+from quantkit.export.matmul_nbits import holds_matmul_nbits, write_matmul_nbits
+from quantkit.export.writer import Writer
 from quantkit.graph import Graph
 from quantkit.plan import ActivationPlan, BiasPlan, Plan, WeightPlan
 
@@ -23,6 +25,8 @@ class QdqStyle:
         opset: the least operator set; a model of an older one is raised to it.
         zero_points: write zero points that are 0 too. Without one, QuantizeLinear says its type in `output_dtype`,
             which exists from opset 21.
+        matmul_nbits: a matrix of 4-bit blocks becomes ONNX Runtime's MatMulNBits; what that operator cannot hold is
+            dequantized like all else.
         cast: write DequantizeLinear as Cast and Mul, which no optimizer takes for a pattern of its own. For formats
             without zero points.
     """
@@ -31,6 +35,7 @@ class QdqStyle:
     zero_points: bool
     cast: bool = False
     batched_zero_points: bool = True
+    matmul_nbits: bool = False
 
 
 def insert_qdq(graph: Graph, plan: Plan, style: QdqStyle) -> ir.Model:
@@ -49,7 +54,7 @@ def insert_qdq(graph: Graph, plan: Plan, style: QdqStyle) -> ir.Model:
         version_converter.convert_version(model, style.opset)
     model.ir_version = IR_VERSIONS[model.graph.opset_imports[""]]
     model.producer_name, model.producer_version = "quantkit", __version__
-    writer = _Writer(model, style)
+    writer = _QdqWriter(model, style)
     for activation in plan.activations.values():
         writer.activation(activation)
     for weight in plan.weights:
@@ -69,19 +74,14 @@ def _take_along(model: ir.Model) -> None:
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
-class _Writer:
+class _QdqWriter(Writer):
     def __init__(self, model: ir.Model, style: QdqStyle) -> None:
-        self.model = model
+        super().__init__(model)
         self.style = style
-        graph = model.graph
-        self.nodes = {str(node.name): node for node in graph}
-        self.values = {str(v.name): v for v in graph.inputs} | dict(graph.initializers)
-        for node in graph:
-            self.values.update({str(v.name): v for v in node.outputs if v.name})
-        self.node_names = set(self.nodes)
 
     def activation(self, plan: ActivationPlan) -> None:
-        value = self._value(plan.name)
+        """Put Q and DQ behind a tensor, and let its readers read that."""
+        value = self.value(plan.name)
         uses = [(n, i) for n, i in value.uses()]
         if plan.readers:
             wanted = set(plan.readers)
@@ -100,9 +100,9 @@ class _Writer:
             zero_points=self.style.zero_points,
         )
         attributes = {} if len(parameters) == 2 else {"output_dtype": int(dtype)}
-        quantize = self._node("QuantizeLinear", plan.name, [value, *parameters], attributes, dtype)
+        quantize = self.node("QuantizeLinear", plan.name, [value, *parameters], attributes, dtype)
         quantize.outputs[0].shape = value.shape
-        nodes = [quantize, *self._dequantize(plan.name, [quantize.outputs[0], *parameters], None, value)]
+        nodes = [quantize, *self._dequantize(plan.name, [quantize.outputs[0], *parameters], {}, value)]
         producer = value.producer()
         if producer is not None:
             self.model.graph.insert_after(producer, nodes)
@@ -112,10 +112,17 @@ class _Writer:
             node.replace_input_with(index, nodes[-1].outputs[0])
 
     def weight(self, plan: WeightPlan) -> None:
-        value = self._value(plan.name)
+        """Store a weight as codes."""
+        if self.style.matmul_nbits and holds_matmul_nbits(plan, [self.nodes[n] for n, _ in plan.readers]):
+            write_matmul_nbits(self, plan)
+        else:
+            self._dequantized_weight(plan)
+
+    def _dequantized_weight(self, plan: WeightPlan) -> None:
+        value = self.value(plan.name)
         qtensor = plan.qtensor
         dtype = ir.DataType.from_numpy(qtensor.spec.format.dtype)
-        codes = self._constant(f"{plan.name}_quantized", qtensor.qvalue, dtype)
+        codes = self.constant(f"{plan.name}_quantized", qtensor.qvalue, dtype)
         axis, rank = qtensor.spec.axis, qtensor.qvalue.ndim
         batched = rank > 2 and axis == rank - 1
         parameters = self._parameters(
@@ -126,31 +133,29 @@ class _Writer:
             value.dtype or ir.DataType.FLOAT,
             zero_points=self.style.zero_points and (self.style.batched_zero_points or not batched),
         )
-        self._read_dequantized(plan.name, [codes, *parameters], axis, value, plan.readers)
+        attributes = {} if axis is None else {"axis": axis}
+        if qtensor.spec.block_size is not None:
+            attributes["block_size"] = qtensor.spec.block_size
+        self._read_dequantized(plan.name, [codes, *parameters], attributes, value, plan.readers)
 
     def bias(self, plan: BiasPlan) -> None:
-        value = self._value(plan.name)
-        codes = self._constant(f"{plan.name}_quantized", plan.qvalue, ir.DataType.INT32)
-        scale = self._constant(f"{plan.name}_scale", plan.scale, value.dtype or ir.DataType.FLOAT)
-        self._read_dequantized(plan.name, [codes, scale], 0, value, (plan.reader,))
-
-    def drop_unused_initializers(self) -> None:
-        graph = self.model.graph
-        for name, value in list(graph.initializers.items()):
-            if not value.uses() and not value.is_graph_output():
-                del graph.initializers[name]
+        """Store a bias as int32."""
+        value = self.value(plan.name)
+        codes = self.constant(f"{plan.name}_quantized", plan.qvalue, ir.DataType.INT32)
+        scale = self.constant(f"{plan.name}_scale", plan.scale, value.dtype or ir.DataType.FLOAT)
+        self._read_dequantized(plan.name, [codes, scale], {"axis": 0}, value, (plan.reader,))
 
     def _read_dequantized(
         self,
         name: str,
         inputs: list[ir.Value],
-        axis: int | None,
+        attributes: dict[str, int],
         value: ir.Value,
         readers: tuple[tuple[str, int], ...],
     ) -> None:
         """Dequantize a constant before the first of its readers, and let them read that."""
-        nodes = self._dequantize(name, inputs, axis, value)
-        users = [(self._reader(n, name, i), i) for n, i in readers]
+        nodes = self._dequantize(name, inputs, attributes, value)
+        users = [(self.reader(n, name, i), i) for n, i in readers]
         order = {id(n): position for position, n in enumerate(self.model.graph)}
         first = min((user for user, _ in users), key=lambda n: order[id(n)])
         self.model.graph.insert_before(first, nodes)
@@ -158,21 +163,21 @@ class _Writer:
             user.replace_input_with(index, nodes[-1].outputs[0])
 
     def _dequantize(
-        self, name: str, inputs: list[ir.Value], axis: int | None, value: ir.Value
+        self, name: str, inputs: list[ir.Value], attributes: dict[str, int], value: ir.Value
     ) -> list[ir.Node]:
         """The nodes that turn inputs = [codes, scale, zero point or nothing] into the floats of `value`."""
         dtype = value.dtype or ir.DataType.FLOAT
         if self.style.cast and len(inputs) == 2:
             codes, scale = inputs
-            if axis is not None:
+            if "axis" in attributes:
                 rank = len(value.shape) if value.shape is not None else 0
-                spread = _array(scale).reshape([-1 if i == axis % rank else 1 for i in range(rank)])
-                scale = self._constant(f"{scale.name}_spread", spread, dtype)
-            cast = self._node("Cast", name, [codes], {"to": int(dtype)}, dtype)
-            nodes = [cast, self._node("Mul", name, [cast.outputs[0], scale], {}, dtype)]
+                axis = attributes["axis"] % max(rank, 1)
+                spread = _array(scale).reshape([-1 if i == axis else 1 for i in range(rank)])
+                scale = self.constant(f"{scale.name}_spread", spread, dtype)
+            cast = self.node("Cast", name, [codes], {"to": int(dtype)}, dtype)
+            nodes = [cast, self.node("Mul", name, [cast.outputs[0], scale], {}, dtype)]
         else:
-            attributes = {} if axis is None else {"axis": axis}
-            nodes = [self._node("DequantizeLinear", name, inputs, attributes, dtype)]
+            nodes = [self.node("DequantizeLinear", name, inputs, attributes, dtype)]
         for node in nodes:
             node.outputs[0].shape = value.shape
         return nodes
@@ -187,62 +192,11 @@ class _Writer:
         *,
         zero_points: bool,
     ) -> list[ir.Value]:
-        inputs = [self._constant(f"{name}_scale", scale, scale_dtype)]
+        inputs = [self.constant(f"{name}_scale", scale, scale_dtype)]
         if zero_points or (zero_point is not None and np.any(zero_point != 0)):
             zero = np.zeros(scale.shape, dtype.numpy()) if zero_point is None else zero_point
-            inputs.append(self._constant(f"{name}_zero_point", zero, dtype))
+            inputs.append(self.constant(f"{name}_zero_point", zero, dtype))
         return inputs
-
-    def _constant(self, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-        name = self._free_name(name)
-        tensor = ir.tensor(
-            np.ascontiguousarray(array.astype(dtype.numpy())).reshape(array.shape), dtype=dtype, name=name
-        )
-        value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
-        )
-        self.model.graph.register_initializer(value)
-        self.values[name] = value
-        return value
-
-    def _node(
-        self,
-        op_type: str,
-        name: str,
-        inputs: list[ir.Value],
-        attributes: dict[str, int],
-        dtype: ir.DataType | None,
-    ) -> ir.Node:
-        output = self._free_name(f"{name}_{op_type}_Output")
-        node_name = f"{name}_{op_type}"
-        while node_name in self.node_names:
-            node_name += "_"
-        self.node_names.add(node_name)
-        node = ir.node(op_type, inputs, attributes=attributes, name=node_name)
-        value = node.outputs[0]
-        value.name = output
-        if dtype is not None:
-            value.type = ir.TensorType(dtype)
-        self.values[output] = value
-        return node
-
-    def _free_name(self, name: str) -> str:
-        while name in self.values:
-            name += "_"
-        return name
-
-    def _value(self, name: str) -> ir.Value:
-        if name not in self.values:
-            raise PlanError(f"plan: the graph has no tensor {name}; solve it again for this model.")
-        return self.values[name]
-
-    def _reader(self, node: str, tensor: str, index: int) -> ir.Node:
-        found = self.nodes.get(node)
-        if found is None or index >= len(found.inputs) or found.inputs[index] is None:
-            raise PlanError(
-                f"plan: {tensor} is not input {index} of node {node}; solve it again for this model."
-            )
-        return found
 
 
 def _array(value: ir.Value) -> np.ndarray:

@@ -33,6 +33,7 @@ class Site:
         shape: the tensor's shape, None or a name where a dimension is free.
         axis: for a weight the axis of its output channels, for an input with a constant weight the axis that the
             operator contracts (−1 where the rank is not known); None where there is none.
+        contraction: for the weight of a MatMul or Gemm the axis that is contracted, which blocks lie along.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Site:
     index: int
     shape: tuple[int | str | None, ...]
     axis: int | None = None
+    contraction: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +164,9 @@ def _linear_sites(node: ir.Node) -> Iterator[Site]:
     if node.op_type == "MatMul":
         if right.is_initializer():
             yield _site(node, 0, "input", rank - 1)
-            yield _site(node, 1, "weight", len(_shape(right)) - 1)
+            yield _site(node, 1, "weight", len(_shape(right)) - 1, len(_shape(right)) - 2)
         elif left.is_initializer():
-            yield _site(node, 0, "weight", rank - 2)
+            yield _site(node, 0, "weight", rank - 2, rank - 1)
             yield _site(node, 1, "input", len(_shape(right)) - 2)
         else:
             yield _site(node, 0, "input", None)
@@ -172,7 +174,8 @@ def _linear_sites(node: ir.Node) -> Iterator[Site]:
         return
     if node.op_type == "Gemm":
         yield _site(node, 0, "input", 0 if _int(node, "transA", 0) else 1)
-        yield _site(node, 1, "weight", 0 if _int(node, "transB", 0) else 1)
+        transposed = bool(_int(node, "transB", 0))
+        yield _site(node, 1, "weight", 0 if transposed else 1, 1 if transposed else 0)
         return
     yield _site(node, 0, "input", 1)
     # A ConvTranspose weight is [in, out / group, …]: its output channels lie on axis 1.
@@ -218,7 +221,7 @@ def _is_dequantized(value: ir.Value) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def _site(node: ir.Node, index: int, role: Role, axis: int | None) -> Site:
+def _site(node: ir.Node, index: int, role: Role, axis: int | None, contraction: int | None = None) -> Site:
     value = node.inputs[index]
     assert value is not None
     return Site(
@@ -229,6 +232,7 @@ def _site(node: ir.Node, index: int, role: Role, axis: int | None) -> Site:
         index=index,
         shape=_shape(value),
         axis=axis,
+        contraction=contraction,
     )
 
 
