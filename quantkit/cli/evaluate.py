@@ -92,8 +92,8 @@ def evaluate(
     if calibrated is not None and image is calibrated[1]:
         typer.echo(f"images prepared as in {calibrated[0]}", err=True)
     typer.echo(str(found))
-    if per_layer:
-        worst = ", ".join(f"{layer.name} ({layer.sqnr_db:.1f} dB)" for layer in found.worst_layers(3))
+    worst = ", ".join(f"{layer.name} ({layer.sqnr_db:.1f} dB)" for layer in found.worst_layers(3))
+    if worst:
         typer.echo(f"\nleast faithful: {worst}")
 
 
