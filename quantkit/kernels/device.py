@@ -1,0 +1,100 @@
+"""What CuPy leaves out: tensor maps by value, cubins for the exact GPU, one number on the device once."""
+
+import importlib
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from quantkit.errors import KernelError
+from quantkit.kernels.compile import compile_kernel
+from quantkit.kernels.gemm_launch import KERNEL, SOURCE, Launch
+
+# CUtensorMapDataType.
+DATA_TYPES = {
+    "int8": 0,
+    "float8_e4m3fn": 0,
+    "int32": 3,
+    "float16": 6,
+    "float32": 7,
+    "bfloat16": 9,
+}
+
+
+def cupy() -> Any:
+    """Return the module cupy.
+
+    Raises:
+        KernelError: CuPy is not installed.
+    """
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        raise KernelError(f"CuPy cannot be imported ({error}); pip install 'quantkit[gpu]'.") from error
+
+
+@lru_cache(maxsize=64)
+def architecture(device: int) -> str:
+    """Return what NVRTC calls GPU `device`: sm_90a, say."""
+    capability = int(cupy().cuda.Device(device).compute_capability)
+    return f"sm_{capability}{'a' if capability >= 90 else ''}"
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: int) -> int:
+    """Return the number of GPU `device`'s multiprocessors."""
+    return int(cupy().cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+@lru_cache(maxsize=4096)
+def tensor_map(
+    address: int,
+    data_type: str,
+    shape: tuple[int, int],
+    pitch_bytes: int,
+    box: tuple[int, int],
+) -> np.ndarray:
+    """Return the driver's tensor map of a matrix (rows, columns) in the 128-byte swizzle, to pass by value.
+
+    pitch_bytes: from one row to the next, a multiple of 16. `address` too.
+    """
+    driver = importlib.import_module("cuda.bindings.driver")
+    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
+    error, encoded = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType(DATA_TYPES[data_type]),
+        2,
+        address,
+        [u64(shape[1]), u64(shape[0])],
+        [u64(pitch_bytes)],
+        [u32(box[1]), u32(box[0])],
+        [u32(1), u32(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if int(error):
+        raise KernelError(
+            f"cuTensorMapEncodeTiled refuses a {shape} {data_type} matrix in boxes of {box}: {error}."
+        )
+    return np.array([int(word) for word in encoded.opaque], np.uint64).view("V128")[0]
+
+
+@lru_cache(maxsize=1024)
+def _function(device: int, defines: tuple[tuple[str, str | int], ...], shared_bytes: int) -> Any:
+    built = compile_kernel(SOURCE, arch=architecture(device), defines=dict(defines))
+    function = cupy().RawModule(path=str(built.cubin)).get_function(KERNEL)
+    function.max_dynamic_shared_size_bytes = shared_bytes
+    return function
+
+
+def kernel_of(launch: Launch, device: int) -> Any:
+    """Return the compiled and loaded kernel of a launch."""
+    return _function(device, tuple(sorted(launch.defines.items())), launch.shared_bytes)
+
+
+@lru_cache(maxsize=4096)
+def scalar(device: int, value: float) -> Any:
+    """Return a float32 array of one element on GPU `device`, uploaded once for each value."""
+    with cupy().cuda.Device(device):
+        return cupy().array([value], np.float32)

@@ -1,0 +1,87 @@
+"""How gemm_sm90.cu is launched for a problem and a tile: macros, sizes and tensor maps, as plain values.
+
+The CuPy launcher and the emulator's tests both launch from this, so what the tests run is what a GPU runs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.kernels.heuristics import ITEM_BYTES, OUTPUT_BYTES, Problem, Tile
+
+SOURCE = Path(__file__).parent / "cuda" / "gemm_sm90.cu"
+KERNEL = "gemm_sm90"
+
+_TYPES = {"int8": "S8", "float8_e4m3fn": "E4M3", "bfloat16": "BF16"}
+_SCALES = {"none": "SCALE_NONE", "one": "SCALE_ONE", "each": "SCALE_EACH"}
+_OUTPUTS = {
+    "int32": "OUTPUT_S32",
+    "float32": "OUTPUT_F32",
+    "bfloat16": "OUTPUT_BF16",
+    "float16": "OUTPUT_F16",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpilogueKind:
+    """What the epilogue is compiled for. row_scale, column_scale: none, one (for all), each (a vector)."""
+
+    row_scale: str = "none"
+    column_scale: str = "none"
+    bias: bool = False
+    relu: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One launch of gemm_sm90: its macros, its sizes, and the boxes of its three tensor maps (rows, columns).
+
+    swap: the first tensor map is B's. tma_store: D's rows can be a tensor map's; else threads store elements.
+    """
+
+    defines: dict[str, str | int]
+    grid: int
+    block: int
+    cluster: int
+    shared_bytes: int
+    first_box: tuple[int, int]
+    second_box: tuple[int, int]
+    output_box: tuple[int, int]
+    swap: bool
+    tma_store: bool
+
+
+def launch_of(problem: Problem, tile: Tile, kind: EpilogueKind, multiprocessors: int) -> Launch:
+    """Return the launch that computes `problem` with `tile` on a GPU of `multiprocessors`."""
+    width = OUTPUT_BYTES[problem.output]
+    tma_store = problem.n * width % 16 == 0
+    k = 128 // ITEM_BYTES[problem.format]
+    piece = min(tile.tile_n, 64 if width == 2 else 32)
+    output_box = (piece, 128 // width) if tile.swap else (64, piece)
+    return Launch(
+        defines={
+            "TYPE": _TYPES[problem.format],
+            "OUTPUT": _OUTPUTS[problem.output],
+            "MI": tile.blocks_of_64,
+            "TILE_N": tile.tile_n,
+            "STAGES": tile.stages,
+            "CONSUMERS": tile.consumers,
+            "CLUSTER": tile.cluster,
+            "GROUP": tile.group,
+            "PINGPONG": int(tile.pingpong),
+            "SWAP": int(tile.swap),
+            "TMA_STORE": int(tma_store),
+            "ROW_SCALE": _SCALES[kind.row_scale],
+            "COLUMN_SCALE": _SCALES[kind.column_scale],
+            "BIAS": int(kind.bias),
+            "RELU": int(kind.relu),
+        },
+        grid=tile.clusters(problem, multiprocessors) * tile.cluster,
+        block=tile.threads,
+        cluster=tile.cluster,
+        shared_bytes=tile.shared_bytes,
+        first_box=(tile.tile_m, k),
+        second_box=(tile.tile_n // tile.cluster, k),
+        output_box=output_box,
+        swap=tile.swap,
+        tma_store=tma_store,
+    )

@@ -1,0 +1,159 @@
+"""Which tile a GEMM gets: enumerate what a kernel can do, drop what does not fit, rank the rest by a model of time.
+
+Everything here is a pure function of the problem and of a few numbers that describe the GPU.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SHARED_LIMIT = 232_448  # bytes of shared memory that a block may have on sm_90
+_ROW = 128  # bytes of K in a stage
+_BUFFERS = 2 * 8192  # bytes of output that each consumer has on its way to memory
+
+ITEM_BYTES = {"int8": 1, "float8_e4m3fn": 1, "bfloat16": 2}
+OUTPUT_BYTES = {"int32": 4, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the model of time knows of a GPU. Rates were measured on an H200, and hold for its kin roughly.
+
+    macs_per_cycle: of one multiprocessor, int8 or fp8. dram_bytes_per_us, l2_bytes_per_us: of the whole GPU.
+    """
+
+    multiprocessors: int = 132
+    cycles_per_us: float = 1600.0
+    macs_per_cycle: float = 4096.0
+    dram_bytes_per_us: float = 4.0e6
+    l2_bytes_per_us: float = 9.0e6
+
+
+H200 = Device()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """D[m, n] = A[m, k] @ B[n, k].T of `format` (int8, float8_e4m3fn, bfloat16) into `output`."""
+
+    m: int
+    n: int
+    k: int
+    format: str
+    output: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of K in a row of either operand."""
+        return self.k * ITEM_BYTES[self.format]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A configuration of gemm_sm90.cu, whose head says what each part does.
+
+    blocks_of_64: wgmma instructions of 64 rows that a consumer stacks. group: tiles along the first operand before
+    the next along the second.
+    """
+
+    blocks_of_64: int
+    tile_n: int
+    stages: int
+    consumers: int = 2
+    cluster: int = 1
+    group: int = 8
+    pingpong: bool = False
+    swap: bool = False
+
+    @property
+    def tile_m(self) -> int:
+        """Rows of the first operand in a tile."""
+        return 64 * self.blocks_of_64 * (1 if self.pingpong else self.consumers)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: the ring, the output's buffers, the barriers."""
+        ring = self.stages * ((self.tile_m + self.tile_n) * _ROW + 16)
+        return ring + self.consumers * _BUFFERS + 16
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (self.consumers + 1)
+
+    def tiles(self, problem: Problem) -> tuple[int, int]:
+        """Return how many clusters' tiles lie along the first operand, and tiles along the second."""
+        first, second = (problem.n, problem.m) if self.swap else (problem.m, problem.n)
+        return -(-first // (self.tile_m * self.cluster)), -(-second // self.tile_n)
+
+    def clusters(self, problem: Problem, multiprocessors: int) -> int:
+        """Return how many clusters are launched: no more than there is room for, or work."""
+        along_first, along_second = self.tiles(problem)
+        return min(along_first * along_second, max(1, multiprocessors // self.cluster))
+
+
+def _deepest(**shape: int | bool) -> Tile | None:
+    """Return the tile with as many stages as fit, at most 24, or None where two do not fit."""
+    one, two = (Tile(stages=stages, **shape) for stages in (1, 2))  # type: ignore[arg-type]
+    stage = two.shared_bytes - one.shared_bytes
+    stages = min(24, 1 + (SHARED_LIMIT - one.shared_bytes) // stage)
+    return Tile(stages=stages, **shape) if stages >= 2 else None  # type: ignore[arg-type]
+
+
+def candidates(problem: Problem) -> Iterator[Tile]:
+    """Yield every configuration of gemm_sm90.cu that can run `problem`."""
+    wide = 64 if OUTPUT_BYTES[problem.output] == 2 else 32
+    shapes: list[dict[str, int | bool]] = []
+    for cluster in (1, 2):
+        shapes += [{"blocks_of_64": 1, "tile_n": n, "cluster": cluster} for n in (64, 128, 192, 256)]
+        shapes += [{"blocks_of_64": 2, "tile_n": n, "cluster": cluster} for n in (64, 128)]
+        shapes += [
+            {"blocks_of_64": i, "tile_n": n, "cluster": cluster, "pingpong": True}
+            for i, n in ((1, 128), (1, 192), (1, 256), (2, 128))
+        ]
+    shapes += [
+        {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True}
+        for n in (16, 32, 64, 128, 256)
+        for c in (1, 2)
+    ]
+    for shape in shapes:
+        if not shape.get("swap") and int(shape["tile_n"]) % wide:
+            continue
+        tile = _deepest(**shape)
+        if tile is not None:
+            yield tile
+
+
+def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
+    """Return the modelled time of `problem` with `tile`, in microseconds.
+
+    Clusters take tiles in waves. A step of a tile (128 bytes of K) takes the longest of its products, its reads from
+    L2 at a multiprocessor's share, and its latency over the stages in flight; a tile ends with an epilogue that
+    ping-pong hides. Device memory bounds the whole.
+    """
+    along_first, along_second = tile.tiles(problem)
+    clusters = tile.clusters(problem, device.multiprocessors)
+    waves = -(-along_first * along_second // clusters)
+    steps = -(-problem.row_bytes // _ROW)
+    products = tile.tile_m * tile.tile_n * _ROW / device.macs_per_cycle / device.cycles_per_us
+    if tile.pingpong or tile.consumers == 1:
+        products *= 1.08  # narrow tiles read each byte of shared memory for fewer products
+    share = device.l2_bytes_per_us / (clusters * tile.cluster)
+    loads = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW / min(share, 1.2e5)
+    latency = 1.0 / tile.stages
+    step = max(products, loads, latency)
+    output = tile.tile_m * tile.tile_n * OUTPUT_BYTES[problem.output]
+    epilogue = 0.3 + output / 6.0e4
+    if tile.pingpong:
+        epilogue *= 0.5 if waves > 1 else 1.0
+    moved = (problem.m + problem.n) * problem.row_bytes + problem.m * problem.n * OUTPUT_BYTES[problem.output]
+    return 2.0 + max(waves * (steps * step + epilogue), moved / device.dram_bytes_per_us)
+
+
+def rank(problem: Problem, device: Device = H200) -> list[Tile]:
+    """Return the configurations that can run `problem`, the one modelled fastest first."""
+    return sorted(candidates(problem), key=lambda tile: (estimate_us(problem, tile, device), -tile.tile_m))
+
+
+def choose(problem: Problem, device: Device = H200) -> Tile:
+    """Return the configuration modelled fastest."""
+    return rank(problem, device)[0]
