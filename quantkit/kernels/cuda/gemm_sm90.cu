@@ -50,6 +50,8 @@ static_assert(PIECE % 16 == 0, "stmatrix writes 16 columns");
 QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^ (row & 7)) << 4); }
 
 QK_FUNCTION uint64_t descriptor(uint32_t address) { return matrix_descriptor(address, 0, 1024, Swizzle::BYTES_128); }
+// What to add to a descriptor to move it on: its address counts 16 bytes and has room for all of shared memory.
+QK_FUNCTION uint64_t advance(int bytes) { return bytes >> 4; }
 
 // What the epilogue knows of the tensors.
 struct Output {
@@ -117,7 +119,8 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
   const uint32_t base = shared_base(), buffers = base + STAGES * STAGE_BYTES;
   const uint32_t full = buffers + (TMA_STORE ? CONSUMERS * 2 * BUFFER_BYTES : 0), empty = full + 8 * STAGES;
   const uint32_t turns = empty + 8 * STAGES;  // PINGPONG: whose products may start
-  const int tid = threadIdx.x, warpgroup = tid / 128;
+  const int tid = threadIdx.x;
+  const int warpgroup = shuffle(tid / 128, 0);  // the compiler sees that a warp's threads agree
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
   const int steps = (row_bytes + ROW - 1) / ROW;
   const int first_size = SWAP ? n_size : m_size, second_size = SWAP ? m_size : n_size;
@@ -155,7 +158,7 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
         const int first = (place.first * CLUSTER + rank) * TILE_M, second = place.second * TILE_N;
         for (int step = 0; step < steps; step++) {
           const uint32_t stage = base + s * STAGE_BYTES;
-          mbarrier_wait(empty + 8 * s, parity);
+          mbarrier_wait_ring(empty + 8 * s, parity);
           mbarrier_arrive_expect(full + 8 * s, STAGE_BYTES);
           const int k = step * (ROW / 32) * Type::depth;
           tma_load(stage, &map_first, full + 8 * s, {k, first});
@@ -181,7 +184,7 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
     auto release = [&](int s) {
       if (thread < CLUSTER) {
         if (CLUSTER == 1) mbarrier_arrive(empty + 8 * s);
-        else mbarrier_arrive_remote(map_to_rank(empty + 8 * s, thread));
+        else mbarrier_arrive_ring(map_to_rank(empty + 8 * s, thread));
       }
     };
     int s = 0, buffer = 0, round = 0;
@@ -198,19 +201,20 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       const int first = (place.first * CLUSTER + rank) * TILE_M + (PINGPONG ? 0 : consumer * MI * 64);
       const int second = place.second * TILE_N;
       // Consumer 0 goes first: its round r follows consumer 1's round r - 1.
-      if (PINGPONG) mbarrier_wait(turns + 8 * consumer, (round & 1) ^ (consumer == 0));
+      if (PINGPONG) mbarrier_wait_ring(turns + 8 * consumer, (round & 1) ^ (consumer == 0));
 
       Registers<Accumulator, TILE_N / 2> sum[MI];
       int previous = 0;
       for (int step = 0; step < steps; step++) {
-        mbarrier_wait(full + 8 * s, parity);
-        const uint32_t stage_first = base + s * STAGE_BYTES + (PINGPONG ? 0 : consumer * MI * 64 * ROW);
-        const uint32_t stage_second = base + s * STAGE_BYTES + SECOND;
+        mbarrier_wait_ring(full + 8 * s, parity);
+        const uint64_t stage = descriptor(base) + advance(s * STAGE_BYTES);
+        const uint64_t of_first = stage + advance(PINGPONG ? 0 : consumer * MI * 64 * ROW);
+        const uint64_t of_second = stage + advance(SECOND);
         wgmma_fence();
         QK_UNROLL for (int k = 0; k < ROW / 32; k++)
           QK_UNROLL for (int i = 0; i < MI; i++)
-            wgmma<Type, TILE_N>(sum[i], descriptor(stage_first + i * 64 * ROW + k * 32),
-                                descriptor(stage_second + k * 32), step + k > 0);
+            wgmma<Type, TILE_N>(sum[i], of_first + advance(i * 64 * ROW + k * 32), of_second + advance(k * 32),
+                                step + k > 0);
         wgmma_commit();
         if (step > 0) {
           wgmma_wait<1>();

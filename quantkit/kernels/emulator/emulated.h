@@ -67,6 +67,13 @@ QK_TEMPLATE void mma(typename Type::Accumulator (&d)[4], const uint32_t (&a)[4],
   emulator::mma(Type::code, d, a, b, place);
 }
 
+QK_TEMPLATE void mbarrier_arrive_ring(uint32_t barrier, emulator::Place place) {
+  mbarrier_arrive_remote(barrier, place);
+}
+QK_TEMPLATE void mbarrier_wait_ring(uint32_t barrier, uint32_t parity, emulator::Place place) {
+  mbarrier_wait(barrier, parity, place);
+}
+
 template <int Rank>
 QK_TEMPLATE void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, const int (&at)[Rank],
                           emulator::Place place) {

@@ -170,6 +170,10 @@ QK_DEVICE void mbarrier_arrive_expect(uint32_t barrier, int bytes QK_AT);
 // `barrier` is a cluster address (map_to_rank), perhaps another block's.
 QK_DEVICE void mbarrier_arrive_remote(uint32_t barrier QK_AT);
 QK_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity QK_AT);
+// The same two for a ring that only the copy engine writes and only wgmma reads: they order no ordinary accesses of
+// other blocks, and so cost neither a fence of the whole GPU (the arrival) nor the L1 cache (the wait).
+QK_TEMPLATE void mbarrier_arrive_ring(uint32_t barrier QK_AT);
+QK_TEMPLATE void mbarrier_wait_ring(uint32_t barrier, uint32_t parity QK_AT);
 // One look, true when the phase has completed.
 QK_DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity QK_AT);
 

@@ -295,6 +295,16 @@ QK_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       "@!p bra again_%=;\n}" :: "r"(barrier), "r"(parity) : "memory");
 }
 
+QK_TEMPLATE void mbarrier_arrive_ring(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+QK_TEMPLATE void mbarrier_wait_ring(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "again_%=:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra again_%=;\n}" :: "r"(barrier), "r"(parity) : "memory");
+}
+
 // ---- clusters ------------------------------------------------------------------------------------------------
 
 QK_DEVICE uint32_t map_to_rank(uint32_t address, uint32_t rank) {
