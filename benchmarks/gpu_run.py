@@ -4,7 +4,8 @@
 
 Timing: all contenders of a shape in one run, in random order, each a CUDA graph of one call; before each, 256 MB are
 written and then another 256 MB read, so that L2 holds none of its operands and nothing that must be written back;
-medians over --repeats; random data.
+medians over --repeats; random data. --pause-ms of rest after each measure what a kernel does at full clock; without
+it a large product runs into the board's power limit, and so does every contender.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def check_cases() -> list[tuple[Problem, Tile, EpilogueKind]]:
     """Every tile on ragged shapes; every format and output on a few tiles."""
     full = EpilogueKind(row_scale="each", column_scale="each", bias=True, relu=True)
     cases = []
-    for i, (m, n, k) in enumerate(RAGGED):
+    for m, n, k in RAGGED:
         tiles = list(candidates(Problem(m=m, n=n, k=k, format="int8", output="bfloat16")))
         cases += [(Problem(m=m, n=n, k=k, format="int8", output="bfloat16"), t, BOTH_EACH) for t in tiles]
         for j, (form, output) in enumerate(
@@ -161,7 +162,8 @@ def captured(run: Callable[[], Any]) -> Any:
 class Timer:
     """Medians of contenders that take turns, each on a cold L2."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause_s: float = 0.0) -> None:
+        self.pause_s = pause_s
         self.written = torch.empty(64 << 20, dtype=torch.float32, device="cuda")
         self.read = torch.ones(64 << 20, dtype=torch.float32, device="cuda")
 
@@ -186,6 +188,9 @@ class Timer:
             alive[name].replay()
             end.record()
             events[name].append((start, end))
+            if self.pause_s:
+                torch.cuda.synchronize()
+                time.sleep(self.pause_s)
         torch.cuda.synchronize()
         found = {}
         for name, pairs in events.items():
@@ -213,7 +218,7 @@ class Operands:
         self, form: str, kind: str, tile: Tile | None = None, output: str = "bfloat16"
     ) -> Callable[[], Any]:
         """Return a call of our kernel. kind: row (scales of each row and column) or tensor."""
-        m, n, k = self.shape
+        _, n, k = self.shape
         pair = {"int8": self.i8, "float8_e4m3fn": self.fp8, "bfloat16": self.bf16}[form]
         carrier = {"int8": torch.int8, "float8_e4m3fn": torch.uint8, "bfloat16": torch.int16}[form]
         a, b = (cupy.asarray(x.view(carrier)) for x in pair)
@@ -236,6 +241,7 @@ class Operands:
         found = {
             "torch_bf16": lambda: a16 @ b16.t(),
             "torch_int8": lambda: torch._int_mm(a8, b8.t()),
+            "read_8bit_weights": lambda: b8.view(torch.int32).sum(),
             "torch_fp8_tensor": lambda: scaled(af, bf.t(), scale_a=one, scale_b=one, **options),
             "torch_fp8_tensor_fast": lambda: scaled(
                 af, bf.t(), scale_a=one, scale_b=one, use_fast_accum=True, **options
@@ -253,8 +259,14 @@ class Operands:
 def tuning_tiles(problem: Problem, depth: int) -> list[Tile]:
     """Return the tiles modelled best, and for large problems other orders of them."""
     ranked = rank(problem)[:depth]
-    if problem.m >= 1024:
-        ranked += [replace(t, group=g) for t in ranked if t.tile_m * t.tile_n == 32768 for g in (4, 16, 32) if g != t.group]
+    if depth > 20 and problem.m >= 1024:
+        ranked += [
+            replace(t, group=g)
+            for t in ranked
+            if t.tile_m * t.tile_n == 32768
+            for g in (4, 16, 32)
+            if g != t.group
+        ]
     return ranked
 
 
@@ -269,7 +281,7 @@ def tune(shapes: list[tuple[int, int, int]], depth: int, repeats: int) -> list[d
     compile_all([launch_of(p, t, kinds[p.format], 132).defines for p, tiles in jobs for t in tiles])
     timer, rows = Timer(), []
     operands: Operands | None = None
-    for problem, tiles in jobs:
+    for number, (problem, tiles) in enumerate(jobs):
         shape = (problem.m, problem.n, problem.k)
         if operands is None or operands.shape != shape:
             operands = None
@@ -280,8 +292,10 @@ def tune(shapes: list[tuple[int, int, int]], depth: int, repeats: int) -> list[d
         for name in order:
             rows.append({"problem": asdict(problem), "tile": asdict(tiles[int(name)]), **found[name]})
         flops = 2e-6 * problem.m * problem.n * problem.k
+        if number >= 3 * len(TABLE):
+            continue
         print(f"tune {shape} {problem.format}")
-        for name in order[:6]:
+        for name in order[:3]:
             us = found[name]["us"]
             print(f"   {us:8.1f} us {flops / us:7.0f} TF  rank {name:>2} {_short(tiles[int(name)])}")
     return rows
@@ -289,7 +303,8 @@ def tune(shapes: list[tuple[int, int, int]], depth: int, repeats: int) -> list[d
 
 def _short(tile: Tile) -> str:
     flags = f"{'swap ' if tile.swap else ''}{'pingpong' if tile.pingpong else ''}"
-    return f"{tile.tile_m}x{tile.tile_n} stages {tile.stages} consumers {tile.consumers} cluster {tile.cluster} group {tile.group} {flags}"
+    ring = f"stages {tile.stages} consumers {tile.consumers} cluster {tile.cluster} group {tile.group}"
+    return f"{tile.tile_m}x{tile.tile_n} {ring} {flags}"
 
 
 OURS = {
@@ -306,7 +321,7 @@ PEER = {
 }
 
 
-def compare(shapes: list[tuple[int, int, int]], repeats: int) -> list[dict[str, Any]]:
+def compare(shapes: list[tuple[int, int, int]], repeats: int, pause_s: float) -> list[dict[str, Any]]:
     """Time the chosen tiles beside torch's kernels."""
     kinds = {"int8": BOTH_EACH, "fp8_tensor": BOTH_ONE, "fp8_row": BOTH_EACH, "bf16": EpilogueKind()}
     defines = []
@@ -315,7 +330,7 @@ def compare(shapes: list[tuple[int, int, int]], repeats: int) -> list[dict[str, 
             problem = Problem(m=m, n=n, k=k, format=form, output="bfloat16")
             defines.append(launch_of(problem, choose(problem), kinds[name], 132).defines)
     compile_all(defines)
-    timer, rows = Timer(), []
+    timer, rows = Timer(pause_s), []
     for shape in shapes:
         m, n, k = shape
         operands = Operands(*shape)
@@ -370,6 +385,7 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="also the layers of well-known models")
     parser.add_argument("--depth", type=int, default=12, help="tiles to tune")
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--pause-ms", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=Path("gpu_run.json"))
     options = parser.parse_args()
     results: dict[str, Any] = facts()
@@ -379,8 +395,8 @@ def main() -> None:
         shapes += [(m, n, k) for layers in LAYERS.values() for n, k in layers for m in ROWS]
     stages = [
         ("check", options.check, check),
-        ("time", options.time, lambda: compare(shapes, options.repeats)),
-        ("tune", options.tune, lambda: tune(TABLE, options.depth, max(9, options.repeats // 2))),
+        ("time", options.time, lambda: compare(shapes, options.repeats, options.pause_ms / 1e3)),
+        ("tune", options.tune, lambda: tune(shapes, options.depth, max(9, options.repeats // 2))),
     ]
     for name, wanted, run in stages:
         if wanted:

@@ -24,8 +24,8 @@ class Device:
     multiprocessors: int = 132
     cycles_per_us: float = 1600.0
     macs_per_cycle: float = 4096.0
-    dram_bytes_per_us: float = 4.0e6
-    l2_bytes_per_us: float = 9.0e6
+    dram_bytes_per_us: float = 4.6e6
+    l2_bytes_per_us: float = 10.5e6
 
 
 H200 = Device()
@@ -135,23 +135,33 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     waves = -(-along_first * along_second // clusters)
     steps = -(-problem.row_bytes // _ROW)
     products = tile.tile_m * tile.tile_n * _ROW / device.macs_per_cycle / device.cycles_per_us
-    if tile.pingpong or tile.consumers == 1:
-        products *= 1.08  # narrow tiles read each byte of shared memory for fewer products
-    share = device.l2_bytes_per_us / (clusters * tile.cluster)
-    loads = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW / min(share, 1.2e5)
+    # Instructions of 64 x 192 and narrower read each byte of shared memory for fewer products; two stacked ones, in
+    # turns with another consumer's, keep the tensor cores busiest.
+    if tile.consumers == 1 or (tile.pingpong and tile.blocks_of_64 == 1):
+        products *= 1.2
+    elif not tile.pingpong:
+        products *= 1.06 if tile.tile_m * tile.tile_n >= 128 * 256 else 1.1
+    if tile.pingpong:
+        products *= 1 + 0.4 / waves  # at first and at last one consumer works alone
+    blocks = clusters * tile.cluster
+    loads = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW / min(device.l2_bytes_per_us / blocks, 1.2e5)
     latency = 1.0 / tile.stages
     step = max(products, loads, latency)
     output = tile.tile_m * tile.tile_n * OUTPUT_BYTES[problem.output]
     epilogue = 0.3 + output / 6.0e4
-    if tile.pingpong:
-        epilogue *= 0.5 if waves > 1 else 1.0
+    if tile.pingpong and waves > 1:
+        epilogue /= waves  # all but the last hide behind products
     moved = (problem.m + problem.n) * problem.row_bytes + problem.m * problem.n * OUTPUT_BYTES[problem.output]
-    return 2.0 + max(waves * (steps * step + epilogue), moved / device.dram_bytes_per_us)
+    # Few blocks do not keep enough bytes on their way to draw the whole bandwidth.
+    streamed = moved / device.dram_bytes_per_us * (1 + 20 / blocks)
+    return 2.0 + max(waves * (steps * step + epilogue), streamed)
 
 
 def rank(problem: Problem, device: Device = H200) -> list[Tile]:
     """Return the configurations that can run `problem`, the one modelled fastest first."""
-    return sorted(candidates(problem), key=lambda tile: (estimate_us(problem, tile, device), -tile.tile_m))
+    return sorted(
+        candidates(problem), key=lambda tile: (estimate_us(problem, tile, device), tile.tile_m * tile.tile_n)
+    )
 
 
 def choose(problem: Problem, device: Device = H200) -> Tile:

@@ -42,6 +42,8 @@ constexpr int BUFFER_BYTES = 8192;
 constexpr int WIDEST = SWAP ? (ELEMENT_BYTES == 2 ? 64 : 32) : ROW / ELEMENT_BYTES;
 constexpr int PIECE = TILE_N < WIDEST ? TILE_N : WIDEST;
 constexpr int PIECES = TILE_N / PIECE;
+// Narrow tiles have registers to hold their factors through the products, and are too short to wait for them after.
+constexpr bool FETCH_EARLY = MI * TILE_N <= 64;
 static_assert(TILE_N % PIECE == 0, "TILE_N is a whole number of pieces");
 static_assert(SWAP || !TMA_STORE || PIECE == WIDEST, "a stored row is 128 bytes");
 static_assert(PIECE % 16 == 0, "stmatrix writes 16 columns");
@@ -203,6 +205,22 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       // Consumer 0 goes first: its round r follows consumer 1's round r - 1.
       if (PINGPONG) mbarrier_wait_ring(turns + 8 * consumer, (round & 1) ^ (consumer == 0));
 
+      // Row 16 warp + lane / 4 + 8 h, columns 8 j + 2 (lane % 4) + e of the accumulators are this thread's.
+      const int down = warp * 16 + lane / 4, across = lane % 4 * 2;
+      // Factors of a piece's columns are fetched while the piece before is on its way.
+      constexpr int EACH = PIECE / 4;
+      Factors columns[EACH], rows[MI][2];
+      auto fetch = [&](int piece) {
+        QK_UNROLL for (int j = 0; j < EACH; j++)
+          columns[j] = across_factors(output, second + piece * PIECE + j / 2 * 8 + across + j % 2);
+      };
+      auto fetch_first = [&] {
+        fetch(0);
+        QK_UNROLL for (int i = 0; i < MI; i++)
+          QK_UNROLL for (int h = 0; h < 2; h++) rows[i][h] = down_factors(output, first + i * 64 + down + 8 * h);
+      };
+      if (FETCH_EARLY) fetch_first();
+
       Registers<Accumulator, TILE_N / 2> sum[MI];
       int previous = 0;
       for (int step = 0; step < steps; step++) {
@@ -232,19 +250,7 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
         round++;
       }
 
-      // Row 16 warp + lane / 4 + 8 h, columns 8 j + 2 (lane % 4) + e of the accumulators are this thread's.
-      const int down = warp * 16 + lane / 4, across = lane % 4 * 2;
-      // Factors of a piece's columns are fetched while the piece before is on its way.
-      constexpr int EACH = PIECE / 4;
-      Factors columns[EACH];
-      auto fetch = [&](int piece) {
-        QK_UNROLL for (int j = 0; j < EACH; j++)
-          columns[j] = across_factors(output, second + piece * PIECE + j / 2 * 8 + across + j % 2);
-      };
-      fetch(0);
-      Factors rows[MI][2];
-      QK_UNROLL for (int i = 0; i < MI; i++)
-        QK_UNROLL for (int h = 0; h < 2; h++) rows[i][h] = down_factors(output, first + i * 64 + down + 8 * h);
+      if (!FETCH_EARLY) fetch_first();
       wgmma_wait<0>();
       release(previous);
 
@@ -320,7 +326,7 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
         }
       }
     }
-    if (TMA_STORE && thread == 0) store_wait<0>();
+    if (TMA_STORE && thread == 0) store_wait_read<0>();  // shared memory lasts as long as the block
   }
   if (CLUSTER > 1) {  // no block leaves while another may still arrive on its barriers
     cluster_arrive();
