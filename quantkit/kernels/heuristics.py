@@ -154,14 +154,18 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     moved = (problem.m + problem.n) * problem.row_bytes + problem.m * problem.n * OUTPUT_BYTES[problem.output]
     # Few blocks do not keep enough bytes on their way to draw the whole bandwidth.
     streamed = moved / device.dram_bytes_per_us * (1 + 20 / blocks)
-    return 2.0 + max(waves * (steps * step + epilogue), streamed)
+    together = 1.2 if tile.cluster > 1 else 0.0  # the blocks of a cluster start and end together
+    return 2.0 + together + max(waves * (steps * step + epilogue), streamed)
 
 
 def rank(problem: Problem, device: Device = H200) -> list[Tile]:
     """Return the configurations that can run `problem`, the one modelled fastest first."""
-    return sorted(
-        candidates(problem), key=lambda tile: (estimate_us(problem, tile, device), tile.tile_m * tile.tile_n)
-    )
+
+    def key(tile: Tile) -> tuple[float, int, int]:
+        # Among equals, tiles that read the larger operand once, then small ones: they pad least.
+        return estimate_us(problem, tile, device), tile.tiles(problem)[1], tile.tile_m * tile.tile_n
+
+    return sorted(candidates(problem), key=key)
 
 
 def choose(problem: Problem, device: Device = H200) -> Tile:

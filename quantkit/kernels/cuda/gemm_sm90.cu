@@ -84,6 +84,32 @@ QK_FUNCTION Factors column_factors(const Output& output, int column) {
 QK_FUNCTION Factors across_factors(const Output& o, int i) { return SWAP ? row_factors(o, i) : column_factors(o, i); }
 QK_FUNCTION Factors down_factors(const Output& o, int i) { return SWAP ? column_factors(o, i) : row_factors(o, i); }
 
+// Two neighbours across, the first of them even. Where D's rows are whole 16 bytes n_size is even, so that both
+// columns exist or neither, and one load brings both.
+QK_FUNCTION void across_pair(const Output& o, int i, Factors& low, Factors& high) {
+  if constexpr (SWAP || !TMA_STORE) {
+    low = across_factors(o, i);
+    high = across_factors(o, i + 1);
+  } else {
+    low = high = {1.0f, 0.0f};
+    const bool inside = i < o.n_size;
+    auto load = [&](const float* from) {
+      return inside ? ld_global(reinterpret_cast<const U32x2*>(from + i)) : U32x2{0, 0};
+    };
+    if (COLUMN_SCALE == SCALE_ONE) low.scale = high.scale = ld_global(o.column_scale);
+    if (COLUMN_SCALE == SCALE_EACH) {
+      const U32x2 pair = load(o.column_scale);
+      low.scale = portable::bits_float(pair.x);
+      high.scale = portable::bits_float(pair.y);
+    }
+    if (BIAS) {
+      const U32x2 pair = load(o.bias);
+      low.bias = portable::bits_float(pair.x);
+      high.bias = portable::bits_float(pair.y);
+    }
+  }
+}
+
 QK_FUNCTION float finish(Accumulator sum, Factors down, Factors across) {
   const Factors row = SWAP ? across : down, column = SWAP ? down : across;
   float x = static_cast<float>(sum);
@@ -211,8 +237,8 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       constexpr int EACH = PIECE / 4;
       Factors columns[EACH], rows[MI][2];
       auto fetch = [&](int piece) {
-        QK_UNROLL for (int j = 0; j < EACH; j++)
-          columns[j] = across_factors(output, second + piece * PIECE + j / 2 * 8 + across + j % 2);
+        QK_UNROLL for (int j = 0; j < EACH; j += 2)
+          across_pair(output, second + piece * PIECE + j * 4 + across, columns[j], columns[j + 1]);
       };
       auto fetch_first = [&] {
         fetch(0);
