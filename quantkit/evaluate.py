@@ -40,7 +40,7 @@ def evaluate(
         next_token: the labels are the model's own integer input, shifted by one.
         per_layer: also compare the outputs of Conv, ConvTranspose, MatMul and Gemm.
         optimize: judge the quantized model with all of ONNX Runtime's optimizations, as users will run it.
-        batch_size: samples at a time; None for what fits into 128 MiB, at most 32.
+        batch_size: samples at a time; None for what fits into 96 MiB, at most 32.
         on_samples: called with the number of samples done since its last call.
 
     Raises:

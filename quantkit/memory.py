@@ -11,7 +11,7 @@ from quantkit.graph import Graph
 from quantkit.graph.load import quiet
 
 # Two batches of tensors live at a time, beside what the runtime needs itself.
-DEFAULT_MAX_MEMORY = 128 * 2**20
+DEFAULT_MAX_MEMORY = 96 * 2**20
 # Beyond this a larger batch is no faster on a CPU.
 _LARGEST_BATCH = 32
 

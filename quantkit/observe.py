@@ -69,7 +69,7 @@ def observe(
         source: the samples.
         batch_size: samples to run at a time; None for as many as `max_memory` lets, at most 32.
         max_memory: bytes that fetched tensors may take at any moment; where a batch's do not fit, it is run several
-            times for a part of them each. None for 128 MiB, and for whatever a given batch size needs: which
+            times for a part of them each. None for 96 MiB, and for whatever a given batch size needs: which
             tensors are fetched together decides what ONNX Runtime fuses, so it can move their last bits.
         on_samples: called with the number of samples done since its last call.
 

@@ -67,7 +67,7 @@ def calibrate_model(
         batch_size: samples to run at a time; None for what memory allows, at most 32.
         image: how pixels become input values.
         mapping: {input: key} where the arrays are not named as the inputs.
-        max_memory: bytes that fetched tensors may take; None for 128 MiB, and for what a given batch size needs.
+        max_memory: bytes that fetched tensors may take; None for 96 MiB, and for what a given batch size needs.
         progress: show a bar.
 
     Raises:

@@ -35,7 +35,7 @@ def calibrate(
     inputs: options.Inputs = None,
     max_memory: Annotated[
         int | None,
-        typer.Option("--max-memory", min=1, help="MiB that tensors may take while they are reduced (128)."),
+        typer.Option("--max-memory", min=1, help="MiB that tensors may take while they are reduced (96)."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
