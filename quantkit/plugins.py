@@ -1,7 +1,7 @@
 """Names that built-ins and third parties answer to, found through entry points."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
@@ -15,12 +15,26 @@ class Registry(Generic[T]):
 
     Built-ins win over a plug-in of the same name, so that installing a package never changes what a name means.
     A built-in may be given as "module:attribute"; it is imported when first asked for.
+
+    Args:
+        group: the entry points' group.
+        noun: what is registered, for messages.
+        builtin: name → object, or where it is.
+        check: says in a few words what a plug-in's object is instead of what it should be; "" where it is fine.
     """
 
-    def __init__(self, *, group: str, noun: str, builtin: Mapping[str, T | str]) -> None:
+    def __init__(
+        self,
+        *,
+        group: str,
+        noun: str,
+        builtin: Mapping[str, T | str],
+        check: Callable[[object], str] = lambda loaded: "",
+    ) -> None:
         self.group = group
         self.noun = noun
         self._builtin = dict(builtin)
+        self._check = check
 
     def names(self) -> list[str]:
         """Every registered name, sorted."""
@@ -30,7 +44,7 @@ class Registry(Generic[T]):
         """Return what is registered as `name`.
 
         Raises:
-            UnknownNameError: the name is unknown, or its plug-in does not import.
+            UnknownNameError: the name is unknown, or its plug-in does not import or is something else.
         """
         if name in self._builtin:
             return self._load_builtin(name)
@@ -39,15 +53,23 @@ class Registry(Generic[T]):
             raise UnknownNameError(self._unknown(name))
         try:
             loaded: T = plugins[name].load()
-            return loaded
+            wrong = self._check(loaded)
         except Exception as error:
             raise UnknownNameError(
                 f"{self.noun} {name}: its plug-in {plugins[name].value} does not load "
-                f"({type(error).__name__}: {error}); mend or uninstall that package."
+                f"({in_one_line(error)}); mend or uninstall that package."
             ) from error
+        if wrong:
+            raise UnknownNameError(
+                f"{self.noun} {name}: its plug-in {plugins[name].value} {wrong}; mend or uninstall that package."
+            )
+        return loaded
 
     def status(self) -> dict[str, str]:
-        """Return every name with "" where it loads, else with the error that its plug-in raises."""
+        """Return every name with "" where it loads, else with the error that its plug-in raises.
+
+        A plug-in that has a built-in's name is listed as "name (module:attribute)".
+        """
         found = {}
         for name in self.names():
             try:
@@ -55,6 +77,10 @@ class Registry(Generic[T]):
                 found[name] = ""
             except UnknownNameError as error:
                 found[name] = str(error)
+        for entry in entry_points(group=self.group):
+            # quantkit's own package lists its built-ins too.
+            if entry.name in self._builtin and not entry.value.startswith("quantkit."):
+                found[f"{entry.name} ({entry.value})"] = "ignored: a built-in has this name"
         return found
 
     def _load_builtin(self, name: str) -> T:
@@ -72,3 +98,9 @@ class Registry(Generic[T]):
         near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(self.names())}."
         return f"{self.noun} {name}: no such {self.noun}; {hint}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an error of somebody else's code as "Type: message" without line breaks."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text.rstrip('.')}" if text else type(error).__name__

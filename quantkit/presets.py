@@ -90,6 +90,9 @@ _PRESETS: Registry[Preset] = Registry(
             gemm=True,
         ),
     },
+    check=lambda loaded: (
+        "" if isinstance(loaded, Preset) else f"is of type {type(loaded).__name__}, no Preset"
+    ),
 )
 
 

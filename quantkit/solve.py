@@ -10,8 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from quantkit.cache import IMPORTED, CalibrationCache
-from quantkit.calibrators import Calibrator, WeightMethod, get_calibrator, weight_qparams, weight_range
-from quantkit.errors import CacheError, PlanError, SpecError
+from quantkit.calibrators import (
+    Calibrator,
+    WeightMethod,
+    get_calibrator,
+    solve_range,
+    weight_qparams,
+    weight_range,
+)
+from quantkit.errors import CacheError, PlanError, SpecError, UnknownNameError
 from quantkit.formats import QParams, QuantSpec, Range, qparams_from_range, quantize
 from quantkit.graph import Graph, LeftAlone, Site, find_sites, sharing_groups
 from quantkit.graph.sites import LINEAR_OPS
@@ -49,7 +56,13 @@ def calibrator_of(
             )
         return None
     if method is None:
-        return get_calibrator(cache.method, **{**cache.method_options, **(options or {})})
+        try:
+            return get_calibrator(cache.method, **{**cache.method_options, **(options or {})})
+        except UnknownNameError as error:
+            raise UnknownNameError(
+                f"{str(error).rstrip('.?')}; the name comes from the cache: install that method again, or give "
+                "another one with --method."
+            ) from error
     return get_calibrator(method, **(options or {}))
 
 
@@ -82,6 +95,7 @@ def solve(
 
     Raises:
         PlanError: there is nothing that can be quantized so.
+        SpecError: a plug-in's calibrator does not give a range.
     """
     ranges = ranges or {}
     unfit = _unfit(graph, preset, histograms, ranges)
@@ -185,7 +199,7 @@ def _solve_activations(
             found = ranges[members[0]]
         else:
             merged = reduce(FloatHistogram.merge, (histograms[name] for name in members))
-            found = calibrator.solve(merged, placement.spec)
+            found = solve_range(calibrator, merged, placement.spec, tensor=members[0])
         for name in members:
             try:
                 qparams = qparams_from_range(found, placement.spec, scale_dtype=_float_dtype(graph, name))

@@ -4,7 +4,7 @@ A calibrator is a pure function of a `FloatHistogram` and a `QuantSpec`; weights
 `weight_range` and, for blocks and few bits, `weight_qparams`.
 """
 
-from quantkit.calibrators.base import Calibrator, get_calibrator, list_calibrators
+from quantkit.calibrators.base import Calibrator, get_calibrator, list_calibrators, solve_range
 from quantkit.calibrators.weight_scales import weight_qparams
 from quantkit.calibrators.weights import WeightMethod, weight_range
 
@@ -13,6 +13,7 @@ __all__ = [
     "WeightMethod",
     "get_calibrator",
     "list_calibrators",
+    "solve_range",
     "weight_qparams",
     "weight_range",
 ]

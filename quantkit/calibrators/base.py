@@ -6,9 +6,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from quantkit.errors import SpecError
+from quantkit.errors import SpecError, UnknownNameError
 from quantkit.formats import QuantSpec, Range
-from quantkit.plugins import Registry
+from quantkit.plugins import Registry, in_one_line
 from quantkit.statistics import FloatHistogram
 
 
@@ -31,6 +31,18 @@ class Calibrator(Protocol):
         """
 
 
+def _is_no_calibrator(loaded: object) -> str:
+    if not callable(loaded):
+        return f"is of type {type(loaded).__name__}, no Calibrator class"
+    if isinstance(loaded, type) and not callable(getattr(loaded, "solve", None)):
+        return "is no Calibrator class: it has no solve(histogram, spec)"
+    try:
+        inspect.signature(loaded)
+    except (TypeError, ValueError):
+        return "is no Calibrator class: its options cannot be read off it"
+    return ""
+
+
 _REGISTRY: Registry[Callable[..., Calibrator]] = Registry(
     group="quantkit.calibrators",
     noun="calibration method",
@@ -40,6 +52,7 @@ _REGISTRY: Registry[Callable[..., Calibrator]] = Registry(
         "mse": "quantkit.calibrators.mse:MseCalibrator",
         "percentile": "quantkit.calibrators.percentile:PercentileCalibrator",
     },
+    check=_is_no_calibrator,
 )
 
 
@@ -47,7 +60,8 @@ def get_calibrator(name: str, **options: object) -> Calibrator:
     """Return the calibrator registered as `name`, made with `options`.
 
     Raises:
-        UnknownNameError: nobody has registered the name; the message gives the nearest ones.
+        UnknownNameError: nobody has registered the name, and the message gives the nearest ones; or its plug-in makes
+            no calibrator.
         SpecError: an option that the method does not have, or a value that it refuses.
     """
     factory = _REGISTRY.get(name)
@@ -57,7 +71,46 @@ def get_calibrator(name: str, **options: object) -> Calibrator:
             if option not in known:
                 has = f"its options are {', '.join(known)}" if known else "it has no options"
                 raise SpecError(f"calibration method {name}: no option {option}; {has}.")
-    return factory(**options)
+    try:
+        made = factory(**options)
+    except SpecError:
+        raise
+    except Exception as error:
+        # A plug-in may raise whatever it likes.
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "no options"
+        raise SpecError(
+            f"calibration method {name}: cannot be made with {given} ({in_one_line(error)}); "
+            "give other options, mend its package or choose another --method."
+        ) from error
+    if not isinstance(made, Calibrator):
+        raise UnknownNameError(
+            f"calibration method {name}: its plug-in makes {type(made).__name__}, no Calibrator with a name and "
+            "solve(histogram, spec); mend or uninstall that package."
+        )
+    return made
+
+
+def solve_range(calibrator: Calibrator, histogram: FloatHistogram, spec: QuantSpec, *, tensor: str) -> Range:
+    """Return what the calibrator solves for a tensor; where a plug-in goes wrong, say which and on what.
+
+    Raises:
+        SpecError: it raises, or returns anything but one finite range.
+    """
+    where = f"calibration method {calibrator.name}, tensor {tensor}"
+    mend = "mend its plug-in, or choose another --method."
+    try:
+        found = calibrator.solve(histogram, spec)
+    except Exception as error:
+        # A plug-in may raise whatever it likes.
+        raise SpecError(f"{where}: solve raised {in_one_line(error)}; {mend}") from error
+    if not isinstance(found, Range):
+        raise SpecError(f"{where}: solve returned {type(found).__name__}, not a Range; {mend}")
+    finite = bool(np.all(np.isfinite(found.lo)) and np.all(np.isfinite(found.hi)))
+    if found.lo.shape != () or not finite or found.lo > found.hi:
+        raise SpecError(
+            f"{where}: solve returned a range from {found.lo} to {found.hi}, where one finite lo ≤ hi belongs; {mend}"
+        )
+    return found
 
 
 def list_calibrators() -> dict[str, str]:

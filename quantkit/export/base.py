@@ -5,9 +5,10 @@ from typing import Protocol, runtime_checkable
 
 import onnx_ir as ir
 
+from quantkit.errors import UnknownNameError
 from quantkit.graph import Graph
 from quantkit.plan import Plan
-from quantkit.plugins import Registry
+from quantkit.plugins import Registry, in_one_line
 from quantkit.presets import Target
 
 
@@ -27,6 +28,14 @@ class Emitter(Protocol):
         """
 
 
+def _is_no_emitter(loaded: object) -> str:
+    if not callable(loaded):
+        return f"is of type {type(loaded).__name__}, no Emitter class"
+    if isinstance(loaded, type) and not callable(getattr(loaded, "emit", None)):
+        return "is no Emitter class: it has no emit(graph, plan)"
+    return ""
+
+
 _REGISTRY: Registry[Callable[[], Emitter]] = Registry(
     group="quantkit.emitters",
     noun="target",
@@ -35,6 +44,7 @@ _REGISTRY: Registry[Callable[[], Emitter]] = Registry(
         "ort-cpu": "quantkit.export.ort_cpu:OrtCpuEmitter",
         "tensorrt": "quantkit.export.tensorrt:TensorRTEmitter",
     },
+    check=_is_no_emitter,
 )
 
 
@@ -42,9 +52,24 @@ def get_emitter(target: str) -> Emitter:
     """Return the emitter for a target.
 
     Raises:
-        UnknownNameError: no emitter is registered for it; the message gives the nearest ones.
+        UnknownNameError: no emitter is registered for it, and the message gives the nearest ones; or its plug-in
+            makes none.
     """
-    return _REGISTRY.get(target)()
+    try:
+        made = _REGISTRY.get(target)()
+    except UnknownNameError:
+        raise
+    except Exception as error:
+        # A plug-in may raise whatever it likes.
+        raise UnknownNameError(
+            f"target {target}: its plug-in cannot be made ({in_one_line(error)}); mend or uninstall that package."
+        ) from error
+    if not isinstance(made, Emitter):
+        raise UnknownNameError(
+            f"target {target}: its plug-in makes {type(made).__name__}, no Emitter with a target and "
+            "emit(graph, plan); mend or uninstall that package."
+        )
+    return made
 
 
 def list_emitters() -> dict[str, str]:

@@ -114,6 +114,9 @@ _REGISTRY: Registry[Format] = Registry(
             *(FP8_E4M3, FP8_E5M2, FP4_E2M1, E8M0),
         )
     },
+    check=lambda loaded: (
+        "" if isinstance(loaded, Format) else f"is of type {type(loaded).__name__}, no Format"
+    ),
 )
 
 

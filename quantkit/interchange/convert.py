@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from quantkit import __version__
 from quantkit.cache import IMPORTED, CalibrationCache, ModelIdentity
-from quantkit.calibrators import Calibrator
+from quantkit.calibrators import Calibrator, solve_range
 from quantkit.errors import CacheError, UnknownNameError
 from quantkit.export.tensorrt import TARGET
 from quantkit.files import atomic_write, check_output
@@ -282,7 +282,7 @@ def _solve_all(
         known = next((ranges[name] for name in sorted(group & ranges.keys())), None)
         if known is None:
             merged = reduce(FloatHistogram.merge, (histograms[name] for name in bare))
-            known = calibrator.solve(merged, TARGET.int8_activations)
+            known = solve_range(calibrator, merged, TARGET.int8_activations, tensor=bare[0])
         ranges |= dict.fromkeys(bare, known)
     return dict(sorted(ranges.items())), left_out
 
