@@ -3,14 +3,15 @@
 It shares neither the Q/DQ nodes nor the kernels of the files that emitters write, so it can judge them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from quantkit.formats import dequantize, fake_quantize
 from quantkit.graph import Graph
-from quantkit.plan import ActivationPlan, Plan
+from quantkit.plan import ActivationPlan, Plan, Reader
 from quantkit.runtime import Session
 
 _QUANTIZED = "::quantized"
@@ -82,19 +83,26 @@ def _follow(
 
 
 def _replace_constants(model: ir.Model, plan: Plan) -> None:
+    """Let readers read what the codes stand for, made anew for the part of the graph that is run: one at a time."""
     nodes = {str(n.name): n for n in model.graph}
-    replaced = [(w.name, dequantize(w.qtensor), w.readers) for w in plan.weights]
-    replaced += [(b.name, b.qvalue * b.scale, (b.reader,)) for b in plan.biases]
-    for number, (name, array, readers) in enumerate(replaced):
+    read: list[tuple[str, Callable[[], np.ndarray], tuple[Reader, ...]]] = [
+        (w.name, partial(dequantize, w.qtensor), w.readers) for w in plan.weights
+    ]
+    read += [(b.name, partial(np.multiply, b.qvalue, b.scale), (b.reader,)) for b in plan.biases]
+    for number, (name, values, readers) in enumerate(read):
         old = model.graph.initializers[name]
         dtype = old.dtype or ir.DataType.FLOAT
-        tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=f"{name}::{number}")
-        value = ir.Value(
-            name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
+        tensor = ir.LazyTensor(
+            partial(_as_tensor, values, dtype), dtype, ir.Shape(old.shape or ()), name=f"{name}::{number}"
         )
+        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
         model.graph.register_initializer(value)
         for node, index in readers:
             nodes[node].replace_input_with(index, value)
+
+
+def _as_tensor(values: Callable[[], np.ndarray], dtype: ir.DataType) -> ir.TensorProtocol:
+    return ir.tensor(values().astype(dtype.numpy(), copy=False), dtype=dtype)
 
 
 def _cut(model: ir.Model, activations: Mapping[str, ActivationPlan]) -> None:
