@@ -1,6 +1,8 @@
 """`quantkit calibrate`."""
 
 import time
+from itertools import chain
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,7 @@ from quantkit.cli import options
 
 if TYPE_CHECKING:
     from quantkit.cache import CalibrationCache
+    from quantkit.graph import LeftAlone, Site
 
 
 def calibrate(
@@ -43,14 +46,19 @@ def calibrate(
 
     The cache serves every method, format and target: the model is not run again to change one.
     """
+    from quantkit.data import data_files
     from quantkit.files import check_output
+    from quantkit.model_files import model_files
+    from quantkit.graph import find_sites, load_graph
     from quantkit.pipeline import calibrate_model
 
     path = out or Path(f"{model.stem}.calib")
-    check_output(path, inputs=[model])
+    check_output(path, inputs=chain(model_files(model), data_files(data)))
     started = time.perf_counter()
+    graph = load_graph(model)
+    sites, left = find_sites(graph)
     cache = calibrate_model(
-        model,
+        graph,
         data,
         method=method,
         method_options=options.method_options(method, percentile),
@@ -64,18 +72,30 @@ def calibrate(
     cache.save(path)
     seconds = time.perf_counter() - started
     if as_json:
-        options.print_json(_as_json(cache, path, seconds))
+        options.print_json(_as_json(cache, path, seconds, left))
     else:
-        _show(cache, path, seconds)
+        _show(cache, path, seconds, _nodes(sites), left)
 
 
-def _show(cache: "CalibrationCache", path: Path, seconds: float) -> None:
+def _nodes(sites: "list[Site]") -> dict[str, int]:
+    """How many linear nodes of each operator there are to quantize."""
+    return Counter({s.node: s.op_type for s in sites if s.role in ("input", "weight")}.values())
+
+
+def _show(
+    cache: "CalibrationCache", path: Path, seconds: float, fit: dict[str, int], left: "list[LeftAlone]"
+) -> None:
     from quantkit.tables import Table
 
     never = [n for n, s in cache.statistics.items() if s.histogram.finite_count == 0]
     broken = [n for n, s in cache.statistics.items() if s.histogram.nan_count or s.histogram.inf_count]
     rows = [
         ["samples", str(cache.sample_count)],
+        ["can be quantized", ", ".join(f"{count} {op_type}" for op_type, count in sorted(fit.items()))],
+        *(
+            [f"stays in float: {count} {op_type}", reason]
+            for (op_type, reason), count in sorted(Counter((x.op_type, x.reason) for x in left).items())
+        ),
         ["tensors observed", str(len(cache.statistics))],
         ["seconds", f"{seconds:.1f}"],
         ["cache", f"{path} ({options.size(path.stat().st_size)})"],
@@ -92,7 +112,9 @@ def _show(cache: "CalibrationCache", path: Path, seconds: float) -> None:
     options.print_exports(path)
 
 
-def _as_json(cache: "CalibrationCache", path: Path, seconds: float) -> dict[str, object]:
+def _as_json(
+    cache: "CalibrationCache", path: Path, seconds: float, left: "list[LeftAlone]"
+) -> dict[str, object]:
     return {
         "cache": str(path),
         "size_bytes": path.stat().st_size,
@@ -101,5 +123,6 @@ def _as_json(cache: "CalibrationCache", path: Path, seconds: float) -> dict[str,
         "samples": cache.sample_count,
         "method": cache.method,
         "seconds": round(seconds, 3),
+        "left_in_float": [{"node": x.node, "op_type": x.op_type, "reason": x.reason} for x in left],
         "tensors": cache.summary(),
     }
