@@ -1,6 +1,6 @@
 """Running a float and a quantized model side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from quantkit.graph import Graph
 from quantkit.graph.sites import LINEAR_OPS
 from quantkit.memory import DEFAULT_MAX_MEMORY, fitting_batch, tensor_bytes
 from quantkit.metrics import OutputComparison, SignalToNoise
-from quantkit.runtime import Session
+from quantkit.runtime import Session, reason
 
 IGNORED_LABEL = -100
 
@@ -45,7 +45,7 @@ def evaluate(
 
     Raises:
         DataError: the labels do not fit the samples.
-        ModelError: a model does not run, or the two are not of one network.
+        ModelError: a model does not run, or not with all optimizations, or the two are not of one network.
     """
     written = _open(quantized)
     what = str(quantized) if isinstance(quantized, Path) else quantized.name
@@ -61,9 +61,9 @@ def evaluate(
     reference = Session(graph.model, outputs=names)
     # Without extra outputs the file itself is run, as it lies there.
     judged = (
-        Session(written, outputs=names, optimize=optimize)
+        _session(written, what, names, optimize=optimize)
         if layers
-        else Session(quantized if isinstance(quantized, Path) else written, optimize=optimize)
+        else _session(quantized if isinstance(quantized, Path) else written, what, optimize=optimize)
     )
     outputs = {name: OutputComparison(name) for name in graph.outputs}
     noise = {name: SignalToNoise() for name in layers}
@@ -101,6 +101,23 @@ def _open(quantized: Graph | Path) -> ir.Model:
     except Exception as error:
         # onnx-ir passes on whatever protobuf or its own readers raise.
         raise ModelError(f"{quantized}: not a readable ONNX model ({error}); export it again.") from error
+
+
+def _session(
+    model: ir.Model | Path, what: str, outputs: Sequence[str] | None = None, *, optimize: bool
+) -> Session:
+    try:
+        return Session(model, outputs=outputs, optimize=optimize)
+    except ModelError as error:
+        if not optimize:
+            raise
+        # What is wrong at every level is said as it is.
+        Session(model, outputs=outputs, optimize=False)
+        why = reason(error.__cause__ or error)
+        raise ModelError(
+            f"{what}: ONNX Runtime's own optimizations break it ({why}), as they do many FP8 files for tensorrt; "
+            "export it with --target ort, which runs at every level, or leave --ort-level at basic."
+        ) from error
 
 
 def _same_interface(graph: Graph, written: ir.Model, what: str) -> None:

@@ -464,3 +464,34 @@ def test_two_networks_are_not_compared(calibrated: Path, images: Images) -> None
     other = MODELS["conv_relu"].save(calibrated)
     with pytest.raises(quantkit.QuantkitError, match="two files of one network"):
         quantkit.evaluate_model("model.onnx", other, images)
+
+
+def test_a_float8_file_for_tensorrt_that_onnx_runtime_cannot_optimize_is_sent_to_the_target_that_it_can(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny = MODELS["conv_relu"]
+    feeds = tiny.feeds(4)
+    cache = quantkit.calibrate_model(tiny.build(), feeds)
+    files = {
+        target: quantkit.export_model(tiny.build(), cache, preset="fp8", target=target, everything=True).path
+        for target in ("tensorrt", "ort")
+    }
+    with pytest.raises(ModelError, match="optimizations break it") as caught:
+        quantkit.evaluate_model(tiny.build(), files["tensorrt"], feeds, optimize=True)
+    assert "--target ort" in str(caught.value)
+    assert "onnx.checker" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+    for target, optimize in (("tensorrt", False), ("ort", True)):
+        found = quantkit.evaluate_model(tiny.build(), files[target], feeds, optimize=optimize)
+        assert found.outputs["y"].sqnr_db > 20
+
+
+def test_a_file_that_no_level_of_optimization_can_load_is_said_to_be_invalid(here: Path) -> None:
+    tiny = MODELS["conv_relu"]
+    model = tiny.build()
+    model.graph.node[0].domain = "not.a.domain"
+    model.opset_import.append(onnx.helper.make_opsetid("not.a.domain", 1))
+    onnx.save(model, "odd.onnx")
+    with pytest.raises(ModelError, match=r"odd.onnx: ONNX Runtime cannot load it: .*; check it with"):
+        quantkit.evaluate_model(tiny.build(), "odd.onnx", tiny.feeds(1), optimize=True)

@@ -34,7 +34,8 @@ def evaluate(
             help="basic or all: ONNX Runtime's graph optimizations for the quantized model. basic (the default) runs "
             "the file as it is written; above it, the CPU provider drops the Relu before some float8 and int4 "
             "QuantizeLinear and rounds biases its own way, which says nothing of the GPU. all is what an "
-            "ONNX Runtime user gets by default.",
+            "ONNX Runtime user gets by default; FP8 files for tensorrt are not meant for it, and ONNX Runtime refuses "
+            "many there: judge one of --target ort.",
         ),
     ] = "basic",
     cache: Annotated[
