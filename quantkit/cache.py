@@ -18,6 +18,7 @@ from quantkit.cache_merge import check_overlap, merge_data, merge_method, merge_
 from quantkit.errors import CacheError, SpecError
 from quantkit.files import atomic_write, check_output
 from quantkit.formats import Range
+from quantkit.model_files import model_files
 from quantkit.statistics import ChannelStats, FloatHistogram
 from quantkit.statistics.tensor import TensorStatistics
 from quantkit.tables import Table
@@ -103,9 +104,9 @@ class CalibrationCache:
         An absolute path stays absolute unless the model lies in that folder or below.
 
         Raises:
-            FileError: the file cannot be written there, or it is the model.
+            FileError: the file cannot be written there, or it is the model's.
         """
-        check_output(path, inputs=[self.model.path or None])
+        check_output(path, inputs=model_files(self.model.path) if self.model.path else ())
         encoded = self._encode(model_path=self.model.path_from(Path(path).parent))
         with atomic_write(path) as temporary:
             temporary.write_bytes(encoded)

@@ -81,8 +81,9 @@ def check_output(
         FileError: it could not, or `path` is one of the inputs.
     """
     final = Path(path)
-    for read in inputs:
-        if read is not None and final.exists() and Path(read).exists() and final.samefile(read):
+    # Where nothing is, nothing is lost; and finding out all inputs can take its time.
+    for read in inputs if final.exists() else ():
+        if read is not None and Path(read).exists() and final.samefile(read):
             raise FileError(f"{final}: is an input here and would be lost; choose another path to write to.")
     try:
         _check_target(final)

@@ -31,6 +31,7 @@ from quantkit.files import atomic_write, check_output
 from quantkit.formats import Range
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.interchange.probe import made_up_probe
+from quantkit.model_files import model_files
 from quantkit.observe import observe
 from quantkit.plan import Plan
 from quantkit.presets import get_preset
@@ -207,7 +208,7 @@ def export_model(
     Raises:
         CacheError: the cache is damaged or of another model, or its ranges are fixed and `method` is another one.
         ExportError: the written file failed its check.
-        FileError: it could not be written, or is the float model or the cache.
+        FileError: it could not be written, or is one of the float model's, or the cache.
     """
     held = CalibrationCache.load(cache) if isinstance(cache, str | os.PathLike) else cache
     emitter, wanted = get_emitter(target), get_preset(preset, block_size=group)
@@ -221,7 +222,13 @@ def export_model(
     if held is not None:
         held.check_model(graph.fingerprint, str(graph.path or graph.name))
     path = Path(out) if out is not None else Path(default_name(graph.name, preset, target))
-    check_output(path, inputs=[graph.path, None if isinstance(cache, CalibrationCache) else cache])
+    read = [
+        *(model_files(graph.path) if graph.path else ()),
+        None if isinstance(cache, CalibrationCache) else cache,
+    ]
+    check_output(path, inputs=read)
+    if graph.weight_bytes > _EXTERNAL_BYTES:
+        check_output(_external(path), inputs=read)
     histograms = {} if held is None else {name: s.histogram for name, s in held.statistics.items()}
     ranges = {} if held is None else held.ranges
     plan = solve(
@@ -332,7 +339,12 @@ def default_name(stem: str, preset: str, target: str) -> str:
 def save(model: ir.Model, path: Path) -> None:
     """Write the model, its weights beside it where protobuf could not hold them."""
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > _EXTERNAL_BYTES else None)
+    ir.save(model, path, external_data=_external(path).name if size > _EXTERNAL_BYTES else None)
+
+
+def _external(path: Path) -> Path:
+    """The file beside a model that holds its weights, where they are many."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _model_of(cache: CalibrationCache) -> Path:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from quantkit import __version__
+from quantkit.cache import CalibrationCache
 from quantkit.cli import main
 from tests.conftest import DigitsExample
 from tests.models import MODELS
@@ -342,6 +343,20 @@ def _truncate(path: str) -> Callable[[], object]:
     return lambda: Path(path).write_bytes(Path(path).read_bytes()[:5000])
 
 
+def _split(*, calibrated: bool = False) -> None:
+    """Write the model with its weights beside it, as split.onnx and split.data, and perhaps split.calib."""
+    onnx.save(
+        onnx.load("model.onnx"),
+        "split.onnx",
+        save_as_external_data=True,
+        location="split.data",
+        size_threshold=0,
+    )
+    if calibrated:
+        cache = CalibrationCache.load("model.calib")
+        replace(cache, model=replace(cache.model, path="split.onnx", name="split")).save("split.calib")
+
+
 CALIBRATE = "calibrate model.onnx --data calib"
 EVALUATE = "evaluate model.onnx model.onnx --data calib"
 BAD = {
@@ -479,6 +494,44 @@ BAD = {
         words="export --int8 --out calib/../model.onnx", says="would be lost"
     ),
     "export over the cache": Bad(words="export --int8 --out model.calib", says="would be lost"),
+    "export over the model's weights": Bad(
+        words="export --int8 --cache split.calib --out split.data",
+        says="split.data: is an input here and would be lost",
+        prepare=lambda: _split(calibrated=True),
+    ),
+    "weights alone over the model": Bad(
+        words="export split.onnx --int4 --out calib/../split.onnx",
+        says="would be lost",
+        prepare=lambda: _split(),
+    ),
+    "cache over the model's weights": Bad(
+        words="calibrate split.onnx --data calib --out split.data",
+        says="would be lost",
+        prepare=lambda: _split(),
+    ),
+    "cache over a picture": Bad(
+        words=f"{CALIBRATE} --out calib/one.png",
+        says="calib/one.png: is an input here and would be lost",
+        prepare=lambda: shutil.copy(min(Path("calib").iterdir()), "calib/one.png"),
+    ),
+    "cache over an array": Bad(
+        words="calibrate model.onnx --data data.npz --out data.npz",
+        says="would be lost",
+        prepare=_npz(input=np.ones((4, 1, 8, 8), np.float32)),
+    ),
+    "merge over one of the merged": Bad(
+        words="cache merge model.calib again.calib --allow-overlap --out again.calib",
+        says="again.calib: is an input here and would be lost",
+        prepare=lambda: shutil.copy("model.calib", "again.calib"),
+    ),
+    "merge over the model": Bad(
+        words="cache merge model.calib model.calib --allow-overlap --out model.onnx", says="would be lost"
+    ),
+    "table over the model's weights": Bad(
+        words="cache export split.calib --format ort --out split.data",
+        says="would be lost",
+        prepare=lambda: _split(calibrated=True),
+    ),
     "quantized model missing": Bad(
         words="evaluate model.onnx gone.onnx --data calib", says="gone.onnx: no such"
     ),
@@ -523,6 +576,23 @@ def test_bad_input_gives_one_line_and_leaves_every_file_as_it_was(
     assert result.err.count("\n") == 1
     assert result.err.endswith("\n")
     assert bad.says in result.err
+    assert files(calibrated) == before
+
+
+def test_weights_that_would_go_beside_an_export_do_not_replace_the_models(
+    calibrated: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _split()
+    Path("split.data").rename("x.onnx.data")
+    moved = onnx.load("split.onnx", load_external_data=False)
+    for tensor in moved.graph.initializer:
+        next(e for e in tensor.external_data if e.key == "location").value = "x.onnx.data"
+    Path("split.onnx").write_bytes(moved.SerializeToString())
+    monkeypatch.setattr("quantkit.pipeline._EXTERNAL_BYTES", 0)
+    before = files(calibrated)
+    result = run("export", "split.onnx", "--int8", "--out", "x.onnx")
+    assert result.code == 2
+    assert "x.onnx.data: is an input here and would be lost" in result.err
     assert files(calibrated) == before
 
 

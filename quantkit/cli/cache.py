@@ -46,7 +46,9 @@ def merge(
     """Add caches of one model up: the result is that of calibrating on all their samples at once, bit for bit."""
     from quantkit.cache import CalibrationCache
     from quantkit.calibrators import get_calibrator
+    from quantkit.files import check_output
 
+    check_output(out, inputs=paths)
     if method is not None:
         get_calibrator(method)
     first, *others = [CalibrationCache.load(path) for path in paths]

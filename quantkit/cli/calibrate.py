@@ -1,8 +1,8 @@
 """`quantkit calibrate`."""
 
 import time
-from itertools import chain
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,8 +48,8 @@ def calibrate(
     """
     from quantkit.data import data_files
     from quantkit.files import check_output
-    from quantkit.model_files import model_files
     from quantkit.graph import find_sites, load_graph
+    from quantkit.model_files import model_files
     from quantkit.pipeline import calibrate_model
 
     path = out or Path(f"{model.stem}.calib")

@@ -28,9 +28,10 @@ def import_(
     from quantkit.errors import FileError
     from quantkit.files import check_output
     from quantkit.interchange import import_cache
+    from quantkit.model_files import model_files
 
     path = out or Path(f"{model.stem}.calib")
-    check_output(path, inputs=[model, file])
+    check_output(path, inputs=[*model_files(model), file])
     found = import_cache(file, model, format=format)
     if out is None and path.exists() and not CalibrationCache.load(path).ranges:
         raise FileError(f"{path}: is there, and was measured; name another file to write with --out.")
@@ -77,11 +78,14 @@ def export(
     from quantkit.cache import CalibrationCache, find_cache
     from quantkit.files import check_output
     from quantkit.interchange import export_cache
+    from quantkit.model_files import model_files
     from quantkit.tables import Table
 
     cache = path or find_cache(Path())
     held = CalibrationCache.load(cache)
-    check_output(out, inputs=[cache])
+    check_output(
+        out, inputs=[cache, *(model_files(model or held.model.path) if model or held.model.path else ())]
+    )
     written = export_cache(
         held,
         out,

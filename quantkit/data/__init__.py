@@ -9,6 +9,7 @@ was found and what the model wants. Nothing is ever made up.
 """
 
 from quantkit.data.batching import batch_length, batches, fill_batch, peek, sample_fingerprint
+from quantkit.data.folder import data_files
 from quantkit.data.inputs import InputSpec, Sample, batch_axes, fixed_batch_size
 from quantkit.data.labels import open_labels
 from quantkit.data.opening import open_data, reopen_data
@@ -23,6 +24,7 @@ __all__ = [
     "batch_axes",
     "batch_length",
     "batches",
+    "data_files",
     "fill_batch",
     "fixed_batch_size",
     "open_data",

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from quantkit.data.files import ARRAY_FILES
@@ -44,6 +44,15 @@ def list_files(root: Path) -> list[Path]:
         what = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(4)) or "nothing"
         raise DataError(f"{root}: no calibration data in this folder, found {what}; put there {_READ}.")
     return sorted(found, key=lambda path: path.relative_to(root).parts)
+
+
+def data_files(root: Path) -> Iterator[Path]:
+    """Yield the files that `list_files` lists, none where nothing can be listed."""
+    try:
+        yield from list_files(root.expanduser())
+    except DataError:
+        # Opening the data says it, when their turn has come.
+        return
 
 
 def _unreadable(error: OSError) -> None:
