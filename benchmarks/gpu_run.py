@@ -154,7 +154,7 @@ def _np(output: str) -> Any:
 def captured(run: Callable[[], Any]) -> Any:
     """Return one call as a CUDA graph, so that no time of Python's or the driver's is measured."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+    with torch.cuda.graph(graph), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
         run()
     return graph
 
@@ -241,7 +241,6 @@ class Operands:
         found = {
             "torch_bf16": lambda: a16 @ b16.t(),
             "torch_int8": lambda: torch._int_mm(a8, b8.t()),
-            "read_8bit_weights": lambda: b8.view(torch.int32).sum(),
             "torch_fp8_tensor": lambda: scaled(af, bf.t(), scale_a=one, scale_b=one, **options),
             "torch_fp8_tensor_fast": lambda: scaled(
                 af, bf.t(), scale_a=one, scale_b=one, use_fast_accum=True, **options
@@ -256,10 +255,10 @@ class Operands:
         return found
 
 
-def tuning_tiles(problem: Problem, depth: int) -> list[Tile]:
+def tuning_tiles(problem: Problem, depth: int, groups: bool) -> list[Tile]:
     """Return the tiles modelled best, and for large problems other orders of them."""
     ranked = rank(problem)[:depth]
-    if depth > 20 and problem.m >= 1024:
+    if groups and problem.m >= 1024:
         ranked += [
             replace(t, group=g)
             for t in ranked
@@ -270,16 +269,18 @@ def tuning_tiles(problem: Problem, depth: int) -> list[Tile]:
     return ranked
 
 
-def tune(shapes: list[tuple[int, int, int]], depth: int, repeats: int) -> list[dict[str, Any]]:
+def tune(
+    shapes: list[tuple[int, int, int]], depth: int, groups: bool, repeats: int, pause_s: float
+) -> list[dict[str, Any]]:
     """Time the best-ranked tiles of each shape and format."""
     jobs = []
     for m, n, k in shapes:
         for form in FORMATS:
             problem = Problem(m=m, n=n, k=k, format=form, output="bfloat16")
-            jobs.append((problem, tuning_tiles(problem, depth)))
+            jobs.append((problem, tuning_tiles(problem, depth, groups)))
     kinds = {form: EpilogueKind() if form == "bfloat16" else BOTH_EACH for form in FORMATS}
     compile_all([launch_of(p, t, kinds[p.format], 132).defines for p, tiles in jobs for t in tiles])
-    timer, rows = Timer(), []
+    timer, rows = Timer(pause_s), []
     operands: Operands | None = None
     for number, (problem, tiles) in enumerate(jobs):
         shape = (problem.m, problem.n, problem.k)
@@ -295,7 +296,7 @@ def tune(shapes: list[tuple[int, int, int]], depth: int, repeats: int) -> list[d
         if number >= 3 * len(TABLE):
             continue
         print(f"tune {shape} {problem.format}")
-        for name in order[:3]:
+        for name in order[:8]:
             us = found[name]["us"]
             print(f"   {us:8.1f} us {flops / us:7.0f} TF  rank {name:>2} {_short(tiles[int(name)])}")
     return rows
@@ -376,6 +377,12 @@ def facts() -> dict[str, Any]:
     }
 
 
+def parse(shape: str) -> tuple[int, int, int]:
+    """Return M, N, K of "MxNxK"."""
+    m, n, k = map(int, shape.split("x"))
+    return m, n, k
+
+
 def main() -> None:
     """Run what the flags ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -385,18 +392,25 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="also the layers of well-known models")
     parser.add_argument("--depth", type=int, default=12, help="tiles to tune")
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--groups", action="store_true", help="tune the order of tiles too")
+    parser.add_argument("--shapes", nargs="*", help="MxNxK instead of the table")
     parser.add_argument("--pause-ms", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=Path("gpu_run.json"))
     options = parser.parse_args()
-    results: dict[str, Any] = facts()
+    pause_s = options.pause_ms / 1e3
+    results: dict[str, Any] = facts() | {"pause_ms": options.pause_ms, "repeats": options.repeats}
     print(results)
-    shapes = list(TABLE)
+    shapes = [parse(shape) for shape in options.shapes] if options.shapes else list(TABLE)
     if options.layers:
         shapes += [(m, n, k) for layers in LAYERS.values() for n, k in layers for m in ROWS]
     stages = [
         ("check", options.check, check),
-        ("time", options.time, lambda: compare(shapes, options.repeats, options.pause_ms / 1e3)),
-        ("tune", options.tune, lambda: tune(shapes, options.depth, max(9, options.repeats // 2))),
+        ("time", options.time, lambda: compare(shapes, options.repeats, pause_s)),
+        (
+            "tune",
+            options.tune,
+            lambda: tune(shapes, options.depth, options.groups, max(9, options.repeats // 2), pause_s),
+        ),
     ]
     for name, wanted, run in stages:
         if wanted:

@@ -96,7 +96,9 @@ def _deepest(**shape: int | bool) -> Tile | None:
     one, two = (Tile(stages=stages, **shape) for stages in (1, 2))  # type: ignore[arg-type]
     stage = two.shared_bytes - one.shared_bytes
     stages = min(24, 1 + (SHARED_LIMIT - one.shared_bytes) // stage)
-    return Tile(stages=stages, **shape) if stages >= 2 else None  # type: ignore[arg-type]
+    # Some 2048 rows of the first operand before the next tile of the second: a wave then shares what L2 can hold.
+    group = max(1, 2048 // (two.tile_m * two.cluster))
+    return Tile(stages=stages, group=group, **shape) if stages >= 2 else None  # type: ignore[arg-type]
 
 
 def candidates(problem: Problem) -> Iterator[Tile]:
@@ -135,35 +137,37 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     waves = -(-along_first * along_second // clusters)
     steps = -(-problem.row_bytes // _ROW)
     products = tile.tile_m * tile.tile_n * _ROW / device.macs_per_cycle / device.cycles_per_us
-    # Instructions of 64 x 192 and narrower read each byte of shared memory for fewer products; two stacked ones, in
-    # turns with another consumer's, keep the tensor cores busiest.
+    # What each shape was seen to reach of the best one's rate: narrow instructions read a byte of shared memory for
+    # fewer products.
     if tile.consumers == 1 or (tile.pingpong and tile.blocks_of_64 == 1):
         products *= 1.2
-    elif not tile.pingpong:
-        products *= 1.06 if tile.tile_m * tile.tile_n >= 128 * 256 else 1.1
-    if tile.pingpong:
-        products *= 1 + 0.4 / waves  # at first and at last one consumer works alone
+    elif tile.pingpong:
+        products *= 1.06 * (1 + 0.4 / waves)  # at first and at last one consumer works alone
+    elif tile.tile_n < 256:
+        products *= 1.015 if tile.tile_m == 256 and tile.tile_n == 128 else 1.1
     blocks = clusters * tile.cluster
     loads = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW / min(device.l2_bytes_per_us / blocks, 1.2e5)
     latency = 1.0 / tile.stages
     step = max(products, loads, latency)
     output = tile.tile_m * tile.tile_n * OUTPUT_BYTES[problem.output]
-    epilogue = 0.3 + output / 6.0e4
+    epilogue = 0.5 + output / 2.7e4
     if tile.pingpong and waves > 1:
         epilogue /= waves  # all but the last hide behind products
     moved = (problem.m + problem.n) * problem.row_bytes + problem.m * problem.n * OUTPUT_BYTES[problem.output]
     # Few blocks do not keep enough bytes on their way to draw the whole bandwidth.
     streamed = moved / device.dram_bytes_per_us * (1 + 20 / blocks)
-    together = 1.2 if tile.cluster > 1 else 0.0  # the blocks of a cluster start and end together
+    together = 2.0 if tile.cluster > 1 else 0.0  # the blocks of a cluster start and end together
     return 2.0 + together + max(waves * (steps * step + epilogue), streamed)
 
 
 def rank(problem: Problem, device: Device = H200) -> list[Tile]:
     """Return the configurations that can run `problem`, the one modelled fastest first."""
 
-    def key(tile: Tile) -> tuple[float, int, int]:
-        # Among equals, tiles that read the larger operand once, then small ones: they pad least.
-        return estimate_us(problem, tile, device), tile.tiles(problem)[1], tile.tile_m * tile.tile_n
+    def key(tile: Tile) -> tuple[float, int, bool]:
+        # Among equals, the one that reads least; then a row of tiles across a wide D, seen faster than a column.
+        along_first, along_second = tile.tiles(problem)
+        read = along_first * along_second * (tile.tile_m * tile.cluster + tile.tile_n)
+        return estimate_us(problem, tile, device), read, tile.swap != (4 * problem.m < problem.n)
 
     return sorted(candidates(problem), key=key)
 
