@@ -138,10 +138,46 @@ def check() -> dict[str, Any]:
             wrong.append(
                 {"problem": asdict(problem), "tile": asdict(tile), "elements": int((got != want).sum())}
             )
+    if not (replays_exactly() and streams_agree()):
+        wrong.append({"problem": "CUDA graph or two streams"})
     print(f"check: {len(cases) - len(wrong)} of {len(cases)} exact")
     for entry in wrong[:10]:
         print("WRONG", entry)
     return {"cases": len(cases), "wrong": wrong}
+
+
+def replays_exactly() -> bool:
+    """Return whether a CUDA graph of a product, replayed on new operands, gives what a plain call gives."""
+    operands = Operands(300, 520, 1024)
+    run = operands.ours("int8", "row")
+    run()  # compiles and loads, which a capture cannot
+    graph = captured(run)
+    operands.i8[0].copy_(torch.randint_like(operands.i8[0], -127, 128))
+    run()
+    want = operands.out.copy()
+    operands.out.fill(0x55)
+    graph.replay()
+    torch.cuda.synchronize()
+    return bool((operands.out == want).all())
+
+
+def streams_agree() -> bool:
+    """Return whether products on two streams at once give what they give alone."""
+    pairs = [Operands(2048, 2048, size) for size in (2048, 4096)]
+    runs = [operands.ours("int8", "row") for operands in pairs]
+    want = []
+    for run, operands in zip(runs, pairs, strict=True):
+        run()
+        want.append(operands.out.copy())
+        operands.out.fill(0x55)
+    torch.cuda.synchronize()
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in runs]
+    for _ in range(20):
+        for stream, run in zip(streams, runs, strict=True):
+            with stream:
+                run()
+    torch.cuda.synchronize()
+    return all(bool((o.out == w).all()) for o, w in zip(pairs, want, strict=True))
 
 
 def _np(output: str) -> Any:
@@ -241,6 +277,7 @@ class Operands:
         found = {
             "torch_bf16": lambda: a16 @ b16.t(),
             "torch_int8": lambda: torch._int_mm(a8, b8.t()),
+            "one_element": one.clone,
             "torch_fp8_tensor": lambda: scaled(af, bf.t(), scale_a=one, scale_b=one, **options),
             "torch_fp8_tensor_fast": lambda: scaled(
                 af, bf.t(), scale_a=one, scale_b=one, use_fast_accum=True, **options
@@ -394,22 +431,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--groups", action="store_true", help="tune the order of tiles too")
     parser.add_argument("--shapes", nargs="*", help="MxNxK instead of the table")
-    parser.add_argument("--pause-ms", type=float, default=2.0)
+    parser.add_argument("--pause-ms", type=float, default=3.0)
+    parser.add_argument("--commit", default="", help="of the code, for the record")
     parser.add_argument("--out", type=Path, default=Path("gpu_run.json"))
     options = parser.parse_args()
     pause_s = options.pause_ms / 1e3
-    results: dict[str, Any] = facts() | {"pause_ms": options.pause_ms, "repeats": options.repeats}
+    results: dict[str, Any] = facts() | {
+        "pause_ms": options.pause_ms,
+        "repeats": options.repeats,
+        "commit": options.commit,
+    }
     print(results)
     shapes = [parse(shape) for shape in options.shapes] if options.shapes else list(TABLE)
-    if options.layers:
-        shapes += [(m, n, k) for layers in LAYERS.values() for n, k in layers for m in ROWS]
-    stages = [
+    layers = {name: [(m, n, k) for n, k in sizes for m in ROWS] for name, sizes in LAYERS.items()}
+    every = shapes + [shape for part in layers.values() for shape in part] if options.layers else shapes
+    repeats = options.repeats
+    stages: list[tuple[str, bool, Callable[[], Any]]] = [
         ("check", options.check, check),
-        ("time", options.time, lambda: compare(shapes, options.repeats, pause_s)),
+        ("table", options.time, lambda: compare(shapes, repeats, pause_s)),
+        ("sustained", options.time, lambda: compare(shapes, repeats, 0.0)),
+        (
+            "layers",
+            options.time and options.layers,
+            lambda: {name: compare(part, repeats, pause_s) for name, part in layers.items()},
+        ),
         (
             "tune",
             options.tune,
-            lambda: tune(shapes, options.depth, options.groups, max(9, options.repeats // 2), pause_s),
+            lambda: tune(every, options.depth, options.groups, max(9, repeats // 2), pause_s),
         ),
     ]
     for name, wanted, run in stages:

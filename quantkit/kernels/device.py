@@ -77,7 +77,9 @@ def tensor_map(
         raise KernelError(
             f"cuTensorMapEncodeTiled refuses a {shape} {data_type} matrix in boxes of {box}: {error}."
         )
-    return np.array([int(word) for word in encoded.opaque], np.uint64).view("V128")[0]
+    words = np.array([int(word) for word in encoded.opaque], np.uint64)
+    by_value: np.ndarray = words.view("V128")[0]
+    return by_value
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,90 @@
+"""Write docs/benchmarks.md from the JSON of gpu_run.py: python benchmarks/gpu_table.py docs/benchmarks-h200.json."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+OURS = {
+    "int8": ("int8", "torch_int8"),
+    "fp8_tensor": ("fp8, one scale", "torch_fp8_tensor"),
+    "fp8_row": ("fp8, scales of rows and columns", "torch_fp8_row"),
+    "bf16": ("bf16", "torch_bf16"),
+}
+
+
+def cell(row: dict[str, Any], name: str, peer: str) -> str:
+    """Return "time, rate (speed-up)" of one kernel on one shape."""
+    us = row["times"][name]["us"]
+    text = f"{us:.1f} µs, {row['tflops'][name]:.0f}"
+    return f"{text} ({row['times'][peer]['us'] / us:.2f}×)" if peer in row["times"] else text
+
+
+def geomean(rows: list[dict[str, Any]], name: str, peer: str) -> float:
+    """Return the geometric mean of the speed-ups over the shapes that the peer runs."""
+    logs = [math.log(r["times"][peer]["us"] / r["times"][name]["us"]) for r in rows if peer in r["times"]]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the Markdown lines of a table of shapes, with the geometric means below."""
+    lines = [
+        "| M × N × K | " + " | ".join(title for title, _ in OURS.values()) + " |",
+        "|---" * (len(OURS) + 1) + "|",
+    ]
+    for row in rows:
+        cells = " | ".join(cell(row, name, peer) for name, (_, peer) in OURS.items())
+        lines.append(f"| {row['m']} × {row['n']} × {row['k']} | {cells} |")
+    means = " | ".join(f"{geomean(rows, name, peer):.2f}×" for name, (_, peer) in OURS.items())
+    return [*lines, f"| geometric mean | {means} |"]
+
+
+def main() -> None:
+    """Write the page beside the JSON."""
+    source = Path(sys.argv[1])
+    data = json.loads(source.read_text())
+    facts = ", ".join(
+        f"{k} {data[k]}" for k in ("device", "driver", "cuda", "nvrtc", "torch", "cupy", "date", "commit")
+    )
+    fast = [
+        f"{title} against torch with `use_fast_accum`: {geomean(data['table'], name, peer):.2f}×"
+        for name, peer, title in (
+            ("fp8_tensor", "torch_fp8_tensor_fast", "one scale"),
+            ("fp8_row", "torch_fp8_row_fast", "scales of rows and columns"),
+        )
+    ]
+    least = data["table"][-1]["times"]["one_element"]["us"]
+    lines = [
+        "# GEMM on a GPU",
+        "",
+        f"Written by `benchmarks/gpu_table.py` from [{source.name}]({source.name}): {facts}.",
+        "",
+        f"Checked before: {data['check']['cases'] - len(data['check']['wrong'])} of {data['check']['cases']} "
+        "configurations exact against the NumPy oracle.",
+        "",
+        "Each cell: median time, TFLOP/s (TOPS), and in brackets the speed-up over torch (cuBLAS, "
+        "cuBLASLt) of the same format in the same run.",
+        "All contenders of a shape in random order, each a CUDA graph of one call, on a cold and clean L2, random data, "
+        f"{data['repeats']} times, {data['pause_ms']:g} ms of rest after each.",
+        "int8 and fp8 apply their scales and store bf16; torch's int8 stores bare int32 and refuses M ≤ 16.",
+        f"By this clock a kernel that copies one element takes {least:.1f} µs.",
+        "",
+        *table(data["table"]),
+        "",
+        "fp8 sums in the tensor core's own accumulator, as torch does with `use_fast_accum`; the table's torch does "
+        "without. " + "; ".join(fast) + ".",
+        "",
+        "## Without rest",
+        "",
+        "The same back to back: large products then run into the board's power limit.",
+        "",
+        *table(data["sustained"]),
+    ]
+    for name, rows in data.get("layers", {}).items():
+        lines += ["", f"## Layers of {name}", "", *table(rows)]
+    (source.parent / "benchmarks.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
