@@ -13,6 +13,8 @@ from pathlib import Path
 from quantkit.errors import FileError
 
 _PREFIX, _SUFFIX = ".quantkit-", ".tmp"
+# As Linux itself.
+_MAX_LINKS = 40
 
 _MENDS = {
     errno.ENOSPC: "free some space there, or choose another folder",
@@ -42,18 +44,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder, which the next write into the same place clears away. Where a group replaces an older one, being
     killed between the renames leaves no `path` at all rather than an old one with new neighbours.
 
-    Permissions are those of any new file (umask); a symbolic link is replaced by the file.
+    Permissions are those of any new file (umask). A symbolic link stays one: its target is written, and the others
+    of a group go beside the target, under its name. A link to what a process has open, as /dev/stdout is, leads to no
+    file that could be renamed, and is refused.
 
     Raises:
         FileError: the file cannot be written there: disk full, no permission, no such folder, or it is one.
     """
-    final = Path(path)
     try:
+        final = _target(Path(path))
         _check_target(final)
         _clear_stale(final.parent)
         holder = _make_folder(final.parent)
     except OSError as error:
-        raise _refused(final, error) from error
+        raise _refused(Path(path), error) from error
     folder, lock = holder
     try:
         yield folder / final.name
@@ -86,8 +90,9 @@ def check_output(
         if read is not None and Path(read).exists() and final.samefile(read):
             raise FileError(f"{final}: is an input here and would be lost; choose another path to write to.")
     try:
-        _check_target(final)
-        folder, lock = _make_folder(final.parent)
+        target = _target(final)
+        _check_target(target)
+        folder, lock = _make_folder(target.parent)
     except OSError as error:
         raise _refused(final, error) from error
     folder.rmdir()
@@ -139,6 +144,23 @@ def _flush(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
+def _target(path: Path) -> Path:
+    """Follow symbolic links to what is to be written, which need not be there yet.
+
+    Raises:
+        FileError: they lead through /proc, to what a process has open.
+        OSError: they lead in a circle.
+    """
+    target = path
+    for _ in range(_MAX_LINKS):
+        if not target.is_symlink():
+            return target
+        if os.path.realpath(target.parent).startswith("/proc/"):
+            raise _not_a_file(path, "not a regular file")
+        target = target.parent / os.readlink(target)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
 def _check_target(path: Path) -> None:
     """Refuse to replace a folder or a device such as /dev/null."""
     try:
@@ -146,8 +168,11 @@ def _check_target(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise FileError(f"{path}: cannot be written (it is {kind}); choose the path of a file.")
+        raise _not_a_file(path, "a folder" if stat.S_ISDIR(mode) else "not a regular file")
+
+
+def _not_a_file(path: Path, kind: str) -> FileError:
+    return FileError(f"{path}: cannot be written (it is {kind}); choose the path of a file.")
 
 
 def _make_folder(parent: Path) -> tuple[Path, int | None]:

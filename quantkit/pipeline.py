@@ -228,7 +228,7 @@ def export_model(
     ]
     check_output(path, inputs=read)
     if graph.weight_bytes > _EXTERNAL_BYTES:
-        check_output(_external(path), inputs=read)
+        check_output(_external(Path(os.path.realpath(path))), inputs=read)
     histograms = {} if held is None else {name: s.histogram for name, s in held.statistics.items()}
     ranges = {} if held is None else held.ranges
     plan = solve(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import FileError, QuantkitError
-from quantkit.files import atomic_write
+from quantkit.files import atomic_write, check_output
 
 
 def write(path: Path, content: bytes, **beside: bytes) -> None:
@@ -73,12 +73,56 @@ def test_a_relative_path_in_the_current_folder_works(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a"]
 
 
-def test_a_symbolic_link_is_replaced_and_its_target_kept(tmp_path):
-    (tmp_path / "target").write_bytes(b"old")
-    (tmp_path / "link").symlink_to("target")
-    write(tmp_path / "link", b"new")
-    assert (tmp_path / "target").read_bytes() == b"old"
-    assert (tmp_path / "link").read_bytes() == b"new"
+@pytest.mark.parametrize("there", [True, False], ids=["replacing", "new"])
+def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path, there):
+    (tmp_path / "else").mkdir()
+    target = tmp_path / "else" / "target"
+    if there:
+        target.write_bytes(b"old")
+    (tmp_path / "link").symlink_to("else/target")
+    (tmp_path / "link to link").symlink_to(tmp_path / "link")
+    write(tmp_path / "link to link", b"new", data=b"beside")
+    assert target.read_bytes() == b"new"
+    assert names(tmp_path / "else") == ["target", "target.data"]
+    assert names(tmp_path) == ["else", "link", "link to link"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link to link").is_symlink()
+
+
+def test_links_in_a_circle_are_refused_and_kept(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert "too many levels of symbolic links" in refusal(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
+
+
+def test_a_link_into_a_missing_folder_is_refused_and_kept(tmp_path):
+    (tmp_path / "a").symlink_to("no/b")
+    with pytest.raises(FileError, match="make its folder"):
+        write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").is_symlink()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux has /proc")
+@pytest.mark.parametrize("kind", ["pipe", "file", "deleted file"])
+def test_what_a_process_has_open_is_not_replaced(tmp_path, kind):
+    if kind == "pipe":
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    else:
+        descriptor = os.open(tmp_path / "open", os.O_WRONLY | os.O_CREAT)
+        if kind == "deleted file":
+            (tmp_path / "open").unlink()
+    (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{descriptor}")
+    before = names(tmp_path)
+    try:
+        for path in (tmp_path / "stdout", Path(f"/dev/fd/{descriptor}"), Path(f"/proc/self/fd/{descriptor}")):
+            assert "not a regular file" in refusal(path)
+            with pytest.raises(FileError, match="not a regular file"):
+                check_output(path)
+    finally:
+        os.close(descriptor)
+    assert names(tmp_path) == before
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
