@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantkit.data import Sample, SampleSource, batch_axes, batch_length, batches, fixed_batch_size, peek
+from quantkit.data.labels import IGNORED_LABEL
 from quantkit.errors import DataError, ModelError
 from quantkit.evaluation import Evaluation, LayerMetrics
 from quantkit.graph import Graph
@@ -14,8 +15,6 @@ from quantkit.graph.sites import LINEAR_OPS
 from quantkit.memory import DEFAULT_MAX_MEMORY, fitting_batch, tensor_bytes
 from quantkit.metrics import OutputComparison, SignalToNoise
 from quantkit.runtime import Session, reason
-
-IGNORED_LABEL = -100
 
 
 def evaluate(
@@ -36,7 +35,7 @@ def evaluate(
         graph: the float model.
         quantized: the quantized model's file, or a model that is run in its place.
         source: the samples.
-        labels: one integer a sample, or a row of them where the output has rank 3.
+        labels: one integer a sample, −100 where it is not known, or a row of them where the output has rank 3.
         next_token: the labels are the model's own integer input, shifted by one.
         per_layer: also compare the outputs of Conv, ConvTranspose, MatMul and Gemm.
         optimize: judge the quantized model with all of ONNX Runtime's optimizations, as users will run it.
@@ -44,7 +43,7 @@ def evaluate(
         on_samples: called with the number of samples done since its last call.
 
     Raises:
-        DataError: the labels do not fit the samples.
+        DataError: the labels do not fit the samples, or are all −100.
         ModelError: a model does not run, or not with all optimizations, or the two are not of one network.
     """
     written = _open(quantized)
@@ -67,7 +66,7 @@ def evaluate(
     )
     outputs = {name: OutputComparison(name) for name in graph.outputs}
     noise = {name: SignalToNoise() for name in layers}
-    axes, done = batch_axes(graph.inputs), 0
+    axes, done, labelled = batch_axes(graph.inputs), 0, 0
     for batch in batches(samples, graph.inputs, size):
         count = batch_length(batch, axes)
         exact, found = reference.run(batch), judged.run(batch)
@@ -78,7 +77,14 @@ def evaluate(
         for name, signal in noise.items():
             signal.update(exact[name], found[name])
         done += count
+        labelled += 0 if part is None else int(np.count_nonzero(part != IGNORED_LABEL))
         on_samples(count)
+    if (next_token or labels is not None) and not labelled:
+        raise DataError(
+            f"labels: all of these {done} samples are {IGNORED_LABEL}, which is left out; give the right classes."
+            if labels is not None
+            else f"labels next-token: no sample has a second token; give longer sequences to {graph.name}."
+        )
     return Evaluation(
         model=str(graph.path or graph.name),
         quantized=what,

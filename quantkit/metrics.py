@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.class_metrics import ClassSums
+from quantkit.data.labels import check_labels
 from quantkit.errors import DataError
 
 # Elements worked on at a time: a few float64 copies of a chunk stay below 10 MB.
@@ -141,7 +142,7 @@ class OutputComparison:
             reference: the float model's output, shape (..., classes).
             quantized: the quantized model's, of the same shape.
             labels: integers of shape (...): the right class, or the next token where the output has rank 3.
-                Negative ones are ignored, as −100 is by PyTorch.
+                −100 is ignored, as by PyTorch.
 
         Raises:
             DataError: the shapes do not fit, or a label is no class.
@@ -186,6 +187,7 @@ class OutputComparison:
                 f"labels of {self.name}: {labels.dtype} of shape {labels.shape}, where the output of shape "
                 f"{reference.shape} wants integers of shape {wanted}; give one label for every row."
             )
+        check_labels(labels, f"labels of {self.name}")
         if labels.size and labels.max() >= reference.shape[-1]:
             raise DataError(
                 f"labels of {self.name}: {labels.max()} is not among its {reference.shape[-1]} classes; "

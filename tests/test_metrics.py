@@ -260,7 +260,7 @@ def test_equal_logits_have_the_perplexity_of_the_vocabulary():
     assert found.perplexity_float == pytest.approx(65)
 
 
-def test_negative_labels_are_ignored():
+def test_labels_of_minus_100_are_ignored():
     logits = RNG.normal(size=(2, 4, 7))
     labels = RNG.integers(0, 7, (2, 4))
     padded = labels.copy()
@@ -271,7 +271,7 @@ def test_negative_labels_are_ignored():
 
 
 def test_labels_that_are_all_ignored_give_no_accuracy():
-    found = compare(np.eye(3), np.eye(3), [-1, -1, -1])
+    found = compare(np.eye(3), np.eye(3), [-100, -100, -100])
     assert (found.accuracy_float, found.accuracy_quantized) == (None, None)
 
 
@@ -282,6 +282,7 @@ def test_labels_that_are_all_ignored_give_no_accuracy():
         (np.zeros(4, int), r"\(4,\)"),
         (np.zeros(3), "float64"),
         ([0, 3, 1], "3"),
+        ([0, -1, -100], "labels of logits: 1 labels are negative, the first -1; .* -100 where there is none"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused_with_what_is_wanted(labels, found):
@@ -318,7 +319,7 @@ def test_all_measures_are_those_of_the_whole_however_it_is_cut(cut, random):
     rng = np.random.default_rng(random.randrange(1000))
     reference = rng.normal(size=(30, 5)).astype(np.float32)
     quantized = reference + rng.normal(size=(30, 5)).astype(np.float32)
-    labels = rng.integers(-1, 5, 30)
+    labels = np.where(rng.random(30) < 0.2, -100, rng.integers(0, 5, 30))
     parts = OutputComparison("logits")
     for part in (slice(None, cut), slice(cut, None)):
         parts.update(reference[part], quantized[part], labels[part])

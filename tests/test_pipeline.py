@@ -460,6 +460,21 @@ def test_labels_beyond_the_samples_asked_for_are_left_aside(
     assert few == quantkit.evaluate_model(graph, graph, x[:20], labels=labels[:20])
 
 
+def test_labels_that_are_all_left_out_are_refused(
+    here: Path, graph: Graph, held_out: tuple[Images, NDArray[np.int64]]
+) -> None:
+    x, labels = held_out
+    labels = np.where(np.arange(200) < 20, -100, labels.astype(np.int64))
+    with pytest.raises(DataError, match="all of these 20 samples are -100"):
+        quantkit.evaluate_model(graph, graph, x, labels=labels, samples=20)
+    found = quantkit.evaluate_model(graph, graph, x, labels=labels, samples=30).outputs["logits"]
+    rest = quantkit.evaluate_model(graph, graph, x[20:30], labels=labels[20:30]).outputs["logits"]
+    assert found.accuracy_float == rest.accuracy_float
+    model = MODELS["tied_embedding"].save(here)
+    with pytest.raises(DataError, match="next-token: no sample has a second token"):
+        quantkit.evaluate_model(model, model, np.zeros((3, 1), np.int64), labels="next-token")
+
+
 def test_two_networks_are_not_compared(calibrated: Path, images: Images) -> None:
     other = MODELS["conv_relu"].save(calibrated)
     with pytest.raises(quantkit.QuantkitError, match="two files of one network"):

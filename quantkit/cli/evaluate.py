@@ -20,8 +20,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--labels",
-            help="Right classes: .npy, .txt (one a line), .npz (key labels, or FILE:KEY); or `next-token` for a "
-            "language model that is judged on its own input.",
+            help="Right classes: .npy, .txt (one a line), .npz (key labels, or FILE:KEY), −100 where there is none; or "
+            "`next-token` for a language model that is judged on its own input.",
         ),
     ] = None,
     per_layer: Annotated[

@@ -13,9 +13,14 @@ from quantkit.data.matching import LABEL_NAMES
 from quantkit.data.python_data import record
 from quantkit.errors import DataError
 
+# A position without a right answer, as PyTorch's cross-entropy leaves it out.
+IGNORED_LABEL = -100
+
 
 def open_labels(data: object, count: int | None = None) -> NDArray[np.int64]:
     """Return integer labels, shape (samples,) or, for sequences, (samples, positions).
+
+    A label is a class, counted from 0, or −100 where there is none to judge by. Floats are taken that are whole.
 
     Args:
         data: a .npy file; a .npz or .safetensors file with a key labels, label, targets, target or y, with a
@@ -24,7 +29,7 @@ def open_labels(data: object, count: int | None = None) -> NDArray[np.int64]:
         count: the number of samples there are; the first `count` labels are returned.
 
     Raises:
-        DataError: no labels are there, they are no integers, or fewer than `count`.
+        DataError: no labels are there, they are no integers, fewer than `count`, negative, or all −100.
     """
     if isinstance(data, str | os.PathLike):
         where, found = _from_path(os.fspath(data))
@@ -47,7 +52,26 @@ def open_labels(data: object, count: int | None = None) -> NDArray[np.int64]:
         raise DataError(
             f"{where}: {len(labels)} labels for {count} samples; give one a sample, in their order."
         )
+    check_labels(labels, where)
+    if np.all(labels[:count] == IGNORED_LABEL):
+        raise DataError(
+            f"{where}: every label is {IGNORED_LABEL}, which is left out; give the right classes."
+        )
     return labels[:count]
+
+
+def check_labels(labels: Array, where: str) -> None:
+    """Refuse negative labels but −100.
+
+    Raises:
+        DataError: there are some.
+    """
+    wrong = labels[(labels < 0) & (labels != IGNORED_LABEL)]
+    if wrong.size:
+        raise DataError(
+            f"{where}: {wrong.size} labels are negative, the first {wrong.flat[0]}; count classes from 0, and write "
+            f"{IGNORED_LABEL} where there is none."
+        )
 
 
 def _from_path(given: str) -> tuple[str, Array]:

@@ -53,6 +53,8 @@ def test_as_many_labels_as_samples_are_given_back():
     ("data", "word"),
     [
         ([0.5, 1], "float64"),
+        ([1, -1, -3, -100], "2 labels are negative, the first -1"),
+        ([-100, -100], "every label is -100"),
         (["cat", "dog"], "integer"),
         ([], "integer label"),
         (np.int64(3), "integer label"),
