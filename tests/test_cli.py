@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -207,6 +208,62 @@ def test_evaluate_prepares_pictures_as_calibration_did(folder: Path, run: Run, d
     same, given, other = run(*words), run(*words, "--mean", 0.5, "--std", 0.5), run(*words, "--mean", 0)
     assert "images prepared as in model.calib" in same.err
     assert same.out == given.out != other.out
+
+
+def test_evaluate_asks_which_cache_to_follow_where_they_differ(folder: Path, run: Run) -> None:
+    for name, mean in (("a", 0.9), ("b", 0.5), ("c", 0.5)):
+        run(
+            "calibrate",
+            "model.onnx",
+            "--data",
+            "calib",
+            "--samples",
+            4,
+            "--mean",
+            mean,
+            "--out",
+            f"{name}.calib",
+        )
+    words = ("evaluate", "model.onnx", "model.onnx", "--data", "calib", "--samples", 4)
+    result = run(*words)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("error: a.calib and b.calib and c.calib: ")
+    assert "--cache a.calib" in result.err
+    assert "images prepared as in b.calib\n" in run(*words, "--cache", "b.calib").err
+    assert run(*words, "--mean", 0.5).code == 0
+    Path("a.calib").unlink()
+    assert "images prepared as in b.calib\n" in run(*words).err
+
+
+def test_evaluate_of_arrays_does_not_ask_how_pictures_were_prepared(folder: Path, run: Run) -> None:
+    for name, mean in (("a", 0.9), ("b", 0.5)):
+        run(
+            "calibrate",
+            "model.onnx",
+            "--data",
+            "calib",
+            "--samples",
+            4,
+            "--mean",
+            mean,
+            "--out",
+            f"{name}.calib",
+        )
+    np.savez("held_out.npz", input=np.random.default_rng(0).random((5, 1, 8, 8), np.float32))
+    result = run("evaluate", "model.onnx", "model.onnx", "--data", "held_out.npz")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_pictures_prepared_without_a_word_how_are_said_to_be(folder: Path, run: Run) -> None:
+    said = "scaled to 0…1; give --mean and --std if the model was trained otherwise"
+    words = ("evaluate", "model.onnx", "model.onnx", "--data", "calib")
+    for more in ((), ("--json",)):
+        assert f"images {said}\n" in run(*words, *more).err
+        assert said not in run(*words, *more, "--mean", 0).err
+    calibrate = ("calibrate", "model.onnx", "--data", "calib")
+    assert re.search(f"^images  +{re.escape(said)}$", run(*calibrate).out, re.MULTILINE)
+    assert said not in run(*calibrate, "--image-preset", "0-1").out
 
 
 def test_evaluate_takes_float_arrays_though_calibration_took_pictures(calibrated: Path, run: Run) -> None:

@@ -57,6 +57,7 @@ def calibrate(
     started = time.perf_counter()
     graph = load_graph(model)
     sites, left = find_sites(graph)
+    image = options.image_preprocessing(mean, std, image_size, layout, image_preset)
     cache = calibrate_model(
         graph,
         data,
@@ -64,7 +65,7 @@ def calibrate(
         method_options=options.method_options(method, percentile),
         samples=samples,
         batch_size=batch_size,
-        image=options.image_preprocessing(mean, std, image_size, layout, image_preset),
+        image=image,
         mapping=options.mapping(inputs),
         max_memory=None if max_memory is None else max_memory * 2**20,
         progress=not as_json,
@@ -74,7 +75,7 @@ def calibrate(
     if as_json:
         options.print_json(_as_json(cache, path, seconds, left))
     else:
-        _show(cache, path, seconds, _nodes(sites), left)
+        _show(cache, path, seconds, _nodes(sites), left, told=image is not None)
 
 
 def _nodes(sites: "list[Site]") -> dict[str, int]:
@@ -83,14 +84,22 @@ def _nodes(sites: "list[Site]") -> dict[str, int]:
 
 
 def _show(
-    cache: "CalibrationCache", path: Path, seconds: float, fit: dict[str, int], left: "list[LeftAlone]"
+    cache: "CalibrationCache",
+    path: Path,
+    seconds: float,
+    fit: dict[str, int],
+    left: "list[LeftAlone]",
+    *,
+    told: bool,
 ) -> None:
+    """Print what calibration did; `told` is whether an option said how to prepare images."""
     from quantkit.tables import Table
 
     never = [n for n, s in cache.statistics.items() if s.histogram.finite_count == 0]
     broken = [n for n, s in cache.statistics.items() if s.histogram.nan_count or s.histogram.inf_count]
     rows = [
         ["samples", str(cache.sample_count)],
+        *([["images", options.SCALED]] if cache.data["kind"] == "images" and not told else []),
         ["can be quantized", ", ".join(f"{count} {op_type}" for op_type, count in sorted(fit.items()))],
         *(
             [f"stays in float: {count} {op_type}", reason]
@@ -107,7 +116,8 @@ def _show(
     typer.echo(Table(("calibrated", cache.model.name), rows).text())
     if cache.sample_count < 32:
         typer.echo(
-            f"warning: {cache.sample_count} samples are few; some hundred make better ranges", err=True
+            f"warning: {options.count(cache.sample_count, 'sample')}: few; some hundred make better ranges",
+            err=True,
         )
     options.print_exports(path)
 

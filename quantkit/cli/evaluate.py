@@ -1,5 +1,6 @@
 """`quantkit evaluate`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,11 +70,9 @@ def evaluate(
     graph = load_graph(model)
     names = options.mapping(inputs)
     image = options.image_preprocessing(mean, std, image_size, layout, image_preset)
-    calibrated = None
+    prepared = None
     if image is None:
-        calibrated = _calibrated(graph, cache)
-        if calibrated is not None and _takes(graph, data, calibrated[1], names):
-            image = calibrated[1]
+        image, prepared = _preparation(graph, cache, data, names)
     found = evaluate_model(
         graph,
         quantized,
@@ -87,23 +86,45 @@ def evaluate(
         mapping=names,
         progress=not as_json,
     )
+    if prepared is not None:
+        typer.echo(prepared, err=True)
     if as_json:
         options.print_json(found.to_dict())
         return
-    if calibrated is not None and image is calibrated[1]:
-        typer.echo(f"images prepared as in {calibrated[0]}", err=True)
     typer.echo(str(found))
     worst = ", ".join(f"{layer.name} ({layer.sqnr_db:.1f} dB)" for layer in found.worst_layers(3))
     if worst:
         typer.echo(f"\nleast faithful: {worst}")
 
 
-def _calibrated(graph: "Graph", given: Path | None) -> "tuple[Path, ImagePreprocessing] | None":
-    """The cache and its preprocessing: of the cache given, else of this model's in the current folder."""
+def _preparation(
+    graph: "Graph", given: Path | None, data: Path, names: "dict[str, str] | None"
+) -> "tuple[ImagePreprocessing | None, str | None]":
+    """How to prepare images where no option says it, and what to tell the user of it: nothing where there are none."""
+    from quantkit.errors import CacheError
+
+    found = [(path, way) for path, way in _calibrated(graph, given) if _kind(graph, data, way, names)]
+    if found:
+        path, way = found[0]
+        if any(other != way for _, other in found):
+            paths = " and ".join(str(path) for path, _ in found)
+            raise CacheError(
+                f"{paths}: calibrations of this model that prepared images in different ways; "
+                f"say which to follow: --cache {shlex.quote(str(path))}, or give --mean and --std."
+            )
+        return way, f"images prepared as in {path}"
+    if _kind(graph, data, None, names) == "images":
+        return None, f"images {options.SCALED}"
+    return None, None
+
+
+def _calibrated(graph: "Graph", given: Path | None) -> "list[tuple[Path, ImagePreprocessing]]":
+    """Caches and their preprocessing: that of the cache given, else those of this model in the current folder."""
     from quantkit.cache import SUFFIX, CalibrationCache
     from quantkit.data import ImagePreprocessing
     from quantkit.errors import CacheError
 
+    found = []
     for path in [given] if given is not None else sorted(Path().glob(f"*{SUFFIX}")):
         try:
             cache = CalibrationCache.load(path)
@@ -115,18 +136,19 @@ def _calibrated(graph: "Graph", given: Path | None) -> "tuple[Path, ImagePreproc
             continue
         fields = cache.data.get("preprocessing")
         if fields is not None:
-            return path, ImagePreprocessing.from_json(fields)
-    return None
+            found.append((path, ImagePreprocessing.from_json(fields)))
+    return found
 
 
-def _takes(graph: "Graph", data: Path, image: "ImagePreprocessing", names: "dict[str, str] | None") -> bool:
-    """Whether the data are pixels that a preprocessing has something to do with."""
+def _kind(
+    graph: "Graph", data: Path, image: "ImagePreprocessing | None", names: "dict[str, str] | None"
+) -> str | None:
+    """The kind of the data as `SampleSource.description` says it; None where they cannot be opened so."""
     from quantkit.data import open_data
     from quantkit.errors import DataError
 
     try:
-        open_data(data, graph.inputs, image=image, mapping=names)
+        return str(open_data(data, graph.inputs, image=image, mapping=names).description["kind"])
     except DataError:
-        # What is wrong with the data is said when they are opened without it.
-        return False
-    return True
+        # Float arrays take no preprocessing; what else is wrong with them is said when they are opened to be run.
+        return None

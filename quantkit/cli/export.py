@@ -120,6 +120,6 @@ def _evaluation(path: Path, held: "CalibrationCache | None", model: Path, cache:
     words += ["--data", options.short(there[0]) if there else "DATA"]
     for name, key in held.data.get("mapping", {}).items():
         words += ["--input", f"{name}={key}"]
-    if "preprocessing" in held.data and cache.parent != Path():
+    if "preprocessing" in held.data and list(Path().glob(f"*{cache.suffix}")) != [cache]:
         words += ["--cache", str(cache)]
     return words

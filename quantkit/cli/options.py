@@ -62,6 +62,10 @@ Percentile = Annotated[
 ]
 
 
+# How pictures are prepared where nobody said how.
+SCALED = "scaled to 0…1; give --mean and --std if the model was trained otherwise"
+
+
 def image_preprocessing(
     mean: str | None, std: str | None, size: str | None, layout: str | None, preset: str | None
 ) -> "ImagePreprocessing | None":
@@ -146,6 +150,11 @@ def short(path: Path) -> str:
         # Another drive of Windows.
         return str(path)
     return min(relative, str(path), key=len)
+
+
+def count(number: int, thing: str) -> str:
+    """Return so many things in words: 1 sample, 2 samples."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def size(size_bytes: int) -> str:
