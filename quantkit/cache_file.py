@@ -5,12 +5,16 @@
     arrays    one after the other, little-endian
 
 TEXT is JSON with "kind": "calibration", "schema": an integer, and whatever `CalibrationCache` says of itself.
+One of the arrays, "sha256", is 32 bytes: the SHA-256 of the file with zeros in their place. A file that lost or
+changed a bit anywhere is refused.
+
 Any safetensors reader opens the file; nothing in it is executed (no pickle). Equal content gives equal bytes:
 keys are sorted, arrays are ordered by safetensors (dtype, then name), there is no time and no place in it.
 
 Source: https://huggingface.co/docs/safetensors, section "Format".
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -31,6 +35,7 @@ SCHEMA = 2
 
 _KEY = "quantkit"
 _KIND = "calibration"
+_CHECKSUM = "sha256"
 # As safetensors itself: a longer header is not a header.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -52,7 +57,7 @@ _RAW: dict[str, np.dtype[Any]] = {
 def encode(text: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """Return the bytes of a cache that says `text` and holds `arrays`."""
     raw = {name: array.dtype.name for name, array in arrays.items() if array.dtype.name in _RAW}
-    stored = {
+    stored = {_CHECKSUM: np.zeros(hashlib.sha256().digest_size, np.uint8)} | {
         # Not ascontiguousarray: that would give a scalar an axis.
         name: np.array(array.view(f"u{array.itemsize}") if name in raw else array, order="C", copy=None)
         for name, array in arrays.items()
@@ -60,20 +65,41 @@ def encode(text: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes
     full = {"kind": _KIND, "schema": 2 if "ranges" in text else 1, "raw": raw, **text}
     encoded = json.dumps(full, sort_keys=True, separators=(",", ":"), allow_nan=False)
     # One key: safetensors keeps metadata in a hash table, whose order differs from run to run.
-    return safetensors.numpy.save(stored, metadata={_KEY: encoded})
+    return seal(safetensors.numpy.save(stored, metadata={_KEY: encoded}))
+
+
+def seal(content: bytes) -> bytes:
+    """Return a cache with its checksum put right, whatever stood there.
+
+    Raises:
+        KeyError: it has no place for one.
+    """
+    length = int.from_bytes(content[:8], "little")
+    place = json.loads(content[8 : 8 + length])[_CHECKSUM]["data_offsets"]
+    start, end = (8 + length + offset for offset in place)
+    digest = hashlib.sha256(content[:start])
+    digest.update(bytes(end - start))
+    digest.update(memoryview(content)[end:])
+    return content[:start] + digest.digest() + content[end:]
 
 
 def decode(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return what the cache at `path` says and holds.
 
     Raises:
-        CacheError: there is no such file, or it is no cache, is cut short, or is of a newer quantkit.
+        CacheError: there is no such file, or it is no cache, is damaged, or is of another version of quantkit.
     """
     try:
         with Path(path).open("rb") as file:
             text = _read_text(file, path)
             file.seek(0)
-            arrays = safetensors.numpy.load(file.read())
+            content = file.read()
+        arrays = safetensors.numpy.load(content)
+        if _CHECKSUM not in arrays:
+            raise CacheError(f"{path}: written by an older quantkit, without a checksum; calibrate again.")
+        if seal(content) != content:
+            raise damaged(path, "its checksum does not fit its content")
+        del arrays[_CHECKSUM]
     except OSError as error:
         raise CacheError(
             f"{path}: cannot be read ({(error.strerror or str(error)).lower()}); "

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from quantkit.cache import CalibrationCache, ModelIdentity, TensorStatistics, find_cache
+from quantkit.cache_file import seal
 from quantkit.errors import CacheError, FileError
 from quantkit.statistics import ChannelStats, FloatHistogram
 
@@ -229,7 +231,7 @@ def rewrite(path, **changes):
     text, array = header(path), safetensors.numpy.load_file(path)
     for key, value in changes.items():
         text[key] = value
-    safetensors.numpy.save_file(array, path, metadata={"quantkit": json.dumps(text)})
+    path.write_bytes(seal(safetensors.numpy.save(array, metadata={"quantkit": json.dumps(text)})))
 
 
 def refusal(path):
@@ -278,6 +280,7 @@ def test_the_bytes_are_those_of_schema_1(tmp_path, monkeypatch):
         "00000.histogram.prefixes": {"dtype": "U8", "shape": [2, 0]},
         "probe.0": {"dtype": "U16", "shape": [1]},
         "samples": {"dtype": "U64", "shape": [2]},
+        "sha256": {"dtype": "U8", "shape": [32]},
     }
     found = json.loads(content[8 : 8 + length])
     offsets = {key: value.pop("data_offsets") for key, value in found.items() if key != "__metadata__"}
@@ -286,6 +289,8 @@ def test_the_bytes_are_those_of_schema_1(tmp_path, monkeypatch):
     assert content[start:end] == bytes([1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0])
     start, end = (8 + length + offset for offset in offsets["probe.0"])
     assert content[start:end] == b"\xa0\x40"
+    start, end = (8 + length + offset for offset in offsets["sha256"])
+    assert content[start:end] == hashlib.sha256(content[:start] + bytes(32) + content[end:]).digest()
 
 
 def test_any_reader_of_safetensors_opens_a_cache(saved):
@@ -308,15 +313,41 @@ def test_a_cache_cut_short_anywhere_is_refused_in_one_line(folder, whole, data):
 
 
 @given(data=st.data())
-def test_a_cache_with_any_byte_changed_is_read_or_refused_in_one_line(folder, whole, data):
+def test_a_cache_with_any_byte_changed_is_refused_in_one_line(folder, whole, data):
     content = bytearray(whole)
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path = folder / "changed.calib"
     path.write_bytes(content)
-    try:
-        CalibrationCache.load(path)
-    except CacheError:
-        refusal(path)
+    refusal(path)
+
+
+def test_every_bit_of_a_cache_is_under_its_checksum(folder, whole):
+    path = folder / "changed.calib"
+    rng = np.random.default_rng(0)
+    places = (
+        [*range(len(whole))] if len(whole) < 4000 else sorted(rng.choice(len(whole), 4000, replace=False))
+    )
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        with pytest.raises(CacheError):
+            CalibrationCache.load(path)
+
+
+def test_a_cache_without_a_checksum_is_refused_as_older(saved):
+    array = safetensors.numpy.load_file(saved)
+    del array["sha256"]
+    safetensors.numpy.save_file(array, saved, metadata={"quantkit": json.dumps(header(saved))})
+    assert "written by an older quantkit, without a checksum; calibrate again" in refusal(saved)
+
+
+def test_statistics_exchanged_between_tensors_are_refused(saved):
+    array = safetensors.numpy.load_file(saved)
+    one, two = "00000.histogram.limits", "00001.histogram.limits"
+    array[one], array[two] = array[two], array[one]
+    safetensors.numpy.save_file(array, saved, metadata={"quantkit": json.dumps(header(saved))})
+    assert "damaged" in refusal(saved)
 
 
 def test_a_file_cut_short_says_by_how_much(saved):
@@ -396,7 +427,7 @@ def test_metadata_that_makes_no_sense_is_refused(saved, changes):
 def test_statistics_that_do_not_add_up_are_refused_with_the_tensor(saved):
     array = safetensors.numpy.load_file(saved)
     array["00001.histogram.counts"] = array["00001.histogram.counts"] + 1
-    safetensors.numpy.save_file(array, saved, metadata={"quantkit": json.dumps(header(saved))})
+    saved.write_bytes(seal(safetensors.numpy.save(array, metadata={"quantkit": json.dumps(header(saved))})))
     assert "tensor b: histogram: damaged" in refusal(saved)
 
 
