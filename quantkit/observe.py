@@ -24,6 +24,7 @@ from quantkit.data import (
 )
 from quantkit.errors import ModelError
 from quantkit.graph import Graph, find_sites
+from quantkit.graph.sites import QUANTIZED_ALREADY
 from quantkit.memory import DEFAULT_MAX_MEMORY, fitting_batch, tensor_bytes
 from quantkit.runtime import Session
 from quantkit.statistics import ChannelStats, FloatHistogram
@@ -208,11 +209,17 @@ def _wanted(graph: Graph) -> dict[str, int | None]:
         if site.role != "weight":
             axis = site.axis if site.role == "input" else None
             wanted[site.name] = wanted.get(site.name) if wanted.get(site.name) is not None else axis
-    if not wanted:
+    # The tensors of an Add alone serve no export: it is quantized for the sake of a convolution beside it.
+    if not any(site.role in ("input", "weight") for site in sites):
         reasons = "; ".join(f"{x.op_type} {x.node}: {x.reason}" for x in left[:3]) or "it has none at all"
+        mend = (
+            "give the float model it was made from"
+            if any(x.reason == QUANTIZED_ALREADY for x in left)
+            else "give a float model whose layers have constant weights"
+        )
         raise ModelError(
-            f"{graph.path or graph.name}: no Conv, MatMul or Gemm that can be quantized ({reasons}); "
-            "there is nothing to calibrate."
+            f"{graph.path or graph.name}: no Conv, MatMul or Gemm that can be quantized ({reasons}), so there is "
+            f"nothing to calibrate; {mend}."
         )
     return wanted
 

@@ -102,7 +102,7 @@ def _float_nodes(
             v is not None and v.is_initializer() for v in graph.node(site.node).inputs[:2]
         ):
             reasons.setdefault(site.node, f"no weight, and {preset.name} quantizes weights alone")
-        elif preset.in_blocks and site.role == "weight" and site.contraction is None:
+        elif preset.in_blocks and site.op_type in ("Conv", "ConvTranspose"):
             reasons.setdefault(site.node, f"{preset.name} weights lie in blocks, which no target has for it")
         elif everything:
             continue

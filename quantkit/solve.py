@@ -1,7 +1,7 @@
 """Statistics and a placement become a plan. No data is needed, and nothing of the model is run."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -21,7 +21,7 @@ from quantkit.calibrators import (
 from quantkit.errors import CacheError, PlanError, SpecError, UnknownNameError
 from quantkit.formats import QParams, QuantSpec, Range, qparams_from_range, quantize
 from quantkit.graph import Graph, LeftAlone, Site, find_sites, sharing_groups
-from quantkit.graph.sites import LINEAR_OPS
+from quantkit.graph.sites import LINEAR_OPS, QUANTIZED_ALREADY
 from quantkit.placement import Placement, place
 from quantkit.plan import ActivationPlan, BiasPlan, Plan, WeightPlan
 from quantkit.presets import Preset, Target
@@ -143,7 +143,11 @@ def _unfit(
     unfit: dict[str, str] = {}
     for site in find_sites(graph)[0]:
         if site.role == "weight":
-            if site.name not in unfit and not np.all(np.isfinite(graph.array(site.name).astype(np.float32))):
+            if 0 in site.shape:
+                unfit[site.name] = f"weight {site.name} is empty"
+            elif site.name not in unfit and not np.all(
+                np.isfinite(graph.array(site.name).astype(np.float32))
+            ):
                 unfit[site.name] = f"weight {site.name} holds NaN or infinity"
             continue
         if preset.activations is None:
@@ -153,8 +157,10 @@ def _unfit(
                 unfit[site.name] = f"tensor {site.name} has no range in the imported file"
             continue
         histogram = histograms.get(site.name)
-        if histogram is None or histogram.count == 0:
+        if histogram is None:
             unfit[site.name] = f"tensor {site.name} was never computed during calibration"
+        elif histogram.count == 0:
+            unfit[site.name] = f"tensor {site.name} is empty"
         elif histogram.nan_count or histogram.inf_count:
             unfit[site.name] = (
                 f"tensor {site.name} had {histogram.nan_count} NaN and {histogram.inf_count} infinite values"
@@ -170,10 +176,23 @@ def _unfit(
 
 def _nothing_left(graph: Graph, preset: Preset, left: list[LeftAlone]) -> str:
     if not left:
-        return f"{graph.name}: it has no Conv, MatMul or Gemm; there is nothing to quantize."
+        return f"{graph.name}: it has no Conv, MatMul or Gemm; give a model that has some."
     reasons = Counter(node.reason for node in left)
     shown = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-    return f"{graph.name}: {preset.name} leaves every Conv, MatMul and Gemm in float ({shown})."
+    return f"{graph.name}: {preset.name} leaves every Conv, MatMul and Gemm in float ({shown}); {_mend(reasons)}."
+
+
+def _mend(reasons: Iterable[str]) -> str:
+    """What to do where every linear node stays in float for these reasons."""
+    if any("--all" in reason for reason in reasons):
+        return "export with --all, or another preset"
+    if QUANTIZED_ALREADY in reasons:
+        return "give the float model it was made from"
+    if any(reason.startswith(("tensor", "weight", "bias")) for reason in reasons):
+        return "mend the model or the calibration data"
+    if any("weights alone" in reason or "lie in blocks" in reason for reason in reasons):
+        return "choose another preset, int8 or fp8"
+    return "give a float model whose layers have constant weights"
 
 
 def _solve_activations(

@@ -237,6 +237,18 @@ def test_a_model_without_anything_to_quantize_is_refused(here: Path) -> None:
         quantkit.calibrate_model(model.build(), model.feeds())
 
 
+def test_a_model_whose_layers_are_all_left_is_refused_before_it_is_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = MODELS["residual_identity"]
+    cache = quantkit.calibrate_model(tiny.build(), tiny.feeds(4))
+    exported = quantkit.export_model(tiny.build(), cache)
+    monkeypatch.setattr("quantkit.observe.Session", None)
+    with pytest.raises(ModelError, match=r"already quantized in the model.*; give the float model") as caught:
+        quantkit.calibrate_model(exported.path, tiny.feeds(4))
+    assert "\n" not in str(caught.value)
+
+
 # --- exporting ----------------------------------------------------------------------------------------------
 
 

@@ -102,10 +102,29 @@ def test_statistics_that_are_not_finite_leave_their_node_in_float() -> None:
 
 def test_a_tensor_that_was_never_computed_leaves_its_node_in_float() -> None:
     held = calibrated("conv_relu")
-    for histograms in ({"x": held.histograms["x"]}, held.histograms | {"r": FloatHistogram()}):
+    for histograms, why in (
+        ({"x": held.histograms["x"]}, "was never computed"),
+        (held.histograms | {"r": FloatHistogram()}, "is empty"),
+    ):
         plan = replace(held, histograms=histograms).plan()
-        assert "never computed" in reasons(plan)["Conv_1"]
+        assert f"tensor r {why}" in reasons(plan)["Conv_1"]
         assert list(plan.nodes) == ["Conv"]
+
+
+def test_an_empty_tensor_and_an_empty_weight_stay_in_float_as_such() -> None:
+    held = calibrate(
+        model_of(
+            """(float[N,4] x, float[N,0] none) => (float[N,3] y, float[N,3] z) {
+            y = MatMul (x, w) z = MatMul (none, v) }""",
+            w=normal(4, 3),
+            v=np.zeros((0, 3), np.float32),
+        ),
+        [{"x": np.ones((1, 4), np.float32), "none": np.zeros((1, 0), np.float32)}],
+    )
+    assert reasons(held.plan()) == {"MatMul_1": "tensor none is empty"}
+    graph = load_graph(model_of("(float[N,4] x) => (float[N,0] y) { y = MatMul (x, v) }", v=normal(4, 0)))
+    with pytest.raises(PlanError, match=r"1 × weight v is empty\); mend the model"):
+        calibrate(graph, [{"x": np.ones((1, 4), np.float32)}]).plan()
 
 
 # --- weights ------------------------------------------------------------------------------------------------
@@ -282,10 +301,16 @@ def test_solving_twice_gives_the_same_plan(tiny: TinyModel) -> None:
 @pytest.mark.parametrize(
     ("name", "preset", "found"),
     [
-        ("nothing_to_quantize", "int8", "it has no Conv, MatMul or Gemm"),
-        ("float64", "int8", "int8 leaves every Conv, MatMul and Gemm in float (1 × its inputs are double)"),
+        ("nothing_to_quantize", "int8", "it has no Conv, MatMul or Gemm; give"),
+        (
+            "float64",
+            "int8",
+            "int8 leaves every Conv, MatMul and Gemm in float (1 × its inputs are double); give a float",
+        ),
         ("conv_relu", "fp8", "2 × depthwise or ≤ 16 channels"),
-        ("gemm", "fp8", "--all quantizes it"),
+        ("gemm", "fp8", "(--all quantizes it)); export with --all"),
+        ("weight_only_quantized", "int8", "already quantized in the model); give the float model"),
+        ("conv_relu", "int4", "lie in blocks, which no target has for it); choose another preset"),
     ],
 )
 def test_a_plan_that_would_quantize_nothing_is_refused(name: str, preset: str, found: str) -> None:

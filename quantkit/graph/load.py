@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,11 @@ NEWEST_OPSET = 23
 
 # Folding these never makes a tensor larger, so a weight behind them becomes a plain weight whatever its size.
 _LAYOUT_OPS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_NO_TENSORS: Mapping[type, str] = {
+    ir.SequenceType: "a sequence",
+    ir.OptionalType: "optional",
+    ir.SparseTensorType: "a sparse tensor",
+}
 
 
 @dataclass
@@ -113,7 +118,8 @@ def load_graph(model: ModelLike) -> Graph:
         model: a path to an .onnx file (external data is found beside it), or a model in memory, which is not changed.
 
     Raises:
-        ModelError: no such file, not an ONNX model, damaged, weights missing, or an unsupported operator set.
+        ModelError: no such file, not an ONNX model, damaged, weights missing, an unsupported operator set, or an
+            input or output that is no tensor.
     """
     if isinstance(model, Graph):
         return model
@@ -242,6 +248,14 @@ def _check_whole(model: ir.Model, what: str) -> None:
     for value in model.graph.outputs:
         if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
             raise ModelError(f"{what}: nothing computes its output {value.name}; export the model again.")
+    for role, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
+        for value in values:
+            kind = _NO_TENSORS.get(type(value.type))
+            if kind is not None:
+                raise ModelError(
+                    f"{what}: {role} {value.name} is {kind}, and quantkit feeds and compares tensors only; "
+                    f"export the model without that {role}."
+                )
     for name, tensor in _tensors(model):
         try:
             tensor.numpy()

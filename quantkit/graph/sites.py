@@ -13,6 +13,7 @@ LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 _FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 # These only pass values on, so what goes in and what comes out have one scale.
 PASS_OPS = frozenset({"Concat", "Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+QUANTIZED_ALREADY = "already quantized in the model"
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 Role = Literal["input", "weight", "skip", "operand", "output"]
@@ -131,7 +132,7 @@ def _why_not(node: ir.Node) -> str:
     left, right = node.inputs[0], node.inputs[1]
     assert left is not None and right is not None
     if _is_dequantized(left) or _is_dequantized(right):
-        return "already quantized in the model"
+        return QUANTIZED_ALREADY
     if node.op_type in ("Conv", "ConvTranspose"):
         return "" if right.is_initializer() else "its weight is computed, not constant"
     if left.is_initializer() and right.is_initializer():

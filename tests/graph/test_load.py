@@ -362,3 +362,23 @@ def test_a_model_may_hold_strings() -> None:
         onnx.helper.make_tensor("words", onnx.TensorProto.STRING, [2], [b"a", b"b"])
     )
     assert len(load_graph(model).fingerprint) == 64
+
+
+@pytest.mark.parametrize(
+    ("role", "kind", "says"),
+    [
+        ("output", "seq", "output s is a sequence"),
+        ("output", "optional", "output s is optional"),
+        ("input", "seq", "input s is a sequence"),
+    ],
+)
+def test_inputs_and_outputs_that_are_no_tensors_are_refused(role: str, kind: str, says: str) -> None:
+    signature, body = {
+        ("output", "seq"): ("=> (float[N,3] y, seq(float[N,3]) s)", "s = SequenceConstruct (y)"),
+        ("output", "optional"): ("=> (float[N,3] y, optional(float[N,3]) s)", "s = Optional (y)"),
+        ("input", "seq"): (", seq(float[N,3]) s) => (float[N,3] y)", ""),
+    }[role, kind]
+    head = "(float[N,4] x" + ("" if role == "input" else ") ")
+    model = model_of(f"{head}{signature} {{ y = MatMul (x, w) {body} }}", w=normal(4, 3))
+    with pytest.raises(ModelError, match=f"{says}, .* compares tensors only; .* without that {role}"):
+        load_graph(model)
