@@ -5,7 +5,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -248,6 +248,19 @@ class CalibrationCache:
             "data": ", ".join(f"{k} {_plain(v)}" for k, v in self.data.items()),
             "method": f"{self.method} ({options})" if options else self.method,
             "versions": ", ".join(f"{k} {v}" for k, v in self.versions.items()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the statistics themselves as JSON would hold it; `tensors` are the rows of `summary`."""
+        return {
+            "model": asdict(self.model),
+            "samples": self.sample_count,
+            "fixed_ranges": bool(self.ranges),
+            "data": self.data,
+            "method": self.method,
+            "method_options": self.method_options,
+            "versions": self.versions,
+            "tensors": self.summary(),
         }
 
     def summary(self) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ class Evaluation:
                 rows.append([label, *(None if v is None else _shown(v, form) for v in values)])
         if any(metrics.broken_count for metrics in self.outputs.values()):
             rows.append(["NaN or inf, not so in float", *(m.broken_count for m in self.outputs.values())])
-        return Table((f"{self.samples:,} samples", *self.outputs), rows)
+        return Table((f"{self.samples:,} sample{'' if self.samples == 1 else 's'}", *self.outputs), rows)
 
     def layer_table(self) -> Table:
         """Return a table of one row a layer."""

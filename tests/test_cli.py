@@ -341,6 +341,8 @@ def test_the_next_commands_of_a_merge_work_too(folder: Path, run: Run) -> None:
         ("export", "--fp8", "--target", "ort"),
         ("evaluate", "model.onnx", "model.onnx", "--data", "calib", "--per-layer"),
         ("cache", "show"),
+        ("cache", "merge", "model.calib", "--out", "sum.calib"),
+        ("cache", "export", "--format", "ort", "--out", "ranges.txt"),
         ("plugins",),
     ],
     ids=" ".join,
@@ -355,6 +357,40 @@ def test_json_is_all_that_stands_on_standard_output(
         raise AssertionError(f"{name} is not JSON")
 
     assert isinstance(json.loads(result.out, parse_constant=refuse), dict)
+
+
+def test_every_command_has_json(run: Run) -> None:
+    import typer.main
+
+    from quantkit.cli import app
+
+    groups = [app, *(group.typer_instance for group in app.registered_groups)]
+    commands = [
+        typer.main.get_command_from_info(c, pretty_exceptions_short=True, rich_markup_mode=None)
+        for group in groups
+        for c in group.registered_commands
+    ]
+    assert len(commands) >= 8
+    assert [c.name for c in commands if not any("--json" in p.opts for p in c.params)] == []
+
+
+def test_the_json_of_a_cache_has_numbers_and_objects(calibrated: Path, run: Run) -> None:
+    shown = json.loads(run("cache", "show", "--json").out)
+    assert shown["samples"] == SAMPLES
+    assert shown["model"]["path"] == "model.onnx"
+    assert len(shown["model"]["fingerprint"]) == 64
+    assert shown["data"]["samples"] == SAMPLES
+    assert shown["versions"]["quantkit"] == __version__
+    merged = json.loads(run("cache", "merge", "model.calib", "--out", "sum.calib", "--json").out)
+    assert merged == {"cache": "sum.calib", "size_bytes": Path("sum.calib").stat().st_size, **shown}
+
+
+def test_one_is_not_many(calibrated: Path, run: Run) -> None:
+    calibrate = run("calibrate", "model.onnx", "--data", "calib", "--samples", 1, "--out", "one.calib")
+    assert "warning: 1 sample: few" in calibrate.err
+    assert "1 sample from 1 cache\n" in run("cache", "merge", "one.calib", "--out", "sum.calib").out
+    words = ("evaluate", "model.onnx", "model.onnx", "--data", "calib", "--samples", 1)
+    assert run(*words).out.startswith("1 sample ")
 
 
 def test_cache_show_lists_every_tensor(calibrated: Path, run: Run) -> None:

@@ -26,7 +26,7 @@ def show(
 
     cache = CalibrationCache.load(path or find_cache(Path()))
     if as_json:
-        options.print_json({**cache.header(), "tensors": cache.summary()})
+        options.print_json(cache.to_dict())
     else:
         typer.echo(str(cache))
 
@@ -42,6 +42,7 @@ def merge(
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Count samples that are in several caches several times.")
     ] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Add caches of one model up: the result is that of calibrating on all their samples at once, bit for bit."""
     from quantkit.cache import CalibrationCache
@@ -54,5 +55,9 @@ def merge(
     first, *others = [CalibrationCache.load(path) for path in paths]
     merged = first.merge(*others, allow_overlap=allow_overlap, method=method)
     merged.save(out)
-    typer.echo(f"wrote {out}: {merged.sample_count} samples from {len(paths)} caches")
+    if as_json:
+        options.print_json({"cache": str(out), "size_bytes": out.stat().st_size, **merged.to_dict()})
+        return
+    samples, caches = options.count(merged.sample_count, "sample"), options.count(len(paths), "cache")
+    typer.echo(f"wrote {out}: {samples} from {caches}")
     options.print_exports(out)
