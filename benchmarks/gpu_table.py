@@ -65,8 +65,8 @@ def main() -> None:
         "",
         "Each cell: median time, TFLOP/s (TOPS), and in brackets the speed-up over torch (cuBLAS, "
         "cuBLASLt) of the same format in the same run.",
-        "All contenders of a shape in random order, each a CUDA graph of one call, on a cold and clean L2, random data, "
-        f"{data['repeats']} times, {data['pause_ms']:g} ms of rest after each.",
+        "All contenders of a shape in random order, each a CUDA graph of one call, on a cold and clean L2, random "
+        f"data, {data['repeats']} times, {data['pause_ms']:g} ms of rest after each.",
         "int8 and fp8 apply their scales and store bf16; torch's int8 stores bare int32 and refuses M ≤ 16.",
         f"By this clock a kernel that copies one element takes {least:.1f} µs.",
         "",
