@@ -10,6 +10,8 @@ from quantkit.statistics import FloatHistogram
 
 # Clipping that loses this much against the whole observed range is worth a word.
 _WORTH_A_WORD_DB = 6.0
+# What usually clips less; the first two that are not the method taken are named.
+_CLIP_LESS = ("mse", "percentile", "minmax")
 
 
 def expected_sqnr_db(histogram: FloatHistogram, qparams: QParams, spec: QuantSpec) -> float:
@@ -41,8 +43,9 @@ def clipping_warnings(plan: Plan, histograms: Mapping[str, FloatHistogram]) -> l
     if worst is None:
         return []
     _, name, chosen, kept = worst
+    others = " or ".join([method for method in _CLIP_LESS if method != plan.method][:2])
     tensors = "1 tensor" if count == 1 else f"{count} tensors"
     return [
         f"{plan.method} clips {tensors} by more than finer steps win back (worst {name}: {chosen:.1f} dB, where its "
-        f"whole range has {kept:.1f}); compare with --method mse or percentile: no new calibration is needed"
+        f"whole range has {kept:.1f}); compare with --method {others}: no new calibration is needed"
     ]
