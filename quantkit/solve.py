@@ -20,6 +20,7 @@ from quantkit.calibrators import (
 )
 from quantkit.errors import CacheError, PlanError, SpecError, UnknownNameError
 from quantkit.formats import QParams, QuantSpec, Range, qparams_from_range, quantize
+from quantkit.formats.scales import SMALLEST_SCALE
 from quantkit.graph import Graph, LeftAlone, Site, find_sites, sharing_groups
 from quantkit.graph.sites import LINEAR_OPS, QUANTIZED_ALREADY
 from quantkit.placement import Placement, place
@@ -224,6 +225,12 @@ def _solve_activations(
                 qparams = qparams_from_range(found, placement.spec, scale_dtype=_float_dtype(graph, name))
             except SpecError as error:
                 misfits[name] = f"tensor {name}: {error}"
+                continue
+            if found.amax > 0 and qparams.scale <= SMALLEST_SCALE:
+                # GPUs take subnormal numbers for zero: with a scale that is none, the codes would all be zero.
+                misfits[name] = (
+                    f"tensor {name} is at most {float(found.amax):.2g}, too small for a float32 scale"
+                )
                 continue
             plans[name] = ActivationPlan(
                 name=name,

@@ -288,6 +288,33 @@ def test_an_activation_too_small_for_float16_scales_leaves_its_node_in_float() -
     assert "\n" not in reasons(plan)["MatMul_1"]
 
 
+@pytest.mark.parametrize("preset", ["int8", "fp8"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("amax", [1e-40, 1e-37])
+def test_an_activation_below_every_normal_scale_leaves_its_node_in_float(
+    amax: float, target: str, preset: str
+) -> None:
+    model = model_of(
+        """(float[N,8] x, float[N,8] t) => (float[N,4] y, float[N,4] z) {
+        y = MatMul (x, w) z = MatMul (t, v) }""",
+        w=normal(8, 4),
+        v=normal(8, 4),
+    )
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.uniform(-1, 1, (1, 8)).astype(np.float32)} for _ in range(4)]
+    held = calibrate(model, [f | {"t": f["x"] * np.float32(amax)} for f in feeds])
+    plan = held.plan(target, preset)
+    assert list(plan.nodes) == ["MatMul"]
+    assert "too small for a float32 scale" in reasons(plan)["MatMul_1"]
+
+
+def test_an_activation_that_is_zero_throughout_is_still_quantized() -> None:
+    held = calibrate(
+        MODELS["matmul"].build(), [{"x": np.zeros_like(f["x"])} for f in MODELS["matmul"].feeds(2)]
+    )
+    assert held.plan().activations["x"].qparams.scale == 1
+
+
 # --- the whole ----------------------------------------------------------------------------------------------
 
 
