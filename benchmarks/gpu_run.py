@@ -220,6 +220,7 @@ class Timer:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.written.zero_()
             self.read.sum()
+            torch.cuda._sleep(300_000)  # longer than a host just woken takes to enqueue what follows
             start.record()
             alive[name].replay()
             end.record()
@@ -431,7 +432,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--groups", action="store_true", help="tune the order of tiles too")
     parser.add_argument("--shapes", nargs="*", help="MxNxK instead of the table")
-    parser.add_argument("--pause-ms", type=float, default=3.0)
+    parser.add_argument("--pause-ms", type=float, default=2.0)
     parser.add_argument("--commit", default="", help="of the code, for the record")
     parser.add_argument("--out", type=Path, default=Path("gpu_run.json"))
     options = parser.parse_args()

@@ -142,7 +142,7 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     if tile.consumers == 1 or (tile.pingpong and tile.blocks_of_64 == 1):
         products *= 1.2
     elif tile.pingpong:
-        products *= 1.06 * (1 + 0.4 / waves)  # at first and at last one consumer works alone
+        products *= 1.08 * (1 + 0.4 / waves)  # at first and at last one consumer works alone
     elif tile.tile_n < 256:
         products *= 1.015 if tile.tile_m == 256 and tile.tile_n == 128 else 1.1
     blocks = clusters * tile.cluster
@@ -150,7 +150,7 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     latency = 1.0 / tile.stages
     step = max(products, loads, latency)
     output = tile.tile_m * tile.tile_n * OUTPUT_BYTES[problem.output]
-    epilogue = 0.5 + output / 2.7e4
+    epilogue = 0.5 + output / 1.9e4
     if tile.pingpong and waves > 1:
         epilogue /= waves  # all but the last hide behind products
     moved = (problem.m + problem.n) * problem.row_bytes + problem.m * problem.n * OUTPUT_BYTES[problem.output]
