@@ -32,10 +32,11 @@ def import_(
 
     path = out or Path(f"{model.stem}.calib")
     check_output(path, inputs=[*model_files(model), file])
-    found = import_cache(file, model, format=format)
-    if out is None and path.exists() and not CalibrationCache.load(path).ranges:
-        raise FileError(f"{path}: is there, and was measured; name another file to write with --out.")
-    found.cache.save(path)
+    with options.before_writing():
+        found = import_cache(file, model, format=format)
+        if out is None and path.exists() and not CalibrationCache.load(path).ranges:
+            raise FileError(f"{path}: is there, and was measured; name another file to write with --out.")
+        found.cache.save(path)
     if as_json:
         options.print_json({"cache": str(path), **found.to_dict()})
         return
@@ -74,7 +75,11 @@ def export(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write the ranges of a cache as another tool's calibration file, solved for INT8 as TensorRT means it."""
+    """Write the ranges of a cache as another tool's calibration file, solved for INT8 as TensorRT means it.
+
+    aimet's encodings hold the same ranges: symmetric where a range is ±amax, else asymmetric (unsigned codes from the
+    range's minimum or zero to its maximum or zero), so that their scales are not TensorRT's.
+    """
     from quantkit.cache import CalibrationCache, find_cache
     from quantkit.files import check_output
     from quantkit.interchange import export_cache
@@ -86,16 +91,17 @@ def export(
     check_output(
         out, inputs=[cache, *(model_files(model or held.model.path) if model or held.model.path else ())]
     )
-    written = export_cache(
-        held,
-        out,
-        format=format,
-        method=method,
-        method_options=options.method_options(method or held.method, percentile),
-        model=model,
-        trt=trt,
-        algorithm=algorithm,
-    )
+    with options.before_writing():
+        written = export_cache(
+            held,
+            out,
+            format=format,
+            method=method,
+            method_options=options.method_options(method or held.method, percentile),
+            model=model,
+            trt=trt,
+            algorithm=algorithm,
+        )
     if as_json:
         options.print_json(written.to_dict())
         return

@@ -180,7 +180,8 @@ def export_cache(
 ) -> ExportedTable:
     """Solve the ranges of a cache for int8 as TensorRT means it, and write them as another tool's file.
 
-    The scales are those of `export_model(preset="int8", target="tensorrt")`, to the last bit. Tensors that are not
+    The ranges are those of `export_model(preset="int8", target="tensorrt")`, and so are the scales, to the last bit,
+    but in AIMET's encodings: of a range that is not ±amax those are asymmetric, see `write_aimet`. Tensors that are not
     quantized there, such as a convolution's output, have a range too: TensorRT wants one of every tensor.
 
     Args:

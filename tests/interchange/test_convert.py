@@ -130,6 +130,26 @@ def test_ort_tables_give_the_scales_of_a_direct_export(here: Path, format: str) 
     assert bits_in_model(exported.path) == bits_in_model(direct.path)
 
 
+@pytest.mark.parametrize("format", ["aimet", "aimet-0.6.1"])
+def test_aimet_encodings_hold_the_ranges_of_a_direct_export_with_scales_of_their_own(
+    here: Path, format: str
+) -> None:
+    exported = quantkit.export_model("model.onnx", "model.calib")
+    export_cache("model.calib", "x.encodings", format=format)
+    ranges = import_cache("x.encodings", "model.onnx").cache.ranges
+    one_sided = 0
+    for name, activation in exported.plan.activations.items():
+        solved, scale = activation.range, float(activation.qparams.scale)
+        lo, hi = min(float(solved.lo), 0.0), max(float(solved.hi), 0.0)
+        # Zero is moved onto a code: an end may move by half a step.
+        assert float(ranges[name].lo) == pytest.approx(lo, abs=0.51 * (hi - lo) / 255)
+        assert float(ranges[name].hi) == pytest.approx(hi, abs=0.51 * (hi - lo) / 255)
+        step = float(ranges[name].hi - ranges[name].lo) / 255
+        one_sided += lo == 0
+        assert lo < 0 or step == pytest.approx(scale * 127 / 255)
+    assert one_sided > 2
+
+
 def test_tensors_of_one_scale_have_one_in_the_file(tmp_path: Path) -> None:
     model = MODELS["concat_branches"].save(tmp_path)
     cache = quantkit.calibrate_model(model, MODELS["concat_branches"].feeds(8))
