@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from tqdm import tqdm
 
 from quantkit import __version__
 from quantkit.cache import CalibrationCache
@@ -362,7 +362,7 @@ def test_json_is_all_that_stands_on_standard_output(
 def test_every_command_has_json(run: Run) -> None:
     import typer.main
 
-    from quantkit.cli import app
+    from quantkit.cli.app import app
 
     groups = [app, *(group.typer_instance for group in app.registered_groups)]
     commands = [
@@ -767,24 +767,112 @@ def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_run(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 def test_an_interrupted_calibration_leaves_no_file(folder: Path) -> None:
-    np.savez("many.npz", input=np.zeros((100_000, 1, 8, 8), np.float32))
     before = files(folder)
-    words = ("calibrate", "model.onnx", "--data", "many.npz", "--batch-size", "2")
-    with subprocess.Popen(command(words), stderr=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stderr is not None
-        seen = b""
-        # The bar says that the model is running.
-        while b"calibrate" not in seen:
-            byte = child.stderr.read(1)
-            assert byte, seen
-            seen += byte
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert out == b""
-    assert b"Traceback" not in err
-    assert b"interrupted; nothing was written" in err
+    found = interrupted("calibrate", "model.onnx", "--data", "calib", at="quantkit.pipeline.observe")
+    assert found == Result(130, "", "interrupted; nothing was written\n")
     assert files(folder) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_an_interrupted_evaluation_does_not_speak_of_files(folder: Path) -> None:
+    words = ("evaluate", "model.onnx", "model.onnx", "--data", "calib")
+    assert interrupted(*words, at="quantkit.pipeline.evaluate") == Result(130, "", "interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_an_interrupt_after_writing_does_not_deny_it(calibrated: Path) -> None:
+    found = interrupted("export", "--int8", at="quantkit.cli.export._show")
+    assert found == Result(130, "", "interrupted\n")
+    assert Path("model.int8.onnx").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("package", ["typer", "numpy", "onnx_ir", "onnxruntime"])
+def test_an_interrupt_while_packages_are_imported_is_one_line(calibrated: Path, package: str) -> None:
+    interrupt = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {package!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from quantkit.cli import main\n"
+        "main()"
+    )
+    words = ("calibrate", "model.onnx", "--data", "calib", "--out", "new.calib")
+    found = subprocess.run([sys.executable, "-c", interrupt, *words], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (130, "")
+    assert found.stderr in ("interrupted\n", "interrupted; nothing was written\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_an_interrupt_of_the_way_out_changes_nothing(calibrated: Path) -> None:
+    late = (
+        "import atexit, os, signal\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "from quantkit.cli import main\n"
+        "main()"
+    )
+    found = subprocess.run([sys.executable, "-c", late, "--version"], capture_output=True, text=True)
+    assert Result(found.returncode, found.stdout, found.stderr) == Result(0, f"quantkit {__version__}\n", "")
+
+
+def interrupted(*words: object, at: str) -> Result:
+    """Run `quantkit` in a process of its own, where calling the function named `at` is Ctrl-C."""
+    program = (
+        "import importlib, os, signal\n"
+        f"module, _, name = {at!r}.rpartition('.')\n"
+        "def interrupt(*_, **__):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "setattr(importlib.import_module(module), name, interrupt)\n"
+        "from quantkit.cli import main\n"
+        "main()"
+    )
+    found = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
+    return Result(found.returncode, found.stdout, found.stderr)
+
+
+# --- output that goes nowhere -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
+@pytest.mark.parametrize("words", ["plugins --json", "--help", "cache show"])
+def test_a_standard_output_that_is_full_is_named(calibrated: Path, words: str) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(command(tuple(words.split())), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 2
+    assert found.stderr == (
+        "error: standard output: cannot be written (no space left on device); "
+        "free some space there, or send it elsewhere.\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+@pytest.mark.parametrize("words", ["plugins --json", "--help", "export --int8"])
+def test_a_reader_that_has_gone_ends_quantkit_as_it_ends_other_tools(calibrated: Path, words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(command(tuple(words.split())), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (141, "")
+    assert Path("model.int8.onnx").exists() == ("export" in words)
+
+
+def test_a_progress_bar_is_shown_on_terminals_alone(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def bar(what: str, source: object, progress: bool) -> tqdm:
+        asked.append(progress)
+        return tqdm(disable=True)
+
+    monkeypatch.setattr("quantkit.pipeline._bar", bar)
+    words = ("calibrate", "model.onnx", "--data", "calib", "--samples", 2)
+    for terminal in (True, False):
+        monkeypatch.setattr("quantkit.cli.options.on_terminal", lambda terminal=terminal: terminal)
+        assert run(*words).code == 0
+    assert asked == [True, False]
 
 
 # --- help ---------------------------------------------------------------------------------------------------

@@ -52,9 +52,10 @@ def merge(
     check_output(out, inputs=paths)
     if method is not None:
         get_calibrator(method)
-    first, *others = [CalibrationCache.load(path) for path in paths]
-    merged = first.merge(*others, allow_overlap=allow_overlap, method=method)
-    merged.save(out)
+    with options.before_writing():
+        first, *others = [CalibrationCache.load(path) for path in paths]
+        merged = first.merge(*others, allow_overlap=allow_overlap, method=method)
+        merged.save(out)
     if as_json:
         options.print_json({"cache": str(out), "size_bytes": out.stat().st_size, **merged.to_dict()})
         return

@@ -55,22 +55,23 @@ def calibrate(
     path = out or Path(f"{model.stem}.calib")
     check_output(path, inputs=chain(model_files(model), data_files(data)))
     started = time.perf_counter()
-    graph = load_graph(model)
-    sites, left = find_sites(graph)
-    image = options.image_preprocessing(mean, std, image_size, layout, image_preset)
-    cache = calibrate_model(
-        graph,
-        data,
-        method=method,
-        method_options=options.method_options(method, percentile),
-        samples=samples,
-        batch_size=batch_size,
-        image=image,
-        mapping=options.mapping(inputs),
-        max_memory=None if max_memory is None else max_memory * 2**20,
-        progress=not as_json,
-    )
-    cache.save(path)
+    with options.before_writing():
+        graph = load_graph(model)
+        sites, left = find_sites(graph)
+        image = options.image_preprocessing(mean, std, image_size, layout, image_preset)
+        cache = calibrate_model(
+            graph,
+            data,
+            method=method,
+            method_options=options.method_options(method, percentile),
+            samples=samples,
+            batch_size=batch_size,
+            image=image,
+            mapping=options.mapping(inputs),
+            max_memory=None if max_memory is None else max_memory * 2**20,
+            progress=not as_json and options.on_terminal(),
+        )
+        cache.save(path)
     seconds = time.perf_counter() - started
     if as_json:
         options.print_json(_as_json(cache, path, seconds, left))

@@ -84,7 +84,7 @@ def evaluate(
         batch_size=batch_size,
         image=image,
         mapping=names,
-        progress=not as_json,
+        progress=not as_json and options.on_terminal(),
     )
     if prepared is not None:
         typer.echo(prepared, err=True)

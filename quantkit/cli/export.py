@@ -73,17 +73,18 @@ def export(
     held = None if cache is None else CalibrationCache.load(cache)
     if out is not None:
         check_output(out, inputs=[cache])
-    exported = export_model(
-        model,
-        held,
-        preset=chosen[0],
-        method=method,
-        method_options=options.method_options(method or (held.method if held else None), percentile),
-        target=target,
-        everything=everything,
-        group=group,
-        out=out,
-    )
+    with options.before_writing():
+        exported = export_model(
+            model,
+            held,
+            preset=chosen[0],
+            method=method,
+            method_options=options.method_options(method or (held.method if held else None), percentile),
+            target=target,
+            everything=everything,
+            group=group,
+            out=out,
+        )
     if as_json:
         options.print_json(exported.to_dict())
     else:

@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +63,23 @@ Percentile = Annotated[
     float | None,
     typer.Option("--percentile", help="For --method percentile: how much of the data to cover (99.999)."),
 ]
+
+
+class NothingWrittenError(Exception):
+    """Ctrl-C while nothing had been written."""
+
+
+@contextmanager
+def before_writing() -> Iterator[None]:
+    """While the block runs, nothing has been written that would stay; say so to who interrupts it.
+
+    Raises:
+        NothingWrittenError: instead of KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise NothingWrittenError("nothing was written") from error
 
 
 # How pictures are prepared where nobody said how.
@@ -150,6 +170,11 @@ def short(path: Path) -> str:
         # Another drive of Windows.
         return str(path)
     return min(relative, str(path), key=len)
+
+
+def on_terminal() -> bool:
+    """Whether a progress bar would be seen; in a file it would leave its every step."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def count(number: int, thing: str) -> str:
