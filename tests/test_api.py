@@ -27,7 +27,7 @@ HOUSE = (
     ("simulate", "cache_merge", "evaluation"),
     ("calibrators", "memory", "plan", "presets"),
     ("statistics", "graph", "metrics", "runtime", "cache_file", "cache_identity"),
-    ("data", "class_metrics", "files", "formats", "tables"),
+    ("data", "class_metrics", "files", "formats", "model_files", "tables"),
     ("plugins",),
     ("errors",),
 )
