@@ -213,6 +213,11 @@ def _check(a: Any, weight: PackedWeight, epilogue: Epilogue, out_dtype: str, dev
             f"bias: {getattr(bias, 'size', 0)} values; float32, {weight.n}",
         ),
     ]
+    vectors = [("row_scale", scale), ("bias", bias), ("the weight's scale", weight.scale)]
+    complaints += [
+        (hasattr(array, "data") and array.data.ptr % 8 != 0, f"{name}: starts at an odd float; copy it")
+        for name, array in vectors
+    ]
     for wrong, complaint in complaints:
         if wrong:
             raise KernelError(f"matmul: {complaint}.")
