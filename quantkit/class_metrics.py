@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.data.labels import IGNORED_LABEL
-
 # Elements worked on at a time: a few float64 copies of a chunk stay below 10 MB.
 _CHUNK = 1 << 17
 
@@ -61,7 +59,7 @@ class ClassSums:
         self._kl = 0.0
 
     def update(self, reference: NDArray[Any], quantized: NDArray[Any], labels: NDArray[Any] | None) -> None:
-        """Take in logits of shape (..., classes), and labels of shape (...); −100 is ignored."""
+        """Take in logits of shape (..., classes), and labels of shape (...); negative ones are left out."""
         classes = reference.shape[-1]
         refs, quants = reference.reshape(-1, classes), quantized.reshape(-1, classes)
         step = max(_CHUNK // classes, 1)
@@ -72,7 +70,7 @@ class ClassSums:
             self._compare(ref, quant, log_p, log_q)
             if labels is not None:
                 label = labels.reshape(-1)[part]
-                kept = label != IGNORED_LABEL
+                kept = label >= 0
                 label = label[kept].astype(np.int64)
                 self.float_model.update(ref[kept], log_p[kept], label)
                 self.quantized_model.update(quant[kept], log_q[kept], label)
