@@ -167,6 +167,24 @@ class CalibrationCache:
 
     # --- belonging ---
 
+    def find_model(self, what: str | os.PathLike[str] = "cache") -> Path:
+        """Return the path of the model that the cache was made from.
+
+        Args:
+            what: how to name the cache in the error, its path as a rule.
+
+        Raises:
+            CacheError: it was a model in memory, or is no longer there.
+        """
+        if not self.model.path:
+            raise CacheError(f"{what}: made from {self.model.name}, a model in memory; give the model too.")
+        path = Path(self.model.path)
+        if not path.exists():
+            raise CacheError(
+                f"{what}: its model {path} is not there; put it back, or say where {path.name} lies now."
+            )
+        return path
+
     def check_model(self, fingerprint: str, what: str) -> None:
         """Do nothing if the cache was made for the model of this fingerprint.
 

@@ -218,7 +218,10 @@ def export_model(
             "give one, or run `quantkit calibrate` first."
         )
     calibrator = None if held is None else calibrator_of(held, method, method_options)
-    graph = load_graph(_model_of(held) if model is None and held is not None else model)  # type: ignore[arg-type]
+    if model is None:
+        assert held is not None
+        model = held.find_model("cache" if isinstance(cache, CalibrationCache | None) else cache)
+    graph = load_graph(model)
     if held is not None:
         held.check_model(graph.fingerprint, str(graph.path or graph.name))
     path = Path(out) if out is not None else Path(default_name(graph.name, preset, target))
@@ -345,17 +348,6 @@ def save(model: ir.Model, path: Path) -> None:
 def _external(path: Path) -> Path:
     """The file beside a model that holds its weights, where they are many."""
     return path.with_name(f"{path.name}.data")
-
-
-def _model_of(cache: CalibrationCache) -> Path:
-    if not cache.model.path:
-        raise CacheError(f"cache: made from {cache.model.name}, a model in memory; give the model too.")
-    path = Path(cache.model.path)
-    if not path.exists():
-        raise CacheError(
-            f"cache: its model {path} is not there; name it: quantkit export {path.name}, or put it back."
-        )
-    return path
 
 
 def _labels_of(source: SampleSource, labels: object, *, limited: bool) -> NDArray[np.int64]:

@@ -525,7 +525,7 @@ BAD = {
     ),
     "pixels without a word how": Bad(
         words="calibrate model.onnx --data data.npz",
-        says="uint8",
+        says="--mean and --std, or --image-preset 0-1",
         prepare=_npz(input=np.ones((4, 1, 8, 8), np.uint8)),
     ),
     "unknown method": Bad(words=f"{CALIBRATE} --method entropi", says="did you mean entropy?"),
@@ -560,7 +560,14 @@ BAD = {
         prepare=lambda: MODELS["conv_relu"].save(Path()).replace("model.onnx"),
     ),
     "model gone": Bad(
-        words="export --int8", says="model.onnx is not there", prepare=lambda: Path("model.onnx").unlink()
+        words="export --int8",
+        says="model.calib: its model model.onnx is not there",
+        prepare=lambda: Path("model.onnx").unlink(),
+    ),
+    "model gone before its table": Bad(
+        words="cache export --format ort --out ranges.txt",
+        says="model.calib: its model model.onnx is not there",
+        prepare=lambda: Path("model.onnx").unlink(),
     ),
     "truncated cache": Bad(words="export --int8", says="model.calib", prepare=_truncate("model.calib")),
     "model as cache": Bad(words="export --int8 --cache model.onnx", says="not a calibration cache"),

@@ -73,6 +73,9 @@ def export(
     held = None if cache is None else CalibrationCache.load(cache)
     if out is not None:
         check_output(out, inputs=[cache])
+    if model is None and held is not None and cache is not None:
+        model = held.find_model(cache)
+    assert model is not None, "without a model there is a cache"
     with options.before_writing():
         exported = export_model(
             model,
@@ -88,7 +91,7 @@ def export(
     if as_json:
         options.print_json(exported.to_dict())
     else:
-        _show(exported, held, model or Path(held.model.path if held else ""), cache)
+        _show(exported, held, model, cache)
 
 
 def _show(exported: "Exported", held: "CalibrationCache | None", model: Path, cache: Path | None) -> None:

@@ -88,6 +88,8 @@ def export(
 
     cache = path or find_cache(Path())
     held = CalibrationCache.load(cache)
+    if model is None and not held.ranges:
+        model = held.find_model(cache)
     check_output(
         out, inputs=[cache, *(model_files(model or held.model.path) if model or held.model.path else ())]
     )

@@ -41,8 +41,8 @@ def check_castable(found: Dtype, wanted: Dtype) -> None:
     if found == np.uint8 and kind(wanted) == "float":
         raise Misfit(
             "uint8 values, which look like pixels",
-            "say how pixels are scaled, with --mean and --std or the preset 0-1 "
-            f"(image=ImagePreprocessing(...)), or store them as {wanted.name}",
+            "say how pixels are scaled: --mean and --std, or --image-preset 0-1 for 0…1 (image= in Python); "
+            f"or store them as {wanted.name}",
         )
     if found.hasobject and wanted.kind != "O":
         raise Misfit("Python objects", f"store plain {wanted.name} arrays")
