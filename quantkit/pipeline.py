@@ -35,7 +35,7 @@ from quantkit.model_files import model_files
 from quantkit.observe import observe
 from quantkit.plan import Plan
 from quantkit.presets import get_preset
-from quantkit.solve import calibrator_of, solve
+from quantkit.solve import calibrator_of, solve, weight_method_of
 from quantkit.tables import Cell, Table
 
 # Files beyond this keep their weights beside them: protobuf holds 2 GiB at most.
@@ -198,7 +198,8 @@ def export_model(
         model: the float model; None for the one the cache was made from.
         cache: a cache or its path; None for a preset that quantizes weights alone.
         preset: int8, fp8, or int4 (weights alone).
-        method: the calibration method; None for the cache's.
+        method: the calibration method; None for the cache's. For int4 how weights are solved, mse (unless given) or
+            amax.
         method_options: its options.
         target: tensorrt, ort, ort-cpu, or a plug-in's.
         everything: quantize also what the preset leaves in float for speed or accuracy.
@@ -217,7 +218,10 @@ def export_model(
             f"export: {preset} needs {'a calibration cache' if wanted.activations else 'the model, or its cache'}; "
             "give one, or run `quantkit calibrate` first."
         )
-    calibrator = None if held is None else calibrator_of(held, method, method_options)
+    weight_method = weight_method_of(wanted, method)
+    calibrator = (
+        None if held is None or wanted.activations is None else calibrator_of(held, method, method_options)
+    )
     if model is None:
         assert held is not None
         model = held.find_model("cache" if isinstance(cache, CalibrationCache | None) else cache)
@@ -242,6 +246,7 @@ def export_model(
         calibrator=calibrator,
         everything=everything,
         ranges=ranges,
+        weight_method=weight_method,
     )
     written = emitter.emit(graph, plan)
     probe = {} if held is None else fill_batch(dict(held.probe), graph.inputs)
@@ -258,7 +263,9 @@ def export_model(
         float_size_bytes=graph.weight_bytes,
         verification=checked,
         warnings=tuple(
-            clipping_warnings(plan, histograms) if calibrator else _made_up_warnings(plan, probe, ranges)
+            _made_up_warnings(plan, probe, ranges)
+            if held is None or ranges
+            else clipping_warnings(plan, histograms)
         ),
     )
 

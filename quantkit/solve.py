@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +32,23 @@ _INT32_MAX = 2**31 - 1
 # Of weights in few bits and blocks the scale of least squared error; of the others the largest magnitude, which keeps
 # as much and is what TensorRT does.
 _WEIGHT_METHOD: Mapping[bool, WeightMethod] = {True: "mse", False: "amax"}
+
+
+def weight_method_of(preset: Preset, method: str | None = None) -> WeightMethod:
+    """Return how weights are solved: of presets that quantize nothing else `method` says so, else it is fixed.
+
+    Raises:
+        UnknownNameError: `method` is none for weights.
+    """
+    if preset.activations is not None or method is None:
+        return _WEIGHT_METHOD[preset.in_blocks]
+    for known in get_args(WeightMethod):
+        if method == known:
+            return cast(WeightMethod, known)
+    raise UnknownNameError(
+        f"method {method}: {preset.name} quantizes weights alone, whose methods are "
+        f"{' and '.join(get_args(WeightMethod))}; choose one of them, or leave --method out."
+    )
 
 
 def calibrator_of(
@@ -76,6 +93,7 @@ def solve(
     calibrator: Calibrator | None,
     everything: bool = False,
     ranges: Mapping[str, Range] | None = None,
+    weight_method: WeightMethod | None = None,
 ) -> Plan:
     """Return the plan that `calibrator` finds.
 
@@ -93,6 +111,7 @@ def solve(
         everything: quantize also what the preset leaves in float.
         ranges: fixed ranges by tensor name, in place of histograms. They are taken as they are: tensors that are
             tied together keep each its own.
+        weight_method: how weights are solved; None for the preset's own way (`weight_method_of`).
 
     Raises:
         PlanError: there is nothing that can be quantized so.
@@ -110,11 +129,13 @@ def solve(
     if not placement.nodes:
         raise PlanError(_nothing_left(graph, preset, placement.left))
     integer_bias = target.integer_bias and preset.integer_activations
+    weight_method = weight_method or weight_method_of(preset)
     weights, biases = _solve_weights(
         graph,
         placement,
         preset,
         activations,
+        method=weight_method,
         integer_bias=integer_bias,
         whole_blocks=target.whole_blocks,
     )
@@ -123,7 +144,7 @@ def solve(
         fingerprint=graph.fingerprint,
         preset=preset.name,
         target=target.name,
-        method=_method_name(preset, calibrator),
+        method=_method_name(preset, calibrator, weight_method),
         activations=activations,
         weights=weights,
         biases=biases,
@@ -132,9 +153,9 @@ def solve(
     )
 
 
-def _method_name(preset: Preset, calibrator: Calibrator | None) -> str:
+def _method_name(preset: Preset, calibrator: Calibrator | None, weight_method: WeightMethod) -> str:
     if preset.activations is None:
-        return _WEIGHT_METHOD[preset.in_blocks]
+        return weight_method
     return IMPORTED if calibrator is None else calibrator.name
 
 
@@ -248,6 +269,7 @@ def _solve_weights(
     preset: Preset,
     activations: Mapping[str, ActivationPlan],
     *,
+    method: WeightMethod,
     integer_bias: bool,
     whole_blocks: bool,
 ) -> tuple[list[WeightPlan], list[BiasPlan]]:
@@ -263,7 +285,7 @@ def _solve_weights(
         if whole_blocks:
             _check_blocks(name, w.shape, spec)
         dtype = _float_dtype(graph, name)
-        qparams = _weight_qparams(name, w, spec, dtype)
+        qparams = _weight_qparams(name, w, spec, dtype, method)
         with_bias = [s for s in readers if integer_bias and _bias(graph.node(s.node)) is not None]
         for site in with_bias:
             qparams = _wide_enough(graph, site, qparams, _input_scale(graph, site, activations))
@@ -290,10 +312,12 @@ def _check_blocks(name: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
     )
 
 
-def _weight_qparams(name: str, w: np.ndarray, spec: QuantSpec, dtype: np.dtype) -> QParams:
+def _weight_qparams(
+    name: str, w: np.ndarray, spec: QuantSpec, dtype: np.dtype, method: WeightMethod
+) -> QParams:
     if spec.block_size is not None:
-        return weight_qparams(w, spec, method=_WEIGHT_METHOD[True], scale_dtype=dtype, name=name)
-    range_ = weight_range(w.astype(np.float32), spec, method=_WEIGHT_METHOD[False], name=name)
+        return weight_qparams(w, spec, method=method, scale_dtype=dtype, name=name)
+    range_ = weight_range(w.astype(np.float32), spec, method=method, name=name)
     return qparams_from_range(_holdable(range_, spec, dtype), spec, scale_dtype=dtype)
 
 

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 import quantkit
-from quantkit.errors import CacheError, SpecError
+from quantkit.errors import CacheError, SpecError, UnknownNameError
 from quantkit.formats import dequantize
 from quantkit.graph import load_graph
 from quantkit.runtime import Session
@@ -94,3 +94,24 @@ def test_products_of_activations_and_convolutions_are_listed(tmp_path):
         MODELS["masked_attention"].build(), preset="int4", group=4, target="ort", out=tmp_path / "q.onnx"
     )
     assert any("weights alone" in left.reason for left in exported.plan.left)
+
+
+def test_the_method_is_that_of_the_weights(linear, tmp_path):
+    def scales(method):
+        exported = quantkit.export_model(
+            linear, preset="int4", group=16, method=method, out=tmp_path / f"{method}.onnx"
+        )
+        assert exported.plan.method == (method or "mse")
+        return exported.plan.weights[0].qtensor.qparams.scale
+
+    np.testing.assert_array_equal(scales(None), scales("mse"))
+    assert not np.array_equal(scales("mse"), scales("amax"))
+    with pytest.raises(UnknownNameError, match="weights alone"):
+        scales("entropy")
+
+
+def test_a_cache_lends_its_sample_and_its_method_is_left_aside(linear, tmp_path):
+    cache = quantkit.calibrate_model(linear, np.ones((4, K), np.float32), method="entropy")
+    exported = quantkit.export_model(linear, cache, preset="int4", group=16, out=tmp_path / "q.onnx")
+    assert exported.plan.method == "mse"
+    assert exported.warnings == ()
