@@ -263,7 +263,7 @@ def test_widening_is_exact(machine):
 
 def test_approximations_keep_their_bounds_and_products_round_twice(machine):
     x = np.random.default_rng(10).uniform(-8, 8, 5000).astype(np.float32)
-    out = np.zeros((5, x.size), np.float32)
+    out = np.zeros((6, x.size), np.float32)
     run(machine, "approximate", x, out, np.int32(x.size))
     exact = x.astype(np.float64)
     np.testing.assert_allclose(out[0], 1 / exact, rtol=2**-22)
@@ -271,3 +271,5 @@ def test_approximations_keep_their_bounds_and_products_round_twice(machine):
     np.testing.assert_allclose(out[2], np.tanh(exact), rtol=2**-10.9)
     np.testing.assert_array_equal(out[3], (exact * exact - 1).astype(np.float32))
     np.testing.assert_array_equal(out[4], x * x - np.float32(1))
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(out[5], np.sqrt(x))

@@ -268,6 +268,7 @@ QK_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector);
 QK_DEVICE int32_t dp4a(int32_t a, int32_t b, int32_t c);
 // One rounding. Kernels are compiled without contraction, so a * b + c has two, everywhere.
 QK_DEVICE float fused_multiply_add(float a, float b, float c);
+QK_DEVICE float square_root(float x);  // rounded to nearest
 // 1 / x, 2 ** x and tanh x as the hardware approximates them: within 1, 2 and 2**-10.987 relative (ulp, ulp, -).
 // The emulator computes them to the nearest float, so kernels that use them are compared within those bounds.
 QK_DEVICE float reciprocal_approx(float x);
