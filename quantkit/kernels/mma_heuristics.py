@@ -73,9 +73,13 @@ def mma_device(arch: str, multiprocessors: int) -> MmaDevice:
     return replace(known, arch=arch, multiprocessors=multiprocessors)
 
 
-def widens(format_name: str, arch: str) -> bool:
-    """Return whether the kernel turns this format into fp16 in registers: e4m3 before sm_89."""
-    return format_name == "float8_e4m3fn" and arch in ("sm_80", "sm_86")
+# Architectures on which mma.sync multiplies e4m3 as fp16, and how the kernel makes fp16 of it: its macro WIDEN.
+_WIDENING = MappingProxyType({"sm_80": 1, "sm_86": 1, "sm_90a": 2, "sm_100a": 2})
+
+
+def widening(format_name: str, arch: str) -> int:
+    """Return how the kernel widens operands of this format: 0 where the tensor core takes them as they are."""
+    return _WIDENING.get(arch, 0) if format_name == "float8_e4m3fn" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +118,13 @@ class MmaTile:
 
     def residents(self, device: MmaDevice) -> int:
         """Return how many blocks a multiprocessor holds at a time."""
-        # Sums, two sets of fragments, and some forty for addresses: a thread has at most 255 registers.
+        # Sums, two sets of fragments, and the rest for addresses, as compilers were seen to need them.
         warp_m, warp_n = self.tile_m // self.warps_m, self.tile_n // self.warps_n
-        registers = min(255, (warp_m * warp_n + (warp_m + warp_n) * 16) // 32 + 56)
+        copies = (self.tile_m + self.tile_n) * self.row // 16 // self.threads
+        registers = (
+            (warp_m * warp_n + (warp_m + warp_n) * 16) // 32 + 56 + (3 * copies if self.row == 128 else 0)
+        )
+        registers = min(255, registers)
         by_registers = 65536 // (registers * self.threads)
         return max(1, min(device.shared_bytes // (self.shared_bytes + 1024), by_registers))
 
@@ -143,8 +151,9 @@ def mma_candidates(problem: Problem, device: MmaDevice) -> Iterator[MmaTile]:
     """Yield the configurations of gemm_mma.cu that can run `problem` on `device`."""
     all_bytes = problem.k * ITEM_BYTES[problem.format]
     for tile_m, tile_n, warps_m, warps_n, row in _SHAPES:
-        # fp16 made of e4m3 takes registers that the largest pieces have not left.
-        if widens(problem.format, device.arch) and tile_m * tile_n // (warps_m * warps_n) > 2048:
+        # Two of e4m3 become four registers of fp16, for which the largest pieces have no room (conversion by moving
+        # bits needs less at a time).
+        if widening(problem.format, device.arch) == 2 and tile_m * tile_n > 2048 * warps_m * warps_n:
             continue
         for stages in (3, 4, 6):
             tile = MmaTile(
@@ -172,8 +181,8 @@ def mma_estimate_us(problem: Problem, tile: MmaTile, device: MmaDevice) -> float
     all_bytes = problem.k * ITEM_BYTES[problem.format]
     steps = -(-all_bytes // tile.row // tile.slices) if all_bytes else 0
     rate = device.macs_per_cycle * device.cycles_per_us
-    if problem.format == "float8_e4m3fn" and device.arch in ("sm_80", "sm_86", "sm_90a", "sm_100a"):
-        rate *= 0.4  # multiplied as fp16, two instructions and their conversions
+    if widening(problem.format, device.arch):
+        rate *= 0.35  # two instructions, and their conversions
     products = tile.tile_m * tile.tile_n * tile.row / rate
     warp_m, warp_n = tile.tile_m / tile.warps_m, tile.tile_n / tile.warps_n
     moved = tile.threads / 32 * (warp_m + warp_n) * tile.row + (tile.tile_m + tile.tile_n) * tile.row

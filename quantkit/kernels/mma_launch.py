@@ -9,7 +9,7 @@ from pathlib import Path
 from quantkit.errors import KernelError
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.heuristics import Problem
-from quantkit.kernels.mma_heuristics import ITEM_BYTES, MmaTile, widens
+from quantkit.kernels.mma_heuristics import ITEM_BYTES, MmaTile, widening
 
 SOURCE = Path(__file__).parent / "cuda" / "gemm_mma.cu"
 KERNEL = "gemm_mma"
@@ -52,7 +52,7 @@ def launch_of(problem: Problem, tile: MmaTile, kind: EpilogueKind, arch: str) ->
     return MmaLaunch(
         defines={
             "TYPE": _TYPES[problem.format],
-            "WIDEN": int(widens(problem.format, arch)),
+            "WIDEN": widening(problem.format, arch),
             "TILE_M": tile.tile_m,
             "TILE_N": tile.tile_n,
             "WARPS_M": tile.warps_m,

@@ -14,12 +14,17 @@
 // columns one instruction takes 0 1 4 5 8 9 12 13, the other 2 3 6 7 10 11 14 15. Which rows ldmatrix reads is free,
 // and four columns from each of four threads fill whole sectors of D's row.
 //
-// WIDEN: before sm_89 tensor cores know no e4m3. Its codes travel and lie as they are, and become fp16 in registers.
+// WIDEN: the tensor cores that mma.sync reaches on sm_80, 86, 90 and 100 know no e4m3. Its codes travel and lie as they
+// are, and become fp16 in registers.
 //
 // SPLIT: few tiles leave multiprocessors idle, so blockIdx.y slices K. Each slice's block leaves its sums in the
 // workspace; the one that arrives last adds them up, always in the order of the slices, and finishes the tile.
 // Which block that is differs between runs; the result does not.
 #include "epilogue.h"
+
+// WIDEN: not at all; by moving bits; by an instruction, where there is one (sm_89).
+#define MOVED 1
+#define CONVERTED 2
 
 using namespace qk;
 using Type = TYPE;
@@ -65,15 +70,23 @@ QK_FUNCTION Place place_of(int index, int tiles_m, int tiles_n) {
   return {start + within % height, within / height};
 }
 
-// Four e4m3 codes to fp16, codes 0 1 in `low` and 2 3 in `high`, each 2^-8 of its value: its bits are moved and its
-// exponent left as it is. NaN, the code 0x7f, gets fp16's highest exponent.
-constexpr float WIDENED = 65536.0f;  // what products of two such numbers lack
+#if WIDEN
+// Four e4m3 codes to fp16, codes 0 1 in `low` and 2 3 in `high`. CONVERTED: by instruction. Else each comes out as 2^-8
+// of its value: its bits are moved, its exponent is left as it is, and NaN, the code 0x7f, gets fp16's highest one.
 QK_FUNCTION void widen(uint32_t codes, uint32_t& low, uint32_t& high) {
-  const uint32_t magnitude = codes & 0x7f7f7f7fu;
-  const uint32_t marked = magnitude | ((magnitude + 0x01010101u) & 0x80808080u);
-  low = prmt(marked, 0, 0x1404) >> 1 | (prmt(codes, 0, 0x1404) & 0x80008000u);
-  high = prmt(marked, 0, 0x3424) >> 1 | (prmt(codes, 0, 0x3424) & 0x80008000u);
+  if (WIDEN == CONVERTED) {
+    low = e4m3_to_f16(static_cast<uint16_t>(codes));
+    high = e4m3_to_f16(static_cast<uint16_t>(codes >> 16));
+  } else {
+    const uint32_t magnitude = codes & 0x7f7f7f7fu;
+    const uint32_t marked = magnitude | ((magnitude + 0x01010101u) & 0x80808080u);
+    const uint32_t upper = (codes & 0x80808080u) | (marked >> 1 & 0x7f7f7f7fu), lower = codes << 7 & 0x80808080u;
+    low = prmt(lower, upper, 0x5140);
+    high = prmt(lower, upper, 0x7362);
+  }
 }
+#endif
+constexpr float WIDENED = WIDEN == MOVED ? 65536.0f : 1.0f;  // what products of two such numbers lack
 
 // The 32 bytes of K of one step: A's fragments and B's.
 struct Fragments { uint32_t a[MI][4], b[NI][2]; };
@@ -99,14 +112,20 @@ QK_FUNCTION void multiply(Accumulator (&sum)[MI][NI][4], const Fragments& f) {
 #endif
 }
 
-// Four neighbours of a row of D.
-template <int Bytes> struct Quad;
-template <> struct Quad<1> { using Type = uint32_t; };
-template <> struct Quad<2> { using Type = U32x2; };
-template <> struct Quad<4> { using Type = U32x4; };
-QK_FUNCTION uint32_t joined(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
-QK_FUNCTION U32x2 joined(uint32_t low, uint32_t high) { return {low, high}; }
-QK_FUNCTION U32x4 joined(U32x2 low, U32x2 high) { return {low.x, low.y, high.x, high.y}; }
+// Four neighbours of a row of D, made of two pairs.
+template <int Bytes> struct Four;
+template <> struct Four<1> {
+  using Type = uint32_t;
+  QK_FUNCTION Type of(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
+};
+template <> struct Four<2> {
+  using Type = U32x2;
+  QK_FUNCTION Type of(uint32_t low, uint32_t high) { return {low, high}; }
+};
+template <> struct Four<4> {
+  using Type = U32x4;
+  QK_FUNCTION Type of(U32x2 low, U32x2 high) { return {low.x, low.y, high.x, high.y}; }
+};
 
 QK_KERNEL(THREADS, 1)
 gemm_mma(const uint8_t* a, const uint8_t* b, uint8_t* d, EPILOGUE_PARAMETERS, U32x4* workspace, uint32_t* arrivals,
@@ -247,9 +266,9 @@ gemm_mma(const uint8_t* a, const uint8_t* b, uint8_t* d, EPILOGUE_PARAMETERS, U3
                                         epilogue::residual_at(output, row, column + q * 2 + 1)};
             pairs[q] = epilogue::element_pair(output, four[q][0], four[q][1], both, columns[q], residuals);
           }
-          using Four = Quad<epilogue::ELEMENT_BYTES>::Type;
+          using Stored = Four<epilogue::ELEMENT_BYTES>;
           const int64_t at = int64_t(row) * n_size + column;
-          st_global(reinterpret_cast<Four*>(d + at * epilogue::ELEMENT_BYTES), joined(pairs[0], pairs[1]));
+          st_global(reinterpret_cast<Stored::Type*>(d + at * epilogue::ELEMENT_BYTES), Stored::of(pairs[0], pairs[1]));
         } else {
           QK_UNROLL for (int q = 0; q < 2; q++)
             QK_UNROLL for (int e = 0; e < 2; e++)
