@@ -22,7 +22,7 @@ HOUSE = (
     ("cli",),
     ("pipeline",),
     ("interchange",),
-    ("evaluate", "observe", "solve"),
+    ("evaluate", "observe", "observe_gram", "solve"),
     ("export", "kernels", "cache", "diagnose", "placement", "recipe"),
     ("simulate", "cache_merge", "evaluation"),
     ("calibrators", "memory", "plan", "presets"),

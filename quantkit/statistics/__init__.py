@@ -5,7 +5,8 @@ bit in any order and grouping; sums of floats to 1e-12.
 """
 
 from quantkit.statistics.channels import ChannelStats
+from quantkit.statistics.gram import GramMatrix, gram_bytes
 from quantkit.statistics.histogram import Bins, FloatHistogram
 from quantkit.statistics.reduction import NATIVE
 
-__all__ = ["NATIVE", "Bins", "ChannelStats", "FloatHistogram"]
+__all__ = ["NATIVE", "Bins", "ChannelStats", "FloatHistogram", "GramMatrix", "gram_bytes"]

@@ -1,0 +1,148 @@
+"""Running the float model for the Gram matrices of its linear layers' inputs, as many layers at a time as fit."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantkit.data import SampleSource, batch_axes, batch_length, batches, fixed_batch_size, peek
+from quantkit.graph import Graph
+from quantkit.graph.linears import Linear
+from quantkit.memory import fitting_batch, tensor_bytes
+from quantkit.runtime import Session
+from quantkit.statistics.gram import GramMatrix, gram_bytes
+from quantkit.statistics.patches import patches, same_pads
+
+# Beside the matrices themselves, what is fetched of the model and cut into patches.
+DEFAULT_GRAM_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class GramWork:
+    """What collecting will take, known before it starts.
+
+    Attributes:
+        passes: the views of each run over the data.
+        views: a linear operator of every view.
+        file_bytes: of all matrices together.
+        memory_bytes: of the largest pass: its matrices, and its tensors of one batch.
+        batch_size: samples run at a time.
+    """
+
+    passes: list[list[str]]
+    views: dict[str, Linear]
+    file_bytes: int
+    memory_bytes: int
+    batch_size: int
+
+
+def divide_grams(
+    graph: Graph,
+    source: SampleSource,
+    linears: Iterable[Linear],
+    *,
+    batch_size: int | None = None,
+    max_memory: int | None = None,
+) -> GramWork:
+    """Return how the Gram matrices of these operators' inputs are collected.
+
+    Args:
+        graph: the cleaned model.
+        source: the samples; the first tells how large tensors are.
+        linears: of `find_linears`; those that read a tensor alike share a matrix.
+        batch_size: samples to run at a time; None for as many as fit, at most 32.
+        max_memory: bytes for the matrices of a pass and its tensors; a matrix larger than that has a pass of its
+            own. None for 1 GiB.
+
+    Raises:
+        DataError: no samples.
+    """
+    views: dict[str, Linear] = {}
+    for linear in linears:
+        views.setdefault(linear.view, linear)
+    budget = max_memory or DEFAULT_GRAM_MEMORY
+    first, _ = peek(source)
+    sizes = tensor_bytes(graph, first, sorted({v.input for v in views.values()}))
+    # A quarter for tensors, of which a piece stands in memory twice more, as patches of float64.
+    largest = max(sizes.values(), default=1)
+    size = fixed_batch_size(graph.inputs) or batch_size or fitting_batch(largest, budget // 4)
+    passes: list[list[str]] = []
+    filled = most = 0
+    for view, linear in views.items():
+        needed = gram_bytes(linear.size, linear.groups) + size * sizes[linear.input]
+        if not passes or filled + needed > budget:
+            passes.append([])
+            filled = 0
+        passes[-1].append(view)
+        filled += needed
+        most = max(most, filled)
+    return GramWork(
+        passes=passes,
+        views=views,
+        file_bytes=sum(gram_bytes(v.size, v.groups) for v in views.values()),
+        memory_bytes=most,
+        batch_size=size,
+    )
+
+
+def observe_grams(
+    graph: Graph,
+    source: SampleSource,
+    work: GramWork,
+    *,
+    on_samples: Callable[[int], object] = lambda count: None,
+) -> Iterator[tuple[str, GramMatrix]]:
+    """Run the model once a pass and yield every view with its matrix, in the order of `work`.
+
+    The matrices of a pass are yielded at its end, and the next begins when the last of them is taken.
+
+    Args:
+        graph, source: those that `work` was made of; the source is gone through once a pass.
+        work: from `divide_grams`.
+        on_samples: called with the number of samples done since its last call.
+
+    Raises:
+        DataError: no samples, or samples that do not fit.
+        ModelError: the model does not run.
+    """
+    axes = batch_axes(graph.inputs)
+    fed = {spec.name for spec in graph.inputs}
+    for part in work.passes:
+        grams = {view: GramMatrix(work.views[view].size, work.views[view].groups) for view in part}
+        readers: dict[str, list[str]] = {}
+        for view in part:
+            readers.setdefault(work.views[view].input, []).append(view)
+        fetched = [name for name in readers if name not in fed]
+        # As calibration runs it: with all optimizations.
+        session = Session(graph.model, outputs=fetched) if fetched else None
+        for batch in batches(source, graph.inputs, work.batch_size):
+            tensors = dict(batch) if session is None else {**batch, **session.run(batch)}
+            for name, reading in readers.items():
+                array = tensors.pop(name)
+                for view in reading:
+                    for rows in vectors(array, work.views[view]):
+                        grams[view].observe(rows)
+            on_samples(batch_length(batch, axes))
+        yield from grams.items()
+
+
+def vectors(x: np.ndarray, linear: Linear) -> Iterator[np.ndarray]:
+    """Yield the vectors of an input that a linear operator multiplies, of shape (groups, vectors, K)."""
+    if linear.window is None:
+        yield np.moveaxis(x, linear.input_axis, -1).reshape(1, -1, x.shape[linear.input_axis])
+        return
+    w = linear.window
+    pads = w.pads
+    if pads is None:
+        pads = tuple(
+            same_pads(
+                x.shape[2:],
+                kernel=w.kernel,
+                strides=w.strides,
+                dilations=w.dilations,
+                lower=w.auto_pad == "SAME_LOWER",
+            )
+        )
+    yield from patches(
+        x, kernel=w.kernel, strides=w.strides, pads=pads, dilations=w.dilations, groups=w.groups
+    )
