@@ -24,7 +24,7 @@ HOUSE = (
     ("interchange",),
     ("evaluate", "observe", "observe_gram", "solve"),
     ("export", "kernels", "cache", "diagnose", "placement", "recipe"),
-    ("simulate", "cache_merge", "evaluation"),
+    ("decode", "simulate", "cache_merge", "evaluation"),
     ("calibrators", "memory", "plan", "presets"),
     ("statistics", "graph", "metrics", "runtime", "cache_file", "cache_identity"),
     ("data", "class_metrics", "files", "formats", "model_files", "tables"),
