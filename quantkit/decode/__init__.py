@@ -24,7 +24,7 @@ def decode(model: ir.Model) -> ir.Model:
     - Static Q/DQ of activations in int8, int16, int4 or float8 stays; in FP4 or under E8M0 scales it becomes float
       operators, as do TRT_FP4DynamicQuantize (E4M3 scales, block 16) and TRT_MXFP8DynamicQuantize (E8M0 scales by the
       rule "rceil", block 32). They round bit for bit as `quantkit.formats` does.
-    - bfloat16 becomes float32, rounded to bfloat16 behind every operator that computes.
+    - bfloat16 becomes float32, rounded to bfloat16 behind every operator that computes; inputs stay bfloat16.
 
     Names of inputs, outputs and of tensors that are computed as before stay. `model` is not changed.
 

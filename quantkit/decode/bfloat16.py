@@ -23,7 +23,10 @@ _TYPE_ATTRIBUTES = ("to", "output_dtype", "dtype", "stash_type", "precision", "s
 
 
 def emulate_bfloat16(model: ir.Model) -> None:
-    """Rewrite a model so that it has no bfloat16 but at its inputs and outputs, and rounds as if it had."""
+    """Rewrite a model so that it has no bfloat16 but at its inputs, and rounds as if it had.
+
+    Its outputs are float32: no array of ONNX Runtime's Python interface holds bfloat16.
+    """
     nodes = list(nodes_of(model.graph))
     graphs = [model.graph, *(inner for node in nodes for inner in graphs_of(node))]
     if not any(_holds_bfloat16(graph) for graph in graphs):
@@ -31,7 +34,6 @@ def emulate_bfloat16(model: ir.Model) -> None:
     # Types are wanted of all that is computed; where inference does not know an operator, its inputs tell.
     passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     rounded = {id(v) for node in nodes for v in node.outputs if _puts_out_bfloat16(node, v)}
-    outputs = [v for v in model.graph.outputs if id(v) in rounded or v.dtype == _BFLOAT16]
     inputs = [v for v in model.graph.inputs if v.dtype == _BFLOAT16]
     for graph in graphs:
         for value in graph.initializers.values():
@@ -54,9 +56,6 @@ def emulate_bfloat16(model: ir.Model) -> None:
         ir.convenience.replace_all_uses_with(value, wide.outputs[0])
         wide.replace_input_with(0, value)
         model.graph.insert_before(model.graph[0], wide)
-    for index, value in enumerate(model.graph.outputs):
-        if any(value is old for old in outputs) or value.dtype == _BFLOAT16:
-            model.graph.outputs[index] = _narrowed(model.graph, value)
 
 
 def _holds_bfloat16(graph: ir.Graph) -> bool:
@@ -111,11 +110,3 @@ def _round(node: ir.Node, value: ir.Value) -> None:
     value.name, wide.outputs[0].name = f"{name}::exact", name
     assert isinstance(node.graph, ir.Graph)
     node.graph.insert_after(node, [narrow, wide])
-
-
-def _narrowed(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    node = ir.node("Cast", [value], attributes={"to": int(_BFLOAT16)}, name=f"{value.name}::output")
-    node.outputs[0].name, value.name = value.name, f"{value.name}::float32_value"
-    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(_BFLOAT16), value.shape
-    graph.append(node)
-    return node.outputs[0]
