@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.kernels.emulator import Mode, Swizzle, TensorMap, load
-from quantkit.kernels.gemm_launch import KERNEL, SOURCE, EpilogueKind, launch_of
+from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
+from quantkit.kernels.gemm_launch import KERNEL, SOURCE, launch_of
 from quantkit.kernels.heuristics import Problem, Tile
 
 _MULTIPROCESSORS = 4
+_SWIZZLES = {64: Swizzle.BYTES_64, 128: Swizzle.BYTES_128}
 
 
 def emulated_gemm(
@@ -35,7 +37,7 @@ def emulated_gemm(
         row_scale=_granularity(row_scale),
         column_scale=_granularity(column_scale),
         bias=bias is not None,
-        relu=relu,
+        activation="relu" if relu else "none",
     )
     launch = launch_of(problem, tile, kind, _MULTIPROCESSORS)
     operands = [_padded(a), _padded(b)]
@@ -55,7 +57,9 @@ def emulated_gemm(
         for array, box in zip(operands, (launch.first_box, launch.second_box), strict=True)
     ]
     stored = (
-        TensorMap(array=d, box=launch.output_box, swizzle=Swizzle.BYTES_128) if launch.tma_store else maps[0]
+        TensorMap(array=d, box=launch.output_box, swizzle=_SWIZZLES[launch.output_swizzle])
+        if launch.tma_store
+        else maps[0]
     )
     unused = np.zeros(2, np.float32)
     factors = [
@@ -66,10 +70,14 @@ def emulated_gemm(
         *maps,
         stored,
         d,
+        np.int32(problem.row_bytes),
         *factors,
+        unused,
+        unused,
+        unused,
+        EpilogueValues().packed(),
         np.int32(problem.m),
         np.int32(problem.n),
-        np.int32(problem.row_bytes),
         grid=launch.grid,
         block=launch.block,
         cluster=launch.cluster,

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from quantkit.formats.quantize import QTensor
 from quantkit.kernels import device, tuning
 from quantkit.kernels.emulated_gemm import emulated_gemm
+from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.families import Family, Operands, Prediction
 from quantkit.kernels.gemm import Epilogue, PackedWeight, matmul, pack_codes, pack_weight
-from quantkit.kernels.gemm_launch import KERNEL, SOURCE, EpilogueKind, launch_of
+from quantkit.kernels.gemm_launch import KERNEL, SOURCE, launch_of
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.heuristics import Problem, Tile, estimate_us, rank
 from quantkit.kernels.reference import gemm_reference
@@ -124,7 +125,7 @@ class GemmFamily(Family):
             row_scale=row,
             column_scale=column,
             bias=operands.bias,
-            relu=work.relu,
+            activation="relu" if work.relu else "none",
             output=work.output,
         )
 
@@ -142,6 +143,7 @@ def _problem(work: Work) -> Problem:
 
 def _kind(work: Work) -> EpilogueKind:
     """The epilogue that benchmarks run: one scale for the activations, one for each output channel."""
+    activation = "relu" if work.relu else "none"
     if work.format == "bf16":
-        return EpilogueKind(bias=work.bias, relu=work.relu)
-    return EpilogueKind(row_scale="one", column_scale="each", bias=work.bias, relu=work.relu)
+        return EpilogueKind(bias=work.bias, activation=activation)
+    return EpilogueKind(row_scale="one", column_scale="each", bias=work.bias, activation=activation)

@@ -6,29 +6,13 @@ The CuPy launcher and the emulator's tests both launch from this, so what the te
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.kernels.heuristics import ITEM_BYTES, OUTPUT_BYTES, Problem, Tile
+from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
+from quantkit.kernels.heuristics import ITEM_BYTES, Problem, Tile
 
 SOURCE = Path(__file__).parent / "cuda" / "gemm_sm90.cu"
 KERNEL = "gemm_sm90"
 
 _TYPES = {"int8": "S8", "float8_e4m3fn": "E4M3", "bfloat16": "BF16"}
-_SCALES = {"none": "SCALE_NONE", "one": "SCALE_ONE", "each": "SCALE_EACH"}
-_OUTPUTS = {
-    "int32": "OUTPUT_S32",
-    "float32": "OUTPUT_F32",
-    "bfloat16": "OUTPUT_BF16",
-    "float16": "OUTPUT_F16",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpilogueKind:
-    """What the epilogue is compiled for. row_scale, column_scale: none, one (for all), each (a vector)."""
-
-    row_scale: str = "none"
-    column_scale: str = "none"
-    bias: bool = False
-    relu: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +20,7 @@ class Launch:
     """One launch of gemm_sm90: its macros, its sizes, and the boxes of its three tensor maps (rows, columns).
 
     swap: the first tensor map is B's. tma_store: D's rows can be a tensor map's; else threads store elements.
+    output_swizzle: of the third map, in bytes.
     """
 
     defines: dict[str, str | int]
@@ -46,6 +31,7 @@ class Launch:
     first_box: tuple[int, int]
     second_box: tuple[int, int]
     output_box: tuple[int, int]
+    output_swizzle: int
     swap: bool
     tma_store: bool
 
@@ -55,33 +41,31 @@ def launch_of(problem: Problem, tile: Tile, kind: EpilogueKind, multiprocessors:
     width = OUTPUT_BYTES[problem.output]
     tma_store = problem.n * width % 16 == 0
     k = 128 // ITEM_BYTES[problem.format]
-    piece = min(tile.tile_n, 64 if width == 2 else 32)
-    output_box = (piece, 128 // width) if tile.swap else (64, piece)
+    piece = min(tile.owned, 32 if width == 4 else 64)
+    output_box = (piece, 32 if width == 4 else 64) if tile.swap else (64, piece)
     return Launch(
         defines={
             "TYPE": _TYPES[problem.format],
-            "OUTPUT": _OUTPUTS[problem.output],
             "MI": tile.blocks_of_64,
             "TILE_N": tile.tile_n,
             "STAGES": tile.stages,
             "CONSUMERS": tile.consumers,
             "CLUSTER": tile.cluster,
+            "SPLIT": tile.split,
             "GROUP": tile.group,
             "PINGPONG": int(tile.pingpong),
             "SWAP": int(tile.swap),
             "TMA_STORE": int(tma_store),
-            "ROW_SCALE": _SCALES[kind.row_scale],
-            "COLUMN_SCALE": _SCALES[kind.column_scale],
-            "BIAS": int(kind.bias),
-            "RELU": int(kind.relu),
+            **kind.defines(problem.output),
         },
-        grid=tile.clusters(problem, multiprocessors) * tile.cluster,
+        grid=tile.clusters(problem, multiprocessors) * tile.blocks,
         block=tile.threads,
-        cluster=tile.cluster,
+        cluster=tile.blocks,
         shared_bytes=tile.shared_bytes,
         first_box=(tile.tile_m, k),
         second_box=(tile.tile_n // tile.cluster, k),
         output_box=output_box,
+        output_swizzle=64 if width == 1 else 128,
         swap=tile.swap,
         tma_store=tma_store,
     )

@@ -6,12 +6,13 @@ Everything here is a pure function of the problem and of a few numbers that desc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from quantkit.kernels.epilogue import OUTPUT_BYTES
+
 SHARED_LIMIT = 232_448  # bytes of shared memory that a block may have on sm_90
 _ROW = 128  # bytes of K in a stage
 _BUFFERS = 2 * 8192  # bytes of output that each consumer has on its way to memory
 
 ITEM_BYTES = {"int8": 1, "float8_e4m3fn": 1, "bfloat16": 2}
-OUTPUT_BYTES = {"int32": 4, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class Problem:
 class Tile:
     """A configuration of gemm_sm90.cu, whose head says what each part does.
 
-    blocks_of_64: wgmma instructions of 64 rows that a consumer stacks. group: tiles along the first operand before
-    the next along the second.
+    blocks_of_64: wgmma instructions of 64 rows that a consumer stacks. cluster: blocks that share a tile of the second
+    operand. split: blocks that share K. group: tiles along the first operand before the next along the second.
     """
 
     blocks_of_64: int
@@ -63,6 +64,17 @@ class Tile:
     group: int = 8
     pingpong: bool = False
     swap: bool = False
+    split: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a cluster."""
+        return self.cluster * self.split
+
+    @property
+    def owned(self) -> int:
+        """Columns of a tile that one block finishes."""
+        return max(self.tile_n // self.split, 16)
 
     @property
     def tile_m(self) -> int:
@@ -73,7 +85,7 @@ class Tile:
     def shared_bytes(self) -> int:
         """Shared memory of a block: the ring, the output's buffers, the barriers."""
         ring = self.stages * ((self.tile_m + self.tile_n) * _ROW + 16)
-        return ring + self.consumers * _BUFFERS + 16
+        return ring + self.consumers * (_BUFFERS + 16) + 16
 
     @property
     def threads(self) -> int:
@@ -88,7 +100,7 @@ class Tile:
     def clusters(self, problem: Problem, multiprocessors: int) -> int:
         """Return how many clusters are launched: no more than there is room for, or work."""
         along_first, along_second = self.tiles(problem)
-        return min(along_first * along_second, max(1, multiprocessors // self.cluster))
+        return min(along_first * along_second, max(1, multiprocessors // self.blocks))
 
 
 def _deepest(**shape: int | bool) -> Tile | None:
@@ -113,12 +125,16 @@ def candidates(problem: Problem) -> Iterator[Tile]:
             for i, n in ((1, 128), (1, 192), (1, 256), (2, 128))
         ]
     shapes += [
-        {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True}
+        {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True, "split": split}
         for n in (16, 32, 64, 128, 256)
         for c in (1, 2)
+        for split in (1, 2, 4, 8)
     ]
+    steps = -(-problem.row_bytes // _ROW)
     for shape in shapes:
         if not shape.get("swap") and int(shape["tile_n"]) % wide:
+            continue
+        if shape.get("split", 1) > max(1, steps // 2):  # every block has two steps at least
             continue
         tile = _deepest(**shape)
         if tile is not None:

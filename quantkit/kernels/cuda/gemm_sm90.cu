@@ -1,9 +1,9 @@
-// D[m, n] = A[m, k] @ B[n, k].T for sm_90a, with scales, bias and activation, for int8, e4m3 and bf16.
+// D[m, n] = A[m, k] @ B[n, k].T for sm_90a with the epilogue of epilogue.h, for int8, e4m3 and bf16.
 //
 //   producer warpgroup            consumer warpgroups                       copy engine
 //   one thread: TMA loads  ->  ring of STAGES tiles in shared memory
 //                              wgmma, accumulators in registers
-//                              scale, round, stmatrix  ->  two buffers  ->  TMA store
+//                              finish, round, stmatrix  ->  two buffers  ->  TMA store
 //
 // Blocks stay and take tile after tile: while the consumers finish one tile the producer fills the ring for the next,
 // and stores drain behind the next tile's products. A stage holds 128 bytes of K of TILE_M rows of the first operand
@@ -15,118 +15,156 @@
 // Work: TILE_M = 64 * MI rows a consumer. Cooperative: the consumers split one tile. PINGPONG: each takes a tile of
 // its own and the products of one hide the epilogue of the other. With CLUSTER 2 two blocks with neighbouring first
 // tiles fetch half of the second tile each and multicast it to both.
-#include "instructions.h"
+//
+// SPLIT: the blocks of a cluster take one tile together, each a part of K, where there are too few tiles for the GPU
+// or a last wave of few. Then every block finishes its own columns of the accumulators: it receives the others'
+// partial sums in its buffers, written by them, and adds all in the order of their parts of K, so that every run
+// gives the same bits:
+//
+//   sender    wait for room   write into the owner's buffers   arrive on the owner's `partials`
+//   owner     wait for partials   add   arrive on every sender's `room`
+//
+// Nothing but the cluster takes part: no memory is set aside, and launches on any streams do not meet.
+#include "epilogue.h"
 
 using namespace qk;
+using namespace qk::epilogue;
 using Type = TYPE;
 using Accumulator = Type::Accumulator;
-
-#define OUTPUT_S32 0
-#define OUTPUT_F32 1
-#define OUTPUT_BF16 2
-#define OUTPUT_F16 3
-// SCALE of rows or columns: none, one for all, one each.
-#define SCALE_NONE 0
-#define SCALE_ONE 1
-#define SCALE_EACH 2
 
 constexpr int ROW = 128;                                 // bytes of K in a stage
 constexpr int SHARED_ROWS = PINGPONG ? 1 : CONSUMERS;    // consumers that split a tile
 constexpr int TILE_M = 64 * MI * SHARED_ROWS;
 constexpr int SECOND = TILE_M * ROW;                     // where the second operand lies in a stage
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * ROW;
-constexpr int ELEMENT_BYTES = OUTPUT == OUTPUT_BF16 || OUTPUT == OUTPUT_F16 ? 2 : 4;
+constexpr int BLOCKS = CLUSTER * SPLIT;                  // of a cluster
+static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares a tile of the second operand, or K");
+static_assert(SPLIT == 1 || !PINGPONG, "the consumers of a split tile work side by side");
 
-// The epilogue works in pieces of at most 8 KB of output, PIECE columns of the accumulators each.
+// Blocks that finish columns, and how many columns of the accumulators each.
+constexpr int OWNERS = TILE_N / SPLIT >= 16 ? SPLIT : TILE_N / 16;
+constexpr int OWNED = TILE_N / OWNERS;
+
+// The epilogue works in pieces of at most 8 KB of output, PIECE columns of the accumulators each. A staged row is 128
+// bytes, or 64 of one-byte elements.
 constexpr int BUFFER_BYTES = 8192;
-constexpr int WIDEST = SWAP ? (ELEMENT_BYTES == 2 ? 64 : 32) : ROW / ELEMENT_BYTES;
-constexpr int PIECE = TILE_N < WIDEST ? TILE_N : WIDEST;
-constexpr int PIECES = TILE_N / PIECE;
+constexpr int STAGED_ROW = ELEMENT_BYTES == 1 ? 64 : 128;
+constexpr int WIDEST = SWAP ? (ELEMENT_BYTES == 4 ? 32 : 64) : STAGED_ROW / ELEMENT_BYTES;
+constexpr int PIECE = OWNED < WIDEST ? OWNED : WIDEST;
+constexpr int PIECES = OWNED / PIECE;
 // Narrow tiles have registers to hold their factors through the products, and are too short to wait for them after.
-constexpr bool FETCH_EARLY = MI * TILE_N <= 64;
-static_assert(TILE_N % PIECE == 0, "TILE_N is a whole number of pieces");
-static_assert(SWAP || !TMA_STORE || PIECE == WIDEST, "a stored row is 128 bytes");
+constexpr bool FETCH_EARLY = MI * OWNED <= 64;
+static_assert(OWNED % PIECE == 0 && OWNED * OWNERS == TILE_N, "TILE_N is a whole number of pieces");
+static_assert(SWAP || !TMA_STORE || PIECE == WIDEST, "a stored row is whole");
 static_assert(PIECE % 16 == 0, "stmatrix writes 16 columns");
 
-// Where the 16 bytes `chunk` of row `row` lie in the 128-byte swizzle.
-QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^ (row & 7)) << 4); }
+// Partial sums travel in rounds of ROUND registers of every thread, as many as both buffers hold of all senders.
+constexpr int HELD = MI * OWNED / 2;
+constexpr int fitting(int count, int limit) { return count <= limit ? count : fitting(count / 2, limit); }
+constexpr int ROUND = fitting(HELD, 2 * BUFFER_BYTES / 512 / (SPLIT > 1 ? SPLIT - 1 : 1));
+constexpr int ROUNDS = HELD / ROUND;
+static_assert(ROUND * ROUNDS == HELD, "partial sums are a whole number of rounds");
+
+// Where byte `byte` of row `row` lies in the swizzle of the output's tensor map.
+QK_FUNCTION uint32_t staged(int row, int byte) {
+  const int chunk = byte >> 4 ^ (STAGED_ROW == 128 ? row & 7 : row >> 1 & 3);
+  return row * STAGED_ROW + (chunk << 4) + (byte & 15);
+}
 
 QK_FUNCTION uint64_t descriptor(uint32_t address) { return matrix_descriptor(address, 0, 1024, Swizzle::BYTES_128); }
 // What to add to a descriptor to move it on: its address counts 16 bytes and has room for all of shared memory.
 QK_FUNCTION uint64_t advance(int bytes) { return bytes >> 4; }
 
-// What the epilogue knows of the tensors.
-struct Output {
-  const float* row_scale;     // of rows of D: one or m_size
-  const float* column_scale;  // of columns of D: one or n_size
-  const float* bias;          // n_size
-  int m_size, n_size;
-};
+// Along the accumulators' columns lie D's columns, or its rows with SWAP; along their rows the others.
+template <bool First, class A, class B> struct Either { using Type = A; };
+template <class A, class B> struct Either<false, A, B> { using Type = B; };
+using Across = Either<SWAP, RowFactors, ColumnFactors>::Type;
+using Down = Either<SWAP, ColumnFactors, RowFactors>::Type;
 
-// Scales and bias that a row or a column brings to its elements.
-struct Factors {
-  float scale, bias;
-};
-
-QK_FUNCTION Factors row_factors(const Output& output, int row) {
-  if (ROW_SCALE == SCALE_NONE) return {1.0f, 0.0f};
-  if (ROW_SCALE == SCALE_ONE) return {ld_global(output.row_scale), 0.0f};
-  return {row < output.m_size ? ld_global(output.row_scale + row) : 0.0f, 0.0f};
+QK_FUNCTION void fetch_factors(const Output& output, int row, RowFactors& factors) {
+  factors = row_factors(output, row);
 }
-QK_FUNCTION Factors column_factors(const Output& output, int column) {
-  Factors factors{1.0f, 0.0f};
-  if (COLUMN_SCALE == SCALE_ONE) factors.scale = ld_global(output.column_scale);
-  if (COLUMN_SCALE == SCALE_EACH) factors.scale = column < output.n_size ? ld_global(output.column_scale + column) : 0.0f;
-  if (BIAS) factors.bias = column < output.n_size ? ld_global(output.bias + column) : 0.0f;
-  return factors;
+QK_FUNCTION void fetch_factors(const Output& output, int column, ColumnFactors& factors) {
+  factors = column_factors(output, column);
 }
-// Of index i along the accumulators' columns, and along their rows.
-QK_FUNCTION Factors across_factors(const Output& o, int i) { return SWAP ? row_factors(o, i) : column_factors(o, i); }
-QK_FUNCTION Factors down_factors(const Output& o, int i) { return SWAP ? column_factors(o, i) : row_factors(o, i); }
-
 // Two neighbours across, the first of them even. Where D's rows are whole 16 bytes n_size is even, so that both
 // columns exist or neither, and one load brings both.
-QK_FUNCTION void across_pair(const Output& o, int i, Factors& low, Factors& high) {
-  if constexpr (SWAP || !TMA_STORE) {
-    low = across_factors(o, i);
-    high = across_factors(o, i + 1);
+QK_FUNCTION void fetch_pair(const Output& output, int row, RowFactors& low, RowFactors& high) {
+  low = row_factors(output, row);
+  high = row_factors(output, row + 1);
+}
+QK_FUNCTION void fetch_pair(const Output& output, int column, ColumnFactors& low, ColumnFactors& high) {
+  if (TMA_STORE) {
+    column_factor_pair(output, column, low, high);
   } else {
-    low = high = {1.0f, 0.0f};
-    const bool inside = i < o.n_size;
-    auto load = [&](const float* from) {
-      return inside ? ld_global(reinterpret_cast<const U32x2*>(from + i)) : U32x2{0, 0};
-    };
-    if (COLUMN_SCALE == SCALE_ONE) low.scale = high.scale = ld_global(o.column_scale);
-    if (COLUMN_SCALE == SCALE_EACH) {
-      const U32x2 pair = load(o.column_scale);
-      low.scale = portable::bits_float(pair.x);
-      high.scale = portable::bits_float(pair.y);
-    }
-    if (BIAS) {
-      const U32x2 pair = load(o.bias);
-      low.bias = portable::bits_float(pair.x);
-      high.bias = portable::bits_float(pair.y);
-    }
+    low = column_factors(output, column);
+    high = column_factors(output, column + 1);
+  }
+}
+// Two sums that are neighbours across, finished.
+QK_FUNCTION Pair finish_pair(const Output& output, Accumulator low, Accumulator high, RowFactors down,
+                             ColumnFactors across_low, ColumnFactors across_high, const float (&residual)[2]) {
+  return element_pair(output, low, high, {down, down}, {across_low, across_high}, residual);
+}
+QK_FUNCTION Pair finish_pair(const Output& output, Accumulator low, Accumulator high, ColumnFactors down,
+                             RowFactors across_low, RowFactors across_high, const float (&residual)[2]) {
+  return element_pair(output, low, high, {across_low, across_high}, {down, down}, residual);
+}
+QK_FUNCTION void store_one(const Output& output, void* d, Accumulator sum, RowFactors down, ColumnFactors across, int r,
+                           int c) {
+  store_element(output, d, sum, down, across, r, c);
+}
+QK_FUNCTION void store_one(const Output& output, void* d, Accumulator sum, ColumnFactors down, RowFactors across, int r,
+                           int c) {
+  store_element(output, d, sum, across, down, c, r);
+}
+// Of the sums at row r and columns c and c + 1 of the accumulators, if they lie inside D.
+QK_FUNCTION void fetch_residuals(const Output& output, int r, int c, float (&residual)[2]) {
+  residual[0] = residual[1] = 0.0f;
+  if (RESIDUAL == RESIDUAL_NONE) return;
+  if (SWAP) {
+    if (r >= output.n_size) return;
+    if (c < output.m_size) residual[0] = residual_at(output, c, r);
+    if (c + 1 < output.m_size) residual[1] = residual_at(output, c + 1, r);
+  } else if (r < output.m_size && c < output.n_size) {
+    residual_pair_at(output, r, c, residual[0], residual[1]);
   }
 }
 
-QK_FUNCTION float finish(Accumulator sum, Factors down, Factors across) {
-  const Factors row = SWAP ? across : down, column = SWAP ? down : across;
-  float x = static_cast<float>(sum);
-  if (ROW_SCALE != SCALE_NONE) x = x * row.scale;
-  if (COLUMN_SCALE != SCALE_NONE) x = x * column.scale;
-  if (BIAS) x = x + column.bias;
-  if (RELU) x = x < 0.0f ? 0.0f : x;
-  return x;
+QK_FUNCTION uint32_t bits_of(float x) { return portable::float_bits(x); }
+QK_FUNCTION uint32_t bits_of(int32_t x) { return static_cast<uint32_t>(x); }
+
+// Four finished pairs into the buffer at `to`: columns 8 j of the accumulators with rows h = 0, 1, then 8 (j + 1).
+QK_FUNCTION void stage(uint32_t to, int warp, int lane, int j, const uint32_t (&pairs)[4]) {
+  const int matrix = lane / 8, within = lane % 8;
+  if (SWAP)
+    stmatrix_x4_transposed(to + staged((j + matrix / 2) * 8 + within, warp * 32 + matrix % 2 * 16), pairs[0], pairs[1],
+                           pairs[2], pairs[3]);
+  else
+    stmatrix_x4(to + staged(warp * 16 + matrix % 2 * 8 + within, (j + matrix / 2) * 16), pairs[0], pairs[1], pairs[2],
+                pairs[3]);
 }
-QK_FUNCTION uint32_t pack(float low, float high) {
-  return OUTPUT == OUTPUT_F16 ? pack_f16(low, high) : pack_bf16(low, high);
+QK_FUNCTION void stage(uint32_t to, int warp, int lane, int j, const U32x2 (&pairs)[4]) {
+  QK_UNROLL for (int q = 0; q < 4; q++) {
+    const int r = warp * 16 + lane / 4 + 8 * (q % 2), c = (j + q / 2) * 8 + lane % 4 * 2;
+    if (SWAP) {  // two boxes of 32 columns of D
+      const uint32_t box = to + r / 32 * PIECE * STAGED_ROW;
+      st_shared(box + staged(c, r % 32 * 4), pairs[q].x);
+      st_shared(box + staged(c + 1, r % 32 * 4), pairs[q].y);
+    } else {
+      st_shared(to + staged(r, c * 4), pairs[q]);
+    }
+  }
 }
-QK_FUNCTION uint32_t word(Accumulator sum, Factors down, Factors across) {
-  if constexpr (OUTPUT == OUTPUT_S32) {
-    return static_cast<uint32_t>(sum);
-  } else {
-    return portable::float_bits(finish(sum, down, across));
+QK_FUNCTION void stage(uint32_t to, int warp, int lane, int j, const uint16_t (&pairs)[4]) {
+  QK_UNROLL for (int q = 0; q < 4; q++) {
+    const int r = warp * 16 + lane / 4 + 8 * (q % 2), c = (j + q / 2) * 8 + lane % 4 * 2;
+    if (SWAP) {
+      st_shared(to + staged(c, r), static_cast<uint8_t>(pairs[q]));
+      st_shared(to + staged(c + 1, r), static_cast<uint8_t>(pairs[q] >> 8));
+    } else {
+      st_shared(to + staged(r, c), pairs[q]);
+    }
   }
 }
 
@@ -140,22 +178,26 @@ QK_FUNCTION Place place_of(int index, int tiles_first, int tiles_second) {
   return {start + within % height, within / height};
 }
 
-QK_CLUSTER_KERNEL(128 * (CONSUMERS + 1), 1, CLUSTER)
+QK_CLUSTER_KERNEL(128 * (CONSUMERS + 1), 1, BLOCKS)
 gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT TensorMap map_second,
-          const QK_GRID_CONSTANT TensorMap map_d, uint8_t* d, const float* row_scale, const float* column_scale,
-          const float* bias, int m_size, int n_size, int row_bytes) {
+          const QK_GRID_CONSTANT TensorMap map_d, uint8_t* d, int row_bytes, EPILOGUE_PARAMETERS) {
   const uint32_t base = shared_base(), buffers = base + STAGES * STAGE_BYTES;
-  const uint32_t full = buffers + (TMA_STORE ? CONSUMERS * 2 * BUFFER_BYTES : 0), empty = full + 8 * STAGES;
+  const uint32_t full = buffers + (TMA_STORE || SPLIT > 1 ? CONSUMERS * 2 * BUFFER_BYTES : 0);
+  const uint32_t empty = full + 8 * STAGES;
   const uint32_t turns = empty + 8 * STAGES;  // PINGPONG: whose products may start
+  const uint32_t partials = turns + 8 * 2, room = partials + 8 * CONSUMERS;  // SPLIT: one of each a consumer
   const int tid = threadIdx.x;
   const int warpgroup = shuffle(tid / 128, 0);  // the compiler sees that a warp's threads agree
-  const int rank = CLUSTER > 1 ? cluster_rank() : 0;
-  const int steps = (row_bytes + ROW - 1) / ROW;
+  const int rank = BLOCKS > 1 ? cluster_rank() : 0;
+  const int all_steps = (row_bytes + ROW - 1) / ROW;
+  const int first_step = SPLIT > 1 ? all_steps * rank / SPLIT : 0;
+  const int steps = SPLIT > 1 ? all_steps * (rank + 1) / SPLIT - first_step : all_steps;  // at least one
   const int first_size = SWAP ? n_size : m_size, second_size = SWAP ? m_size : n_size;
   const int tiles_first = (first_size + TILE_M * CLUSTER - 1) / (TILE_M * CLUSTER);
   const int tiles_second = (second_size + TILE_N - 1) / TILE_N;
   const int tiles = tiles_first * tiles_second;
-  const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+  const int cluster = blockIdx.x / BLOCKS, clusters = gridDim.x / BLOCKS;
+  const int place_in_pair = CLUSTER > 1 ? rank : 0;
 
   if (tid == 0) {
     prefetch_tensor_map(&map_first);
@@ -167,14 +209,18 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
     }
     mbarrier_init(turns, 1);
     mbarrier_init(turns + 8, 1);
+    if (SPLIT > 1) {
+      const int receivers = OWNERS - (rank < OWNERS ? 1 : 0);
+      for (int c = 0; c < CONSUMERS; c++) {  // one arrival a warp
+        mbarrier_init(partials + 8 * c, 4 * (SPLIT - 1));
+        mbarrier_init(room + 8 * c, receivers > 0 ? 4 * receivers : 1);
+      }
+    }
     fence_mbarrier_init();
   }
-  if (CLUSTER > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    block_sync();
-  }
+  if (BLOCKS > 1) cluster_arrive();
+  if (CLUSTER > 1) cluster_wait();  // SPLIT: who writes to other blocks waits for them then
+  else block_sync();
 
   if (warpgroup == 0) {
     if (CONSUMERS > 1) decrease_registers<40>();
@@ -183,12 +229,12 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       uint32_t parity = 1;  // the first round finds every stage empty
       for (int tile = cluster; tile < tiles; tile += clusters) {
         const Place place = place_of(tile, tiles_first, tiles_second);
-        const int first = (place.first * CLUSTER + rank) * TILE_M, second = place.second * TILE_N;
+        const int first = (place.first * CLUSTER + place_in_pair) * TILE_M, second = place.second * TILE_N;
         for (int step = 0; step < steps; step++) {
           const uint32_t stage = base + s * STAGE_BYTES;
           mbarrier_wait_ring(empty + 8 * s, parity);
           mbarrier_arrive_expect(full + 8 * s, STAGE_BYTES);
-          const int k = step * (ROW / 32) * Type::depth;
+          const int k = (first_step + step) * (ROW / 32) * Type::depth;
           tma_load(stage, &map_first, full + 8 * s, {k, first});
           if (CLUSTER == 1) {
             tma_load(stage + SECOND, &map_second, full + 8 * s, {k, second});
@@ -207,7 +253,7 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
   } else {
     if (CONSUMERS > 1) increase_registers<232>();
     const int consumer = warpgroup - 1, thread = tid % 128, warp = thread / 32, lane = tid % 32;
-    const Output output{row_scale, column_scale, bias, m_size, n_size};
+    const Output output = EPILOGUE_OUTPUT;
     // A stage is free when the consumers of every block that the multicast reaches have read it.
     auto release = [&](int s) {
       if (thread < CLUSTER) {
@@ -215,7 +261,15 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
         else mbarrier_arrive_ring(map_to_rank(empty + 8 * s, thread));
       }
     };
-    int s = 0, buffer = 0, round = 0;
+    // SPLIT: this consumer's buffers here, and in the same place of the other blocks.
+    const uint32_t own_buffers = buffers + consumer * 2 * BUFFER_BYTES;
+    const bool owner = rank < OWNERS;
+    auto grant_room = [&] {
+      if (lane == 0)
+        QK_UNROLL for (int source = 0; source < SPLIT; source++)
+          if (source != rank) mbarrier_arrive_remote(map_to_rank(room + 8 * consumer, source));
+    };
+    int s = 0, buffer = 0, round = 0, exchanges = 0;
     uint32_t parity = 0;
     auto skip = [&](int count) {  // PINGPONG: past the stages that the other consumer takes
       const int rounds = (s + count) / STAGES;
@@ -226,25 +280,32 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
     for (int tile = cluster + (PINGPONG ? consumer * clusters : 0); tile < tiles;
          tile += (PINGPONG ? CONSUMERS : 1) * clusters) {
       const Place place = place_of(tile, tiles_first, tiles_second);
-      const int first = (place.first * CLUSTER + rank) * TILE_M + (PINGPONG ? 0 : consumer * MI * 64);
+      const int first = (place.first * CLUSTER + place_in_pair) * TILE_M + (PINGPONG ? 0 : consumer * MI * 64);
       const int second = place.second * TILE_N;
       // Consumer 0 goes first: its round r follows consumer 1's round r - 1.
       if (PINGPONG) mbarrier_wait_ring(turns + 8 * consumer, (round & 1) ^ (consumer == 0));
 
       // Row 16 warp + lane / 4 + 8 h, columns 8 j + 2 (lane % 4) + e of the accumulators are this thread's.
       const int down = warp * 16 + lane / 4, across = lane % 4 * 2;
+      const int owned = second + (SPLIT > 1 && owner ? rank * OWNED : 0);  // the first column that is finished here
       // Factors of a piece's columns are fetched while the piece before is on its way.
       constexpr int EACH = PIECE / 4;
-      Factors columns[EACH], rows[MI][2];
+      Across columns[EACH];
+      Down rows[MI][2];
       auto fetch = [&](int piece) {
         QK_UNROLL for (int j = 0; j < EACH; j += 2)
-          across_pair(output, second + piece * PIECE + j * 4 + across, columns[j], columns[j + 1]);
+          fetch_pair(output, owned + piece * PIECE + j * 4 + across, columns[j], columns[j + 1]);
       };
       auto fetch_first = [&] {
         fetch(0);
         QK_UNROLL for (int i = 0; i < MI; i++)
-          QK_UNROLL for (int h = 0; h < 2; h++) rows[i][h] = down_factors(output, first + i * 64 + down + 8 * h);
+          QK_UNROLL for (int h = 0; h < 2; h++) fetch_factors(output, first + i * 64 + down + 8 * h, rows[i][h]);
       };
+      if (SPLIT > 1 && TMA_STORE && owner && exchanges > 0) {  // the last tile's stores have left the buffers
+        if (thread == 0) store_wait_read<0>();
+        barrier_sync(1 + consumer, 128);
+        grant_room();
+      }
       if (FETCH_EARLY) fetch_first();
 
       Registers<Accumulator, TILE_N / 2> sum[MI];
@@ -280,81 +341,105 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       wgmma_wait<0>();
       release(previous);
 
-      QK_UNROLL for (int turn = 0; turn < MI * PIECES; turn++) {
-        const int i = turn / PIECES, piece = turn % PIECES;
-        if (!TMA_STORE) {
-          QK_UNROLL for (int j = 0; j < PIECE / 8; j++)
-            QK_UNROLL for (int e = 0; e < 4; e++) {
-              const int r = first + i * 64 + down + e / 2 * 8;
-              const int c = second + piece * PIECE + j * 8 + across + e % 2;
-              const int row = SWAP ? c : r, column = SWAP ? r : c;
-              if (row < m_size && column < n_size) {
-                const int64_t at = int64_t(row) * n_size + column;
-                const Accumulator value = sum[i][(piece * (PIECE / 8) + j) * 4 + e];
-                const Factors of_row = rows[i][e / 2], of_column = columns[j * 2 + e % 2];
-                if constexpr (ELEMENT_BYTES == 4) {
-                  st_global(reinterpret_cast<uint32_t*>(d) + at, word(value, of_row, of_column));
-                } else {
-                  st_global(reinterpret_cast<uint16_t*>(d) + at,
-                            static_cast<uint16_t>(pack(finish(value, of_row, of_column), 0.0f)));
-                }
-              }
-            }
-          if (turn + 1 < MI * PIECES) fetch((turn + 1) % PIECES);
-        } else {
-          const uint32_t to = buffers + (consumer * 2 + buffer) * BUFFER_BYTES;
+      // Finish what this block owns of the tile; `value(i, at)` is register `at` of the owned columns of rows 64 i.
+      auto finish_tile = [&](auto value) {
+        QK_UNROLL for (int turn = 0; turn < MI * PIECES; turn++) {
+          const int i = turn / PIECES, piece = turn % PIECES, start = piece * PIECE * 4 / 8;
+          const int r = first + i * 64, c = owned + piece * PIECE;
+          if (!TMA_STORE) {
+            QK_UNROLL for (int j = 0; j < PIECE / 8; j++)
+              QK_UNROLL for (int e = 0; e < 4; e++)
+                store_one(output, d, value(i, start + j * 4 + e), rows[i][e / 2], columns[j * 2 + e % 2],
+                          r + down + e / 2 * 8, c + j * 8 + across + e % 2);
+            if (turn + 1 < MI * PIECES) fetch((turn + 1) % PIECES);
+            continue;
+          }
+          float residual[PIECE / 8][2][2];
+          if (RESIDUAL != RESIDUAL_NONE) {
+            QK_UNROLL for (int j = 0; j < PIECE / 8; j++)
+              QK_UNROLL for (int h = 0; h < 2; h++)
+                fetch_residuals(output, r + down + h * 8, c + j * 8 + across, residual[j][h]);
+          }
+          const uint32_t to = own_buffers + buffer * BUFFER_BYTES;
           if (thread == 0) store_wait_read<1>();  // the store before last has left this buffer
           barrier_sync(1 + consumer, 128);
           QK_UNROLL for (int j = 0; j < PIECE / 8; j += 2) {
-            const int at = (piece * (PIECE / 8) + j) * 4;
-            if constexpr (ELEMENT_BYTES == 2) {
-              uint32_t packed[4];  // columns 8 j with rows h = 0, 1, then columns 8 (j + 1)
-              QK_UNROLL for (int q = 0; q < 4; q++)
-                packed[q] = pack(finish(sum[i][at + q * 2], rows[i][q % 2], columns[(j + q / 2) * 2]),
-                                 finish(sum[i][at + q * 2 + 1], rows[i][q % 2], columns[(j + q / 2) * 2 + 1]));
-              const int matrix = lane / 8;
-              if constexpr (SWAP) {
-                const uint32_t address = to + swizzled((j + matrix / 2) * 8 + lane % 8, warp * 2 + matrix % 2);
-                stmatrix_x4_transposed(address, packed[0], packed[1], packed[2], packed[3]);
-              } else {
-                const uint32_t address = to + swizzled(warp * 16 + matrix % 2 * 8 + lane % 8, j + matrix / 2);
-                stmatrix_x4(address, packed[0], packed[1], packed[2], packed[3]);
-              }
-            } else {
-              QK_UNROLL for (int q = 0; q < 4; q++) {
-                const int h = q % 2, c = (j + q / 2) * 8 + across, r = down + 8 * h;
-                const uint32_t low = word(sum[i][at + q * 2], rows[i][h], columns[(j + q / 2) * 2]);
-                const uint32_t high = word(sum[i][at + q * 2 + 1], rows[i][h], columns[(j + q / 2) * 2 + 1]);
-                if constexpr (SWAP) {  // two boxes of 32 columns of D
-                  const uint32_t box = to + r / 32 * PIECE * ROW;
-                  st_shared(box + swizzled(c, r % 32 / 4) + r % 4 * 4, low);
-                  st_shared(box + swizzled(c + 1, r % 32 / 4) + r % 4 * 4, high);
-                } else {
-                  st_shared(to + swizzled(r, c / 4) + c % 4 * 4, U32x2{low, high});
-                }
-              }
+            Pair pairs[4];  // columns 8 j with rows h = 0, 1, then columns 8 (j + 1)
+            QK_UNROLL for (int q = 0; q < 4; q++) {
+              const int h = q % 2, block = j + q / 2, at = start + block * 4 + h * 2;
+              pairs[q] = finish_pair(output, value(i, at), value(i, at + 1), rows[i][h], columns[block * 2],
+                                     columns[block * 2 + 1], residual[block][h]);
             }
+            stage(to, warp, lane, j, pairs);
           }
           if (turn + 1 < MI * PIECES) fetch((turn + 1) % PIECES);
           fence_proxy_async();
           barrier_sync(1 + consumer, 128);
           if (thread == 0) {
-            const int r = first + i * 64, c = second + piece * PIECE;
             if (!SWAP) {
               tma_store(&map_d, to, {c, r});
             } else {
               tma_store(&map_d, to, {r, c});
-              if (ELEMENT_BYTES == 4) tma_store(&map_d, to + PIECE * ROW, {r + 32, c});
+              if (ELEMENT_BYTES == 4) tma_store(&map_d, to + PIECE * STAGED_ROW, {r + 32, c});
             }
             store_commit();
           }
           buffer ^= 1;
         }
+      };
+
+      if constexpr (SPLIT == 1) {
+        finish_tile([&](int i, int at) { return sum[i][at]; });
+      } else {
+        if (exchanges == 0) cluster_wait();  // the other blocks run, and their barriers are ready
+        // Register `at` of the columns that block `rank` owns; registers have no addresses, so it is picked.
+        Accumulator total[HELD];
+        QK_UNROLL for (int at = 0; at < HELD; at++) {
+          total[at] = sum[at / (OWNED / 2)][at % (OWNED / 2)];
+          QK_UNROLL for (int o = 1; o < OWNERS; o++)
+            if (rank == o) total[at] = sum[at / (OWNED / 2)][o * (OWNED / 2) + at % (OWNED / 2)];
+        }
+        QK_UNROLL for (int part = 0; part < ROUNDS; part++) {
+          if (!owner || OWNERS > 1) mbarrier_wait(room + 8 * consumer, (exchanges & 1) ^ 1);
+          QK_UNROLL for (int o = 0; o < OWNERS; o++) {
+            if (o == rank) continue;
+            const int slot = rank < o ? rank : rank - 1;
+            const uint32_t to = map_to_rank(own_buffers + slot * ROUND * 512 + thread * 4, o);
+            QK_UNROLL for (int q = 0; q < ROUND; q++) {
+              const int at = part * ROUND + q;
+              st_cluster(to + q * 512, bits_of(sum[at / (OWNED / 2)][o * (OWNED / 2) + at % (OWNED / 2)]));
+            }
+            warp_sync();
+            if (lane == 0) mbarrier_arrive_remote(map_to_rank(partials + 8 * consumer, o));
+          }
+          if (owner) {
+            mbarrier_wait(partials + 8 * consumer, exchanges & 1);
+            QK_UNROLL for (int q = 0; q < ROUND; q++) {
+              const Accumulator own = total[part * ROUND + q];
+              Accumulator added = 0;
+              QK_UNROLL for (int source = 0; source < SPLIT; source++) {
+                const int slot = source < rank ? source : source - 1;
+                const uint32_t from = own_buffers + (slot * ROUND + q) * 512 + thread * 4;
+                const Accumulator term = source == rank ? own : ld_shared<Accumulator>(from);
+                added = source == 0 ? term : added + term;
+              }
+              total[part * ROUND + q] = added;
+            }
+            // After the last round the buffers are needed for the output first.
+            if (!TMA_STORE || part + 1 < ROUNDS) {
+              warp_sync();
+              grant_room();
+            }
+          }
+          exchanges++;
+        }
+        if (owner) finish_tile([&](int i, int at) { return total[i * (OWNED / 2) + at]; });
       }
     }
     if (TMA_STORE && thread == 0) store_wait_read<0>();  // shared memory lasts as long as the block
   }
-  if (CLUSTER > 1) {  // no block leaves while another may still arrive on its barriers
+  if (BLOCKS > 1) {  // no block leaves while another may still write to it or arrive on its barriers
+    if (SPLIT > 1 && warpgroup == 0) cluster_wait();
     cluster_arrive();
     cluster_wait();
   }

@@ -168,6 +168,36 @@ QK_FUNCTION float residual_at(const Output& output, int row, int column) {
   return (value - output.numbers.residual_zero_point) * output.numbers.residual_scale;
 }
 
+// The residuals of two neighbours of a row inside D, the first in an even column, where n_size is even.
+QK_FUNCTION void residual_pair_at(const Output& output, int row, int column, float& low, float& high) {
+  low = high = 0.0f;
+  if (RESIDUAL == RESIDUAL_NONE) return;
+  const int64_t at = (int64_t(row) * output.n_size + column) / 2;
+  if (RESIDUAL_TYPE == OUTPUT_F32) {
+    const U32x2 pair = ld_global(static_cast<const U32x2*>(output.residual) + at);
+    low = portable::bits_float(pair.x);
+    high = portable::bits_float(pair.y);
+    return;
+  }
+  if (bytes_of(RESIDUAL_TYPE) == 2) {
+    const uint32_t pair = ld_global(static_cast<const uint32_t*>(output.residual) + at);
+    low = RESIDUAL_TYPE == OUTPUT_BF16 ? bf16_low(pair) : f16_low(pair);
+    high = RESIDUAL_TYPE == OUTPUT_BF16 ? bf16_high(pair) : f16_high(pair);
+    return;
+  }
+  const uint16_t pair = ld_global(static_cast<const uint16_t*>(output.residual) + at);
+  if (RESIDUAL_TYPE == OUTPUT_S8) {
+    low = static_cast<float>(static_cast<int8_t>(pair & 0xff));
+    high = static_cast<float>(static_cast<int8_t>(pair >> 8));
+  } else {
+    const uint32_t halves = e4m3_to_f16(pair);
+    low = f16_low(halves);
+    high = f16_high(halves);
+  }
+  low = (low - output.numbers.residual_zero_point) * output.numbers.residual_scale;
+  high = (high - output.numbers.residual_zero_point) * output.numbers.residual_scale;
+}
+
 // 1 / (1 + e^-x).
 QK_FUNCTION float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(x * -1.44269504f)); }
 
