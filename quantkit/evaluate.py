@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from quantkit.data import Sample, SampleSource, batch_axes, batch_length, batches, fixed_batch_size, peek
 from quantkit.data.labels import IGNORED_LABEL
+from quantkit.decode import beyond_onnxruntime, decode
 from quantkit.errors import DataError, ModelError
 from quantkit.evaluation import Evaluation, LayerMetrics
 from quantkit.graph import Graph
@@ -31,6 +32,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare the outputs of both models over the samples, and with `per_layer` what each linear operator puts out.
 
+    A quantized model that holds what ONNX Runtime has no kernels for (FP4, MX scales, TensorRT's operators, bfloat16)
+    is decoded first, which a note says: weights to floats, quantization of activations to float operators.
+
     Args:
         graph: the float model.
         quantized: the quantized model's file, or a model that is run in its place.
@@ -49,6 +53,16 @@ def evaluate(
     written = _open(quantized)
     what = str(quantized) if isinstance(quantized, Path) else quantized.name
     _same_interface(graph, written, what)
+    # Without extra outputs the file itself is run, as it lies there.
+    runnable: ir.Model | Path = quantized if isinstance(quantized, Path) else written
+    notes: list[str] = []
+    beyond = beyond_onnxruntime(written)
+    if beyond:
+        written = runnable = decode(written)
+        notes.append(
+            f"{what}: run as floats with its quantization kept, for ONNX Runtime has no kernels for "
+            f"{', '.join(beyond)}."
+        )
     layers = _layers(graph, written) if per_layer else {}
     names = [*graph.outputs, *(name for name in layers if name not in graph.outputs)]
     first, samples = peek(source)
@@ -58,11 +72,10 @@ def evaluate(
         or fitting_batch(2 * sum(tensor_bytes(graph, first, names).values()), DEFAULT_MAX_MEMORY)
     )
     reference = Session(graph.model, outputs=names)
-    # Without extra outputs the file itself is run, as it lies there.
     judged = (
         _session(written, what, names, optimize=optimize)
         if layers
-        else _session(quantized if isinstance(quantized, Path) else written, what, optimize=optimize)
+        else _session(runnable, what, optimize=optimize)
     )
     outputs = {name: OutputComparison(name) for name in graph.outputs}
     noise = {name: SignalToNoise() for name in layers}
@@ -94,6 +107,7 @@ def evaluate(
             LayerMetrics(name=node, op_type=op_type, sqnr_db=noise[name].sqnr_db)
             for name, (node, op_type) in layers.items()
         ],
+        notes=notes,
     )
 
 

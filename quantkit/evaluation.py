@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 from quantkit.metrics import OutputMetrics
@@ -47,6 +48,7 @@ class Evaluation:
         samples: how many samples both were run on.
         outputs: output name → its metrics, in the model's order.
         layers: in the order of execution; empty unless asked for.
+        notes: what one has to know of how the quantized model was run, a sentence each.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Evaluation:
     samples: int
     outputs: Mapping[str, OutputMetrics]
     layers: Sequence[LayerMetrics] = field(default=())
+    notes: Sequence[str] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON would hold it.
@@ -67,6 +70,7 @@ class Evaluation:
             "samples": self.samples,
             "outputs": {name: _plain(asdict(metrics)) for name, metrics in self.outputs.items()},
             "layers": [_plain(asdict(layer)) for layer in self.layers],
+            "notes": list(self.notes),
         }
 
     def worst_layers(self, count: int = 5) -> list[LayerMetrics]:
@@ -95,10 +99,11 @@ class Evaluation:
 
     def __str__(self) -> str:
         tables = [self.output_table(), *([self.layer_table()] if self.layers else [])]
-        return "\n\n".join(table.text() for table in tables)
+        return "\n\n".join([*(table.text() for table in tables), *self.notes])
 
     def _repr_html_(self) -> str:
-        return self.output_table().html() + (self.layer_table().html() if self.layers else "")
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return self.output_table().html() + (self.layer_table().html() if self.layers else "") + notes
 
 
 def _shown(value: float, form: str) -> str:

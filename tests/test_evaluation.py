@@ -90,3 +90,13 @@ def test_a_notebook_shows_tables_with_names_escaped():
     html = evaluation({"<y>": CLASSIFIER}, LAYERS)._repr_html_()
     assert html.count("<table>") == 2
     assert "&lt;y&gt;" in html
+
+
+def test_notes_are_said_in_text_in_json_and_in_notebooks():
+    made = Evaluation(
+        model="m.onnx", quantized="q.onnx", samples=1, outputs={"y": CLASSIFIER}, notes=["q.onnx: <decoded>."]
+    )
+    assert str(made).splitlines()[-1] == "q.onnx: <decoded>."
+    assert made.to_dict()["notes"] == ["q.onnx: <decoded>."]
+    assert "<p>q.onnx: &lt;decoded&gt;.</p>" in made._repr_html_()
+    assert evaluation({"y": CLASSIFIER}).to_dict()["notes"] == []
