@@ -22,6 +22,43 @@ uint32_t shuffle(uint32_t value, Shuffle mode, int operand, Place place) {
   return result;
 }
 
+namespace {
+
+// To a float32 whose lowest bit also stands for everything below it: rounding that to 11 bits or fewer is then
+// rounding x itself, subnormal results included.
+float sticky_float(double x) {
+  const float near = static_cast<float>(x);
+  if (double(near) == x || !isfinite(near)) return near;
+  const float below = fabs(double(near)) > fabs(x) ? nextafterf(near, 0.0f) : near;
+  return portable::bits_float(portable::float_bits(below) | 1);
+}
+
+// a * b + c of 16-bit floats in double: the product is exact, and what the sum loses goes into its lowest bit.
+double sticky_sum(double product, double c) {
+  const double sum = product + c, back = sum - product, error = (product - (sum - back)) + (c - back);
+  if (error == 0 || !isfinite(sum)) return sum;
+  uint64_t bits;
+  memcpy(&bits, &sum, 8);
+  if (bits & 1) return sum;
+  return nextafter(sum, error > 0 ? INFINITY : -INFINITY);
+}
+
+}  // namespace
+
+uint32_t fma_pair(int type, uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t pair = 0;
+  for (int half = 0; half < 2; half++) {
+    const uint32_t codes[] = {a >> 16 * half & 0xffff, b >> 16 * half & 0xffff, c >> 16 * half & 0xffff};
+    double x[3];
+    for (int i = 0; i < 3; i++)
+      x[i] = type == BF16::code ? portable::bf16_to_float(codes[i]) : portable::half_to_float(codes[i]);
+    const float d = sticky_float(sticky_sum(x[0] * x[1], x[2]));
+    // Overflow is infinity, as cvt has it.
+    pair |= (type == BF16::code ? portable::float_to_bf16(d) : portable::float_to_half(d)) << 16 * half;
+  }
+  return pair;
+}
+
 }  // namespace emulator
 
 using namespace emulator;

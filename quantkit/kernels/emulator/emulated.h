@@ -165,6 +165,12 @@ QK_TEMPLATE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+template <class Type>
+QK_TEMPLATE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  static_assert(Type::code == BF16::code || Type::code == F16::code, "pairs are of bf16 or fp16");
+  return emulator::fma_pair(Type::code, a, b, c);
+}
+
 namespace emulator {
 // A launch hands over parameters as the driver does: an array of pointers, copied byte by byte.
 template <class T>

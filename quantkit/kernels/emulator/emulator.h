@@ -62,6 +62,7 @@ struct WgmmaCall {
   RegisterState* a_state;
 };
 void wgmma(const WgmmaCall& call, Place place);
+uint32_t fma_pair(int type, uint32_t a, uint32_t b, uint32_t c);
 void wgmma_wait(int pending, Place place);
 void set_registers(int count, bool increase, Place place);
 

@@ -268,6 +268,8 @@ QK_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector);
 QK_DEVICE int32_t dp4a(int32_t a, int32_t b, int32_t c);
 // One rounding. Kernels are compiled without contraction, so a * b + c has two, everywhere.
 QK_DEVICE float fused_multiply_add(float a, float b, float c);
+// The same on two bf16 (Type BF16) or two fp16 (F16) at once, each rounded to its own type. Subnormals are kept.
+template <class Type> QK_TEMPLATE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c);
 QK_DEVICE float square_root(float x);  // rounded to nearest
 // 1 / x, 2 ** x and tanh x as the hardware approximates them: within 1, 2 and 2**-10.987 relative (ulp, ulp, -).
 // The emulator computes them to the nearest float, so kernels that use them are compared within those bounds.

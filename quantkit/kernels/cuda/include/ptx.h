@@ -440,6 +440,14 @@ QK_DEVICE float square_root(float x) {
   asm("sqrt.rn.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+template <class Type>
+QK_TEMPLATE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  static_assert(Type::code == BF16::code || Type::code == F16::code, "pairs are of bf16 or fp16");
+  uint32_t d;
+  if constexpr (Type::code == BF16::code) asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 QK_DEVICE float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
