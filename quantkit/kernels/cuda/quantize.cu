@@ -1,0 +1,334 @@
+// Float activations to 8- or 4-bit codes and their scales, a row of x at a time: read once, written once.
+//
+//   x[row, column] --norm--> --multiplier[column]--> y --amax of what shares a scale--> scale --round(y / scale)--> code
+//
+// ROW_THREADS threads take a row, in chunks of eight neighbouring elements (16 bytes of fp16): thread t has chunks
+// t, t + ROW_THREADS, ... and keeps CHUNKS of them in registers. Longer rows are taken in spans of
+// ROW_THREADS * CHUNKS chunks: where something is known of a row only when all of it was seen (norms, scales of rows)
+// by reading it again for each thing, else by other blocks (blockIdx.y).
+//
+// Who shares a scale: all of x, which then brings it along (STATIC); a row (TOKEN); BLOCK neighbours in a row (BLOCKS).
+// Every operation rounds to float32 as in quantkit.formats, so codes and scales are NumPy's, bit for bit. Sums of norms
+// have an order of their own, that of quantize_reference.py.
+#include "instructions.h"
+
+using namespace qk;
+using portable::bits_float;
+using portable::float_bits;
+
+#define INPUT_F32 0
+#define INPUT_F16 1
+#define INPUT_BF16 2
+#define CODES_S8 0
+#define CODES_U8 1
+#define CODES_E4M3 2
+#define CODES_E2M1 3  // two to a byte, the first in the low nibble
+#define STATIC 0
+#define TOKEN 1
+#define BLOCKS 2
+#define SCALES_F32 0
+#define SCALES_E8M0 1
+#define SCALES_E4M3 2  // in units of a global scale
+#define NORM_NONE 0
+#define NORM_RMS 1
+#define NORM_LAYER 2
+
+constexpr int CHUNK = 8;
+constexpr int THREADS = ROW_THREADS * ROWS, WARPS = ROW_THREADS < 32 ? 1 : ROW_THREADS / 32;
+constexpr int SPAN = ROW_THREADS * CHUNK * CHUNKS;
+constexpr bool WHOLE_ROWS = SHARING == TOKEN || NORM != NORM_NONE;  // a row is one block's
+constexpr float LARGEST = CODES == CODES_E4M3 ? 448.0f : CODES == CODES_E2M1 ? 6.0f : 127.0f;
+constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // the smallest normal number
+static_assert((ROW_THREADS & (ROW_THREADS - 1)) == 0 && THREADS % 32 == 0, "rows are whole parts of warps, or warps");
+static_assert(SHARING != BLOCKS || (BLOCK % CHUNK == 0 && BLOCK / CHUNK <= 32 && ROW_THREADS % (BLOCK / CHUNK) == 0),
+              "the chunks of a block are neighbours in a warp");
+
+// ---- dividing ------------------------------------------------------------------------------------------------
+// x / scale as IEEE rounds it, for one division a scale and six cheap operations an element: the quotient's estimate
+// is corrected twice by its exact remainder (Markstein 1990). Both operands are brought to scale's binade first, where
+// neither remainders nor the reciprocal leave the range of normal numbers. scale is a normal number.
+
+struct Divisor { float power, scale, reciprocal; };
+
+QK_FUNCTION Divisor divisor(float scale) {
+  const uint32_t exponent = float_bits(scale) >> 23;
+  const float mantissa = bits_float((float_bits(scale) & 0x7fffffu) | 0x3f800000u);
+  const float power = bits_float(exponent < 254 ? (254 - exponent) << 23 : 0x400000u);
+  return {power, mantissa, 1.0f / mantissa};
+}
+
+QK_FUNCTION float divided(float x, const Divisor& by) {
+  if constexpr (SCALES == SCALES_E8M0) return x * by.power;
+  x = x * by.power;
+  const float q = x * by.reciprocal;
+  float better = fused_multiply_add(fused_multiply_add(-q, by.scale, x), by.reciprocal, q);
+  better = fused_multiply_add(fused_multiply_add(-better, by.scale, x), by.reciprocal, better);
+  // With a scale of its own no element leaves the codes' range. Else infinities must not become NaN.
+  return SHARING != STATIC || (q < 4096.0f && q > -4096.0f) ? better : q;
+}
+
+// ---- scales --------------------------------------------------------------------------------------------------
+
+// amax / LARGEST; 1 where all is zero.
+QK_FUNCTION float float_scale(float amax) {
+  const float ratio = amax / LARGEST;
+  return amax == 0.0f ? 1.0f : ratio < SMALLEST_SCALE ? SMALLEST_SCALE : ratio;
+}
+
+// The least power of two, as its biased exponent, under which amax stays within LARGEST (1.75 * 2^8, 1.5 * 2^2).
+QK_FUNCTION uint32_t power_of_two_scale(float amax) {
+  constexpr uint32_t mantissa = CODES == CODES_E4M3 ? 0x600000u : 0x400000u;
+  constexpr int shift = CODES == CODES_E4M3 ? 8 : 2;
+  const uint32_t bits = float_bits(amax);
+  const int exponent = static_cast<int>(bits >> 23) - shift + ((bits & 0x7fffffu) > mantissa);
+  return amax == 0.0f ? 127u : static_cast<uint32_t>(exponent < 0 ? 0 : exponent);
+}
+
+// The e4m3 code nearest to amax / (LARGEST * global). The quotient's rounding to float32 decides only where that lies
+// next to the middle of two codes; there double precision, which holds the product exactly, repeats it.
+QK_FUNCTION uint32_t e4m3_scale(float amax, float global) {
+  if (amax == 0.0f) return 0x38u;
+  float ratio = amax / (LARGEST * global);
+  const uint32_t beyond = float_bits(ratio) & 0xfffffu;  // what a code of normal size does not hold
+  if (ratio < 0.015625f || (beyond > 0x7fff8u && beyond < 0x80008u))
+    ratio = static_cast<float>(static_cast<double>(amax) / (static_cast<double>(LARGEST) * static_cast<double>(global)));
+  ratio = ratio < 0.001953125f ? 0.001953125f : ratio;
+  return pack_e4m3(ratio, 0.0f) & 0xffu;
+}
+
+// ---- codes ---------------------------------------------------------------------------------------------------
+
+// zero: the zero point, less 128 of unsigned codes. NaN becomes 0 (128 of unsigned codes).
+QK_FUNCTION uint32_t integer_code(float q, float zero) {
+  if (ZERO) {
+    const float to_integer = 12582912.0f;  // 1.5 * 2^23: from there on floats are whole
+    q = (q < 4096.0f && q > -4096.0f ? (q + to_integer) - to_integer : q) + zero;
+  }
+  return static_cast<uint8_t>(float_to_s8(q)) ^ (CODES == CODES_U8 ? 0x80u : 0u);
+}
+
+// The codes of a chunk, in the order of the elements: 8 bytes, or 4 of e2m1.
+QK_FUNCTION U32x2 encoded(const float (&q)[CHUNK], float zero) {
+  uint32_t word[2] = {0, 0};
+  if (CODES == CODES_E4M3) {
+    QK_UNROLL for (int i = 0; i < CHUNK; i += 2) word[i / 4] |= uint32_t(pack_e4m3(q[i], q[i + 1])) << (i % 4 * 8);
+  } else if (CODES == CODES_E2M1) {
+    QK_UNROLL for (int i = 0; i < CHUNK; i += 2) word[0] |= uint32_t(pack_e2m1(q[i], q[i + 1])) << (i * 4);
+  } else {
+    QK_UNROLL for (int i = 0; i < CHUNK; i++) word[i / 4] |= integer_code(q[i], zero) << (i % 4 * 8);
+  }
+  return {word[0], word[1]};
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------
+
+struct Held { float value[CHUNKS][CHUNK]; };
+
+QK_FUNCTION float widened(const void* x, int64_t at) {
+  if (INPUT == INPUT_F32) return ld_global(static_cast<const float*>(x) + at);
+  const uint32_t code = ld_global(static_cast<const uint16_t*>(x) + at);
+  return INPUT == INPUT_BF16 ? bf16_low(code) : f16_low(code);
+}
+
+QK_FUNCTION void widened_chunk(const void* x, int64_t at, float (&value)[CHUNK]) {
+  if constexpr (INPUT == INPUT_F32) {
+    QK_UNROLL for (int h = 0; h < 2; h++) {
+      const U32x4 four = ld_global_once(reinterpret_cast<const U32x4*>(static_cast<const float*>(x) + at) + h);
+      memcpy(value + h * 4, &four, 16);
+    }
+  } else {
+    const U32x4 eight = ld_global_once(reinterpret_cast<const U32x4*>(static_cast<const uint16_t*>(x) + at));
+    const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+    QK_UNROLL for (int i = 0; i < 4; i++) {
+      value[2 * i] = INPUT == INPUT_BF16 ? bf16_low(pairs[i]) : f16_low(pairs[i]);
+      value[2 * i + 1] = INPUT == INPUT_BF16 ? bf16_high(pairs[i]) : f16_high(pairs[i]);
+    }
+  }
+}
+
+// Eight of a vector with a float for each column; zeros beyond its end.
+QK_FUNCTION void vector_chunk(const float* from, int column, int columns, float (&value)[CHUNK]) {
+  if (VECTOR) {
+    QK_UNROLL for (int h = 0; h < 2; h++) {
+      U32x4 four{0, 0, 0, 0};
+      if (column < columns) four = ld_global(reinterpret_cast<const U32x4*>(from + column) + h);
+      memcpy(value + h * 4, &four, 16);
+    }
+  } else {
+    QK_UNROLL for (int i = 0; i < CHUNK; i++) value[i] = column + i < columns ? ld_global(from + column + i) : 0.0f;
+  }
+}
+
+// Over the threads of a row: butterflies inside a warp, then warp after warp.
+template <class Combine>
+QK_TEMPLATE float over_row(float mine, uint32_t scratch, Combine combine) {
+  QK_UNROLL for (int mask = ROW_THREADS < 32 ? ROW_THREADS / 2 : 16; mask > 0; mask /= 2)
+    mine = combine(mine, shuffle_xor(mine, mask));
+  if (WARPS > 1) {
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) st_shared(scratch + warp * 4, mine);
+    block_sync();
+    const uint32_t of_row = scratch + warp / WARPS * WARPS * 4;
+    mine = ld_shared<float>(of_row);
+    for (int w = 1; w < WARPS; w++) mine = combine(mine, ld_shared<float>(of_row + w * 4));
+    block_sync();  // before the next one writes
+  }
+  return mine;
+}
+QK_FUNCTION float magnitude(float x) { return bits_float(float_bits(x) & 0x7fffffffu); }
+QK_FUNCTION float sum_of_chunk(const float (&x)[CHUNK]) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+// NaN does not take part: it compares as less.
+QK_FUNCTION float amax_of_chunk(const float (&x)[CHUNK], float amax) {
+  QK_UNROLL for (int i = 0; i < CHUNK; i++) amax = amax < magnitude(x[i]) ? magnitude(x[i]) : amax;
+  return amax;
+}
+
+QK_KERNEL(THREADS, 1)
+quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale, const float* global_scale,
+         const float* norm_weight, const float* norm_bias, const float* multiplier, float zero, float epsilon, int rows,
+         int columns, int64_t pitch_x, int64_t pitch_codes) {
+  const uint32_t scratch = shared_base();
+  const int thread = threadIdx.x % ROW_THREADS, row = blockIdx.x * ROWS + threadIdx.x / ROW_THREADS;
+  const bool is_row = row < rows;  // threads of no row go along: shuffles and barriers count everyone
+  const int spans = WHOLE_ROWS ? (columns + SPAN - 1) / SPAN : 1, first_span = WHOLE_ROWS ? 0 : blockIdx.y;
+
+  Held held;
+  auto column_of = [&](int span, int c) { return span * SPAN + (c * ROW_THREADS + thread) * CHUNK; };
+  // Elements of no row and no column are zeros.
+  auto load = [&](int span) {
+    QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
+      const int column = column_of(span, c);
+      QK_UNROLL for (int i = 0; i < CHUNK; i++) held.value[c][i] = 0.0f;
+      if (VECTOR) {
+        if (is_row && column < columns) widened_chunk(x, row * pitch_x + column, held.value[c]);
+      } else {
+        QK_UNROLL for (int i = 0; i < CHUNK; i++)
+          if (is_row && column + i < columns) held.value[c][i] = widened(x, row * pitch_x + column + i);
+      }
+    }
+  };
+
+  float mean = 0.0f, normed = 1.0f;
+  auto transform = [&](int span) {
+    QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
+      const int column = column_of(span, c);
+      float (&y)[CHUNK] = held.value[c];
+      QK_UNROLL for (int i = 0; i < CHUNK; i++) {
+        if (NORM == NORM_LAYER) y[i] = y[i] - mean;
+        if (NORM != NORM_NONE) y[i] = y[i] * normed;
+      }
+      float factor[CHUNK];
+      if (NORM_WEIGHT) {
+        vector_chunk(norm_weight, column, columns, factor);
+        QK_UNROLL for (int i = 0; i < CHUNK; i++) y[i] = y[i] * factor[i];
+      }
+      if (NORM_BIAS) {
+        vector_chunk(norm_bias, column, columns, factor);
+        QK_UNROLL for (int i = 0; i < CHUNK; i++) y[i] = y[i] + factor[i];
+      }
+      if (MULTIPLY) {
+        vector_chunk(multiplier, column, columns, factor);
+        QK_UNROLL for (int i = 0; i < CHUNK; i++) y[i] = y[i] * factor[i];
+      }
+      if (NORM == NORM_LAYER) {  // what is no element has to stay zero
+        QK_UNROLL for (int i = 0; i < CHUNK; i++) y[i] = column + i < columns ? y[i] : 0.0f;
+      }
+    }
+  };
+  // Calls visit(span) with the row's elements in `held`, as they are or transformed. A row of one span stays there.
+  bool transformed = false;
+  auto each_span = [&](bool want_transformed, auto visit) {
+    for (int s = 0; s < spans; s++) {
+      const int span = first_span + s;
+      if (!RESIDENT) load(span);
+      if (want_transformed && !(RESIDENT && transformed)) transform(span);
+      visit(span);
+    }
+    transformed = want_transformed;
+  };
+  if (RESIDENT) load(first_span);
+
+  if (NORM != NORM_NONE) {
+    auto mean_of = [&](auto term) {  // term(x) summed over the row's elements, over their number
+      float sum = 0.0f;
+      each_span(false, [&](int span) {
+        QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
+          float terms[CHUNK];
+          QK_UNROLL for (int i = 0; i < CHUNK; i++)
+            terms[i] = column_of(span, c) + i < columns ? term(held.value[c][i]) : 0.0f;
+          sum = sum + sum_of_chunk(terms);
+        }
+      });
+      return over_row(sum, scratch, [](float a, float b) { return a + b; }) / static_cast<float>(columns);
+    };
+    if (NORM == NORM_LAYER) mean = mean_of([](float value) { return value; });
+    const float square = mean_of([&](float value) { return (value - mean) * (value - mean); });
+    normed = 1.0f / square_root(square + epsilon);
+  }
+
+  Divisor by{1.0f, 1.0f, 1.0f};
+  if (SHARING == STATIC) by = divisor(ld_global(static_scale));
+  if (SHARING == TOKEN) {
+    float amax = 0.0f;
+    each_span(true, [&](int) {
+      QK_UNROLL for (int c = 0; c < CHUNKS; c++) amax = amax_of_chunk(held.value[c], amax);
+    });
+    const float scale = float_scale(over_row(amax, scratch, [](float a, float b) { return a < b ? b : a; }));
+    if (is_row && thread == 0) st_global(static_cast<float*>(scales) + row, scale);
+    by = divisor(scale);
+  }
+  const float global = SCALES == SCALES_E4M3 ? ld_global(global_scale) : 1.0f;
+
+  each_span(true, [&](int span) {
+    QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
+      const int column = column_of(span, c);
+      const bool inside = is_row && column < columns;
+      if (SHARING == BLOCKS) {
+        float amax = amax_of_chunk(held.value[c], 0.0f);
+        QK_UNROLL for (int mask = BLOCK / CHUNK / 2; mask > 0; mask /= 2) {
+          const float other = shuffle_xor(amax, mask);
+          amax = amax < other ? other : amax;
+        }
+        const int64_t at = row * int64_t((columns + BLOCK - 1) / BLOCK) + column / BLOCK;
+        const bool writes = inside && column % BLOCK == 0;
+        if (SCALES == SCALES_F32) {
+          const float scale = float_scale(amax);
+          if (writes) st_global(static_cast<float*>(scales) + at, scale);
+          by = divisor(scale);
+        } else if (SCALES == SCALES_E8M0) {
+          const uint32_t code = power_of_two_scale(amax);
+          if (writes) st_global(static_cast<uint8_t*>(scales) + at, static_cast<uint8_t>(code));
+          by.power = bits_float(code < 254 ? (254 - code) << 23 : 0x400000u);  // 2^(127 - code)
+        } else {
+          const uint32_t code = e4m3_scale(amax, global);
+          if (writes) st_global(static_cast<uint8_t*>(scales) + at, static_cast<uint8_t>(code));
+          by = divisor(f16_low(e4m3_to_f16(static_cast<uint16_t>(code))) * global);
+        }
+      }
+      float q[CHUNK];
+      QK_UNROLL for (int i = 0; i < CHUNK; i++) q[i] = divided(held.value[c][i], by);
+      const U32x2 eight = encoded(q, zero);
+      if (!inside) continue;
+      if (CODES == CODES_E2M1) {
+        uint8_t* to = codes + row * pitch_codes + column / 2;
+        if (VECTOR) {
+          st_global(reinterpret_cast<uint32_t*>(to), eight.x);
+        } else {
+          QK_UNROLL for (int i = 0; i < CHUNK; i += 2)
+            if (column + i < columns) st_global(to + i / 2, static_cast<uint8_t>(eight.x >> (i * 4)));
+        }
+      } else {
+        uint8_t* to = codes + row * pitch_codes + column;
+        if (VECTOR) {
+          st_global(reinterpret_cast<U32x2*>(to), eight);
+        } else {
+          QK_UNROLL for (int i = 0; i < CHUNK; i++)
+            if (column + i < columns) st_global(to + i, static_cast<uint8_t>((i < 4 ? eight.x : eight.y) >> (i % 4 * 8)));
+        }
+      }
+    }
+  });
+}
+QK_EXPORT(quantize)
