@@ -2,6 +2,7 @@
 
 import importlib
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,11 @@ def tensor_map(
     shape: tuple[int, int],
     pitch_bytes: int,
     box: tuple[int, int],
+    swizzle_bytes: int = 128,
 ) -> np.ndarray:
-    """Return the driver's tensor map of a matrix (rows, columns) in the 128-byte swizzle, to pass by value.
+    """Return the driver's tensor map of a matrix (rows, columns), to pass by value.
 
-    pitch_bytes: from one row to the next, a multiple of 16. `address` too.
+    pitch_bytes: from one row to the next, a multiple of 16. `address` too. swizzle_bytes: 64 or 128.
     """
     driver = importlib.import_module("cuda.bindings.driver")
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
@@ -69,7 +71,7 @@ def tensor_map(
         [u32(box[1]), u32(box[0])],
         [u32(1), u32(1)],
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        _swizzle(driver, swizzle_bytes),
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
@@ -82,21 +84,29 @@ def tensor_map(
     return by_value
 
 
+def _swizzle(driver: Any, size: int) -> Any:
+    kinds = driver.CUtensorMapSwizzle
+    return kinds.CU_TENSOR_MAP_SWIZZLE_64B if size == 64 else kinds.CU_TENSOR_MAP_SWIZZLE_128B
+
+
 @lru_cache(maxsize=1024)
-def _function(device: int, defines: tuple[tuple[str, str | int], ...], shared_bytes: int) -> Any:
-    built = compile_kernel(SOURCE, arch=architecture(device), defines=dict(defines))
-    function = cupy().RawModule(path=str(built.cubin)).get_function(KERNEL)
+def function_of(
+    device: int, source: Path, name: str, defines: tuple[tuple[str, str | int], ...], shared_bytes: int
+) -> Any:
+    """Return kernel `name` of a source, compiled for GPU `device` with these macros, and loaded."""
+    built = compile_kernel(source, arch=architecture(device), defines=dict(defines))
+    function = cupy().RawModule(path=str(built.cubin)).get_function(name)
     function.max_dynamic_shared_size_bytes = shared_bytes
     return function
 
 
 def kernel_of(launch: Launch, device: int) -> Any:
     """Return the compiled and loaded kernel of a launch."""
-    return _function(device, tuple(sorted(launch.defines.items())), launch.shared_bytes)
+    return function_of(device, SOURCE, KERNEL, tuple(sorted(launch.defines.items())), launch.shared_bytes)
 
 
 @lru_cache(maxsize=4096)
-def scalar(device: int, value: float) -> Any:
-    """Return a float32 array of one element on GPU `device`, uploaded once for each value."""
+def scalar(device: int, value: float, dtype: str = "float32") -> Any:
+    """Return an array of one element on GPU `device`, uploaded once for each value."""
     with cupy().cuda.Device(device):
-        return cupy().array([value], np.float32)
+        return cupy().array([value], dtype)

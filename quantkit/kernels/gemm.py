@@ -1,7 +1,7 @@
 """Matrix products of quantized operands on a GPU: pack a weight once, multiply activations by it.
 
-D[m, n] = activation((A @ W.T)[m, n] · row_scale[m] · weight_scale[n] + bias[n]), summed in int32 or float32, each
-further operation rounded to float32, D rounded once to its own type.
+D[m, n] = activation(((A − zero_point) @ W.T)[m, n] · row_scale[m] · weight_scale[n] + bias[n]) + residual[m, n],
+summed in int32 or float32, each further operation rounded to float32, D rounded once to its own type.
 """
 
 from dataclasses import dataclass
@@ -14,25 +14,52 @@ import numpy as np
 from quantkit.errors import KernelError
 from quantkit.formats.quantize import QTensor
 from quantkit.kernels import device as gpu
-from quantkit.kernels.gemm_launch import EpilogueKind, Launch, launch_of
-from quantkit.kernels.heuristics import ITEM_BYTES, OUTPUT_BYTES, Device, Problem, Tile, choose
+from quantkit.kernels import gemm_run, tuning
+from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
+from quantkit.kernels.gemm_checks import check_product, residual_type
+from quantkit.kernels.heuristics import Device, Problem, Tile, choose
+from quantkit.kernels.mma_heuristics import ITEM_BYTES, MmaTile, mma_choose, mma_device
 
-# What arrays carry each format on the device: CuPy has no eight-bit floats.
-_CARRIERS = {"int8": "int8", "float8_e4m3fn": "uint8", "bfloat16": "bfloat16"}
-_FORMATS = {"int8": "int8", "e4m3": "float8_e4m3fn", "float8_e4m3fn": "float8_e4m3fn", "bfloat16": "bfloat16"}
+_FORMATS = {
+    "int8": "int8",
+    "e4m3": "float8_e4m3fn",
+    "float8_e4m3fn": "float8_e4m3fn",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
+# What gemm_sm90.cu multiplies; gemm_mma.cu takes the rest, and every other architecture.
+_WGMMA = frozenset({"int8", "float8_e4m3fn", "bfloat16"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epilogue:
-    """What happens to the sums before they are stored.
+    """What happens to the sums before they are stored, in the order of these fields.
 
-    row_scale: of the activations; a float or an array of one for all, or a float32 array of one a row.
-    bias: float32, one a column. activation: None or "relu".
+    Arrays lie on the device. A factor of rows is a number or an array of one for all, or an array of one a row.
+
+    Attributes:
+        zero_point: of the activations' codes, int32; subtracted from each. Weights have none.
+        row_scale: of the activations, float32.
+        bias: float32, one a column.
+        residual: [..., n] like D, C-contiguous: float32, float16, bfloat16, int8, or uint8 for e4m3.
+        residual_scale, residual_zero_point: of an int8 or e4m3 residual, (code − zero point) · scale.
+        residual_first: add the residual before the activation, not after.
+        activation: relu, clip, gelu, gelu_tanh, silu, or None. Gelu and Silu are within 2^-15 of their true values.
+        clip: the two limits of clip.
+        output_scale, output_zero_point: D = x / scale + zero point, saturated; for outputs int8 and float8_e4m3fn.
     """
 
+    zero_point: Any = None
     row_scale: Any = None
     bias: Any = None
+    residual: Any = None
+    residual_scale: float = 1.0
+    residual_zero_point: int = 0
+    residual_first: bool = False
     activation: str | None = None
+    clip: tuple[float, float] | None = None
+    output_scale: float = 1.0
+    output_zero_point: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +67,8 @@ class PackedWeight:
     """A weight laid out for the kernels of `arch`.
 
     data: [n, pitch] on the device, rows padded with zeros to a multiple of 16 bytes. scale: float32 on the device,
-    one or n of them; None stands for 1. format: int8, float8_e4m3fn or bfloat16.
+    one or n of them; None stands for 1. format: int8, float8_e4m3fn, bfloat16 or float16. code_sums: int32 on the
+    device, n sums over k of int8 codes, which a zero point of activations is multiplied by.
     """
 
     data: Any
@@ -49,6 +77,7 @@ class PackedWeight:
     k: int
     format: str
     arch: str
+    code_sums: Any = None
 
 
 def pack_weight(weight: QTensor, arch: str | None = None) -> PackedWeight:
@@ -87,6 +116,7 @@ def pack_codes(
     item = ITEM_BYTES[format_name]
     padded = np.zeros((n, -(-k * item // 16) * 16), np.uint8)
     padded[:, : k * item] = np.ascontiguousarray(values).view(np.uint8)
+    sums = values.sum(axis=1, dtype=np.int32) if format_name == "int8" else None
     return PackedWeight(
         data=cupy.asarray(padded),
         scale=None if scale is None else cupy.asarray(np.ascontiguousarray(scale, np.float32)),
@@ -94,6 +124,7 @@ def pack_codes(
         k=k,
         format=format_name,
         arch=arch or gpu.architecture(device),
+        code_sums=None if sums is None else cupy.asarray(sums),
     )
 
 
@@ -104,13 +135,23 @@ def matmul(
     epilogue: Epilogue | None = None,
     out_dtype: str = "bfloat16",
     out: Any = None,
-    tile: Tile | None = None,
+    tile: Tile | MmaTile | None = None,
 ) -> Any:
-    """Return D = a @ weight.T on the current stream, without waiting for it.
+    """Return D = a @ weight.T with its epilogue, on the current stream, without waiting for it.
 
-    a: [..., k] of the weight's format; e4m3 travels as uint8, bfloat16 as bfloat16 or uint16.
-    out_dtype: bfloat16, float16, float32, or int32 (sums of int8, with no epilogue and no scales).
-    out: a C-contiguous array to write, of the right shape and item size. tile: instead of the chosen one.
+    On sm_90a the kernel is gemm_sm90.cu; on other architectures, and for float16, gemm_mma.cu. A CUDA graph may
+    capture the call once the same call has run plainly (which compiles the kernel, and uploads numbers given as
+    such); what it allocates then comes from CuPy's pool, so give it `out`.
+
+    Args:
+        a: [..., k] of the weight's format; e4m3 travels as uint8, bfloat16 as bfloat16 or uint16. For an int8 weight
+            uint8 codes are taken too, at the price of a pass that moves them to int8.
+        weight: what pack_weight gave.
+        epilogue: nothing but the weight's scale by default.
+        out_dtype: bfloat16, float16, float32, int8, float8_e4m3fn (as uint8), or int32 (sums of int8, less the zero
+            point's part, without scales or anything else).
+        out: a C-contiguous array to write, of the right shape and item size.
+        tile: instead of the chosen one: Tile for gemm_sm90.cu, MmaTile for gemm_mma.cu.
 
     Raises:
         KernelError: shapes, types or devices that do not fit, or a GPU without this kernel.
@@ -118,130 +159,111 @@ def matmul(
     cupy = gpu.cupy()
     epilogue = epilogue or Epilogue()
     device = int(cupy.cuda.Device().id)
-    _check(a, weight, epilogue, out_dtype, device)
+    arch = gpu.architecture(device)
+    check_product(a, weight, epilogue, out_dtype, out, device, arch)
     lead, n, k = tuple(a.shape[:-1]), weight.n, weight.k
     m = int(np.prod(lead, dtype=np.int64))
     if out is None:
         out = cupy.empty((*lead, n), _output_dtype(out_dtype))
-    elif out.size != m * n or out.itemsize != OUTPUT_BYTES[out_dtype] or not out.flags.c_contiguous:
-        raise KernelError(
-            f"out: {out.shape} {out.dtype} is not a contiguous ({m}, {n}) array of {out_dtype}."
-        )
-    if m == 0:
+    if m == 0 or n == 0:
         return out
-    a, pitch = _aligned(a.reshape(m, k), cupy)
-    row_scale, rows = _vector(epilogue.row_scale, device)
+    # The copy engine stores to multiples of 16 bytes; no allocation starts elsewhere, but a part of one may.
+    target = out if out.data.ptr % 16 == 0 else cupy.empty((*lead, n), out.dtype)
+    a = a.reshape(m, k)
+    zero_point = epilogue.zero_point
+    if weight.format == "int8" and str(a.dtype) == "uint8":
+        # The same values by other names: a code and its zero point both move by 128.
+        a = (a ^ np.uint8(128)).view(np.int8)
+        zero_point = (0 if zero_point is None else zero_point) - 128
     raw = out_dtype == "int32"
+    row_scale, row_kind = _vector(None if raw else epilogue.row_scale, device, "float32")
+    zeros, zero_kind = _vector(zero_point, device, "int32")
+    scale = None if raw else weight.scale
     kind = EpilogueKind(
-        row_scale=rows if not raw else "none",
-        column_scale="none" if raw or weight.scale is None else "one" if weight.scale.size == 1 else "each",
+        row_scale=row_kind,
+        column_scale="none" if scale is None else "one" if scale.size == 1 else "each",
+        zero_point=zero_kind,
         bias=epilogue.bias is not None,
-        relu=epilogue.activation == "relu",
+        activation=epilogue.activation or "none",
+        residual="none" if epilogue.residual is None else "before" if epilogue.residual_first else "after",
+        residual_type="bfloat16" if epilogue.residual is None else residual_type(epilogue.residual),
+        output_zero_point=epilogue.output_zero_point != 0,
     )
     problem = Problem(m=m, n=n, k=k, format=weight.format, output=out_dtype)
-    launch = _planned(problem, tile, kind, gpu.multiprocessors(device))
-    operands = [
-        (a.data.ptr, (m, k), pitch),
-        (weight.data.data.ptr, (n, k), int(weight.data.shape[1])),
-    ]
-    if launch.swap:
-        operands.reverse()
-    boxes = launch.first_box, launch.second_box
-    maps = [
-        gpu.tensor_map(address, weight.format, shape, step, box)
-        for (address, shape, step), box in zip(operands, boxes, strict=True)
-    ]
-    to = out.data.ptr
-    width = OUTPUT_BYTES[out_dtype]
-    stored = (
-        gpu.tensor_map(to, out_dtype, (m, n), n * width, launch.output_box) if launch.tma_store else maps[0]
-    )
-    pointers = [0 if array is None else array.data.ptr for array in (row_scale, weight.scale, epilogue.bias)]
-    gpu.kernel_of(launch, device)(
-        (launch.grid,),
-        (launch.block,),
-        (
-            *maps,
-            stored,
-            np.uint64(to),
-            *map(np.uint64, pointers),
-            np.int32(m),
-            np.int32(n),
-            np.int32(problem.row_bytes),
+    call = gemm_run.Call(
+        a=gemm_run.aligned(a, cupy),
+        weight=weight.data,
+        out=target,
+        vectors=(
+            row_scale,
+            *(_plain(v, cupy) for v in (scale, epilogue.bias)),
+            zeros,
+            None if zeros is None else weight.code_sums,
+            _plain(epilogue.residual, cupy),
         ),
-        shared_mem=launch.shared_bytes,
+        values=_values(epilogue),
+        problem=problem,
+        kind=kind,
+        device=device,
     )
+    if arch == "sm_90a" and weight.format in _WGMMA and not isinstance(tile, MmaTile):
+        gemm_run.run_sm90(call, tile or _tile(problem, kind, device))
+    else:
+        given = tile if isinstance(tile, MmaTile) else _mma_tile(problem, arch, gpu.multiprocessors(device))
+        gemm_run.run_mma(call, given, arch)
+    if target is not out:
+        out[...] = target
     return out
 
 
 @lru_cache(maxsize=4096)
-def _planned(problem: Problem, tile: Tile | None, kind: EpilogueKind, multiprocessors: int) -> Launch:
-    tile = tile or choose(problem, Device(multiprocessors=multiprocessors))
-    return launch_of(problem, tile, kind, multiprocessors)
+def _tile(problem: Problem, kind: EpilogueKind, device: int) -> Tile:
+    """The tile timed fastest on this GPU, else the one modelled fastest."""
+    timed = tuning.best_tile(problem, kind, device)
+    return timed or choose(problem, Device(multiprocessors=gpu.multiprocessors(device)))
 
 
-def _check(a: Any, weight: PackedWeight, epilogue: Epilogue, out_dtype: str, device: int) -> None:
-    arch = gpu.architecture(device)
-    carriers = (
-        {_CARRIERS[weight.format], "uint16"} if weight.format == "bfloat16" else {_CARRIERS[weight.format]}
+@lru_cache(maxsize=4096)
+def _mma_tile(problem: Problem, arch: str, multiprocessors: int) -> MmaTile:
+    return mma_choose(problem, mma_device(arch, multiprocessors))
+
+
+@lru_cache(maxsize=1024)
+def _packed(values: EpilogueValues) -> np.void:
+    return values.packed()
+
+
+def _values(epilogue: Epilogue) -> np.void:
+    low, high = epilogue.clip or (0.0, 0.0)
+    return _packed(
+        EpilogueValues(
+            low=low,
+            high=high,
+            scale=epilogue.output_scale,
+            zero_point=epilogue.output_zero_point,
+            residual_scale=epilogue.residual_scale,
+            residual_zero_point=epilogue.residual_zero_point,
+        )
     )
-    m = int(np.prod(a.shape[:-1], dtype=np.int64))
-    scale, bias = epilogue.row_scale, epilogue.bias
-    plain = scale is None and bias is None and epilogue.activation is None
-    complaints = [
-        (arch != "sm_90a", f"GPU {device} is {arch}; this kernel runs on sm_90a"),
-        (
-            weight.arch != arch,
-            f"the weight was packed for {weight.arch}, GPU {device} is {arch}; pack it again",
-        ),
-        (a.ndim < 1 or a.shape[-1] != weight.k, f"a: {a.shape} does not end in the weight's k = {weight.k}"),
-        (str(a.dtype) not in carriers, f"a: {a.dtype} for a weight of {weight.format}; pass {min(carriers)}"),
-        (out_dtype not in OUTPUT_BYTES, f"out_dtype {out_dtype!r}; one of {', '.join(OUTPUT_BYTES)}"),
-        (
-            out_dtype == "int32" and (weight.format != "int8" or not plain),
-            "int32 holds plain sums of int8 only",
-        ),
-        (epilogue.activation not in (None, "relu"), f"activation {epilogue.activation!r}; None or relu"),
-        (
-            scale is not None
-            and not isinstance(scale, float)
-            and (scale.size not in (1, m) or scale.dtype != np.float32),
-            f"row_scale: {getattr(scale, 'size', 0)} values; float32, one or {m}",
-        ),
-        (
-            bias is not None and (bias.size != weight.n or bias.dtype != np.float32),
-            f"bias: {getattr(bias, 'size', 0)} values; float32, {weight.n}",
-        ),
-    ]
-    vectors = [("row_scale", scale), ("bias", bias), ("the weight's scale", weight.scale)]
-    complaints += [
-        (hasattr(array, "data") and array.data.ptr % 8 != 0, f"{name}: starts at an odd float; copy it")
-        for name, array in vectors
-    ]
-    for wrong, complaint in complaints:
-        if wrong:
-            raise KernelError(f"matmul: {complaint}.")
 
 
-def _aligned(a: Any, cupy: Any) -> tuple[Any, int]:
-    """Return `a` with rows that start at multiples of 16 bytes, a copy if they did not, and the pitch in bytes."""
-    m, k = a.shape
-    pitch = int(a.strides[0]) if m > 1 else -(-k * a.itemsize // 16) * 16
-    if int(a.strides[1]) == a.itemsize and pitch % 16 == 0 and a.data.ptr % 16 == 0:
-        return a, pitch
-    pitch = -(-k * a.itemsize // 16) * 16
-    padded = cupy.empty((m, pitch // a.itemsize), a.dtype)
-    padded[:, :k] = a
-    return padded, pitch
-
-
-def _vector(scale: Any, device: int) -> tuple[Any, str]:
-    if scale is None:
+def _vector(factor: Any, device: int, dtype: str) -> tuple[Any, str]:
+    """Return a factor of rows as an array on the device, and its granularity."""
+    if factor is None:
         return None, "none"
-    if isinstance(scale, float):
-        return gpu.scalar(device, scale), "one"
-    return scale, "one" if scale.size == 1 else "each"
+    if isinstance(factor, int | float):
+        return gpu.scalar(device, factor, dtype), "one"
+    return _plain(factor, gpu.cupy()), "one" if factor.size == 1 else "each"
+
+
+def _plain(array: Any, cupy: Any) -> Any:
+    """Return an array whose elements follow each other from a multiple of 16 bytes on, a copy if they did not."""
+    if array is None or (array.flags.c_contiguous and array.data.ptr % 16 == 0):
+        return array
+    return array.copy(order="C")
 
 
 def _output_dtype(name: str) -> np.dtype[Any]:
+    if name == "float8_e4m3fn":
+        return np.dtype(np.uint8)
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

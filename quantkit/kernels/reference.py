@@ -112,6 +112,7 @@ def output_reference(x: NDArray[np.float32], output: str, values: EpilogueValues
             clipped: NDArray[np.int8] = np.nan_to_num(np.clip(codes, -128, 127), nan=0.0).astype(np.int8)
             return clipped
         if output == "float8_e4m3fn":
-            scaled = np.clip(x / np.float32(values.scale), -_E4M3_MAX, _E4M3_MAX)
+            scaled: NDArray[np.float32] = np.clip(x / np.float32(values.scale), -_E4M3_MAX, _E4M3_MAX)
             return scaled.astype(ml_dtypes.float8_e4m3fn)
-        return x.astype(ml_dtypes.bfloat16 if output == "bfloat16" else output)
+        rounded: NDArray[np.generic] = x.astype(ml_dtypes.bfloat16 if output == "bfloat16" else output)
+        return rounded
