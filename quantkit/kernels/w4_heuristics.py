@@ -1,0 +1,147 @@
+"""Which tile gemm_w4_sm90.cu takes for a product, by a model of bytes and instructions.
+
+Everything here is a pure function of the problem and of a few numbers that describe the GPU.
+"""
+
+from dataclasses import dataclass
+
+from quantkit.kernels.epilogue import OUTPUT_BYTES
+from quantkit.kernels.heuristics import H200, SHARED_LIMIT, Device
+
+_ROW = 128  # bytes of a slab's row of activations
+_SCALE_BYTES = {"none": 0, "bfloat16": 2, "float16": 2, "float32": 4, "e4m3": 1, "e8m0": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class W4Problem:
+    """D[m, n] = A[m, k] @ W[n, k].T, W of four bits.
+
+    activations: bfloat16 or float16. output: D's type. codes, group, scales, zeros: as in `w4_layout.Layout4`.
+    """
+
+    m: int
+    n: int
+    k: int
+    activations: str
+    output: str
+    codes: str
+    group: int | None
+    scales: str
+    zeros: bool
+
+    @property
+    def slabs(self) -> int:
+        """Slabs of 64 along K."""
+        return -(-self.k // 64)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 64 rows of W."""
+        return -(-self.n // 64)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of the packed weight."""
+        groups = 1 if self.group is None else -(-self.k // self.group)
+        per_row = self.k / 2 + groups * (_SCALE_BYTES[self.scales] + (0.5 if self.zeros else 0)) + 4
+        return self.n * per_row
+
+
+@dataclass(frozen=True, kw_only=True)
+class W4Tile:
+    """A configuration of gemm_w4_sm90.cu, whose head says what each part does.
+
+    Attributes:
+        tile_n: rows of A in a tile.
+        blocks_of_64: blocks of 64 rows of W that a consumer has. consumers: warpgroups that decode and multiply.
+        slabs: of 64 of K in a stage. grain: instructions deep that a granule is.
+        stages: of the ring. order: tiles along W before the next along A.
+        stream: tiles are cut along K where they would not fill the GPU evenly.
+    """
+
+    tile_n: int
+    blocks_of_64: int = 1
+    consumers: int = 4
+    slabs: int = 2
+    grain: int = 4
+    stages: int = 6
+    order: int = 8
+    stream: bool = True
+
+    @property
+    def tile_w(self) -> int:
+        """Rows of W in a tile."""
+        return 64 * self.blocks_of_64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (self.consumers + 1)
+
+    def piece(self, problem: W4Problem) -> int:
+        """Return the rows of D that the epilogue stores at a time."""
+        return min(self.tile_n, 32 if OUTPUT_BYTES[problem.output] == 4 else 64)
+
+    def stage_bytes(self, problem: W4Problem) -> int:
+        """Return the bytes of a stage: rows of A, codes, scales and zero points."""
+        blocks = self.blocks_of_64 * self.consumers
+        group = problem.group
+        groups = 1 if group is None or group >= 64 else 64 // group
+        sides = 1 if group is None or group >= 64 * self.slabs else self.slabs
+        pair = groups * (2 * _SCALE_BYTES[problem.scales] + problem.zeros)
+        used = self.slabs * (self.tile_n * _ROW + blocks * 2048) + sides * blocks * 32 * pair
+        return -(-used // 1024) * 1024
+
+    def shared_bytes(self, problem: W4Problem) -> int:
+        """Return the shared memory of a block: the ring, the output's buffers, barriers and flags."""
+        piece, width = self.piece(problem), OUTPUT_BYTES[problem.output]
+        buffers = 2 if self.blocks_of_64 * self.tile_n > piece else 1
+        output = self.consumers * buffers * piece * 64 * width
+        return self.stages * (self.stage_bytes(problem) + 16) + output + 4 * self.consumers
+
+    def tiles(self, problem: W4Problem) -> int:
+        """Return the number of tiles of D."""
+        along_w = -(-problem.blocks // (self.blocks_of_64 * self.consumers))
+        return along_w * -(-problem.m // self.tile_n)
+
+
+def schedule_of(problem: W4Problem, tile: W4Tile, multiprocessors: int) -> tuple[int, int]:
+    """Return how many blocks are launched, and how many tiles they take whole before they share the rest.
+
+    A block's share of the rest is at least two steps of K, so that its sums are worth their way through memory.
+    """
+    tiles, steps = tile.tiles(problem), -(-problem.slabs // tile.slabs)
+    if not tile.stream or tiles % multiprocessors == 0:
+        return min(tiles, multiprocessors), tiles
+    # The last wave and one before it are cut together: pieces are then as long as tiles, or longer.
+    waves = tiles // multiprocessors
+    whole = max(0, waves - 1) * multiprocessors
+    units = (tiles - whole) * steps
+    grid = min(multiprocessors, max(1, units // 2)) if whole == 0 else multiprocessors
+    return grid, whole
+
+
+def estimate_us(problem: W4Problem, tile: W4Tile, device: Device = H200) -> float:
+    """Return the modelled time of `problem` with `tile`, in microseconds (a placeholder until it is measured)."""
+    return problem.weight_bytes / device.dram_bytes_per_us
+
+
+def w4_choose(problem: W4Problem, device: Device = H200) -> W4Tile:
+    """Return the configuration for a problem."""
+    m = problem.m
+    for tile_n, shape in (
+        (8, {}),
+        (16, {}),
+        (32, {}),
+        (64, {}),
+    ):
+        if m <= tile_n:
+            return _deepest(problem, tile_n=tile_n, **shape)
+    return _deepest(problem, tile_n=256 if m > 128 else 128, consumers=2, slabs=1, grain=2)
+
+
+def _deepest(problem: W4Problem, **shape: int) -> W4Tile:
+    one, two = (W4Tile(stages=stages, **shape) for stages in (1, 2))
+    stage = two.shared_bytes(problem) - one.shared_bytes(problem)
+    stages = min(16, 1 + (SHARED_LIMIT - one.shared_bytes(problem)) // stage)
+    return W4Tile(stages=stages, **shape)

@@ -1,0 +1,87 @@
+"""How gemm_w4_sm90.cu is launched for a product and a tile: macros, sizes, schedule and workspace, as plain values.
+
+The CuPy launcher and the emulator's tests both launch from this, so what the tests run is what a GPU runs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
+from quantkit.kernels.w4_heuristics import W4Problem, W4Tile, schedule_of
+
+SOURCE = Path(__file__).parent / "cuda" / "gemm_w4_sm90.cu"
+KERNEL = "gemm_w4_sm90"
+
+_TYPES = {"bfloat16": "BF16", "float16": "F16"}
+_CODES = {"int4": "CODES_INT4", "uint4": "CODES_INT4", "fp4_e2m1": "CODES_E2M1"}
+_SCALES = {
+    "none": "SCALES_NONE",
+    "bfloat16": "SCALES_BF16",
+    "float16": "SCALES_F16",
+    "float32": "SCALES_F32",
+    "e4m3": "SCALES_E4M3",
+    "e8m0": "SCALES_E8M0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class W4Launch:
+    """One launch of gemm_w4_sm90.
+
+    Attributes:
+        defines: its macros. grid, block, shared_bytes: its sizes.
+        box: rows and columns of A's tensor map. output_box: of D's, whose rows are whole 16 bytes if `tma_store`.
+        whole: tiles that blocks take whole; the others are cut along K.
+        partials_bytes, arrivals: workspace for the sums of pieces, and zeroed counters (32 bits) that are zero again
+            when the kernel ends.
+    """
+
+    defines: dict[str, str | int]
+    grid: int
+    block: int
+    shared_bytes: int
+    box: tuple[int, int]
+    output_box: tuple[int, int]
+    tma_store: bool
+    whole: int
+    partials_bytes: int
+    arrivals: int
+
+
+def w4_launch_of(problem: W4Problem, tile: W4Tile, kind: EpilogueKind, multiprocessors: int) -> W4Launch:
+    """Return the launch that computes `problem` with `tile` on a GPU of `multiprocessors`.
+
+    kind: the epilogue's; its column scale must be `each`, that of the weight's rows.
+    """
+    width = OUTPUT_BYTES[problem.output]
+    tma_store = width >= 2 and problem.n * width % 16 == 0 and tile.tile_n >= 16
+    grid, whole = schedule_of(problem, tile, multiprocessors)
+    tiles = tile.tiles(problem)
+    cut = tiles - whole
+    return W4Launch(
+        defines={
+            "TYPE": _TYPES[problem.activations],
+            "CODES": _CODES[problem.codes],
+            "SCALES": _SCALES[problem.scales],
+            "GROUP": problem.group or 0,
+            "ZEROS": int(problem.zeros),
+            "CONSUMERS": tile.consumers,
+            "MI": tile.blocks_of_64,
+            "TILE_N": tile.tile_n,
+            "SLABS": tile.slabs,
+            "GRAIN": tile.grain,
+            "STAGES": tile.stages,
+            "ORDER": tile.order,
+            "TMA_STORE": int(tma_store),
+            **kind.defines(problem.output),
+        },
+        grid=grid,
+        block=tile.threads,
+        shared_bytes=tile.shared_bytes(problem),
+        box=(tile.tile_n, 64),
+        output_box=(tile.piece(problem), 128 // max(width, 2)),
+        tma_store=tma_store,
+        whole=whole,
+        partials_bytes=2 * grid * tile.tile_w * tile.tile_n * 4 if cut else 16,
+        arrivals=max(1, cut * tile.consumers),
+    )

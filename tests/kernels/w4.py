@@ -1,0 +1,140 @@
+"""gemm_w4_sm90.cu on a test's machine, and weights for it."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from quantkit.formats.format import E8M0, FP4_E2M1, FP8_E4M3, INT4, UINT4
+from quantkit.formats.packing import codes_from_bits
+from quantkit.formats.qparams import QParams
+from quantkit.formats.quantize import QTensor, dequantize
+from quantkit.formats.spec import QuantSpec
+from quantkit.kernels.emulator import Swizzle, TensorMap
+from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
+from quantkit.kernels.w4_heuristics import W4Problem, W4Tile
+from quantkit.kernels.w4_launch import KERNEL, SOURCE, w4_launch_of
+from quantkit.kernels.w4_layout import Packed4
+
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
+}
+MULTIPROCESSORS = 4
+
+
+def weight(
+    rng: np.random.Generator,
+    n: int,
+    k: int,
+    kind: str,
+    group: int | None = None,
+    *,
+    zeros: bool = False,
+    scale_type: str = "bfloat16",
+    simple: bool = True,
+) -> QTensor:
+    """A random weight [n, k]: int4, uint4, nvfp4, mxfp4. simple: scales of few bits, so that products are exact."""
+    groups = 1 if group is None else -(-k // group)
+    if kind == "nvfp4":
+        top = 0x40 if simple else 0x7F
+        codes = rng.integers(0x28 if simple else 0, top, (n, groups)).astype(np.uint8)
+        codes = codes & 0xF8 if simple else codes
+        scale = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        spec = QuantSpec(format=FP4_E2M1, axis=1, block_size=16, scale_format=FP8_E4M3)
+        params = QParams(scale, None, np.float32(0.5) if simple else np.float32(0.0123))
+    elif kind == "mxfp4":
+        spread = 2 if simple else 12
+        scale = np.ldexp(1.0, rng.integers(-spread, spread, (n, groups))).astype(np.float32)
+        spec = QuantSpec(format=FP4_E2M1, axis=1, block_size=32, scale_format=E8M0)
+        params = QParams(scale)
+    else:
+        fmt = INT4 if kind == "int4" else UINT4
+        scale = rng.integers(1, 5, (n, groups)) / 4 if simple else rng.uniform(0.01, 0.02, (n, groups))
+        scale = scale.astype(DTYPES[scale_type]).astype(np.float32)
+        zero = rng.integers(0, 16, (n, groups)) if zeros else np.full((n, groups), 8)
+        zero = zero - 8 if kind == "int4" else zero
+        if group is None:
+            scale, zero = scale[:, 0], zero[:, 0]
+        spec = QuantSpec(format=fmt, axis=0 if group is None else 1, block_size=group, symmetric=not zeros)
+        params = QParams(scale, zero.astype(fmt.dtype))
+    bits = rng.integers(0, 16, (n, k)).astype(np.uint8)
+    return QTensor(codes_from_bits(bits, spec.format), params, spec)
+
+
+def problem_of(packed: Packed4, m: int, activations: str, output: str) -> W4Problem:
+    form = packed.layout
+    return W4Problem(
+        m=m, n=form.n, k=form.k, activations=activations, output=output, codes=form.codes, group=form.group,
+        scales=form.scales, zeros=form.zeros,
+    )  # fmt: skip
+
+
+def run_w4(
+    machine: Any,
+    a: np.ndarray,
+    packed: Packed4,
+    tile: W4Tile,
+    *,
+    output: str = "float32",
+    row_scale: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    activation: str = "none",
+    source=SOURCE,
+) -> np.ndarray:
+    """D of the kernel; the output held rubbish before."""
+    m, k = a.shape
+    form = packed.layout
+    problem = problem_of(packed, m, str(a.dtype), output)
+    kind = EpilogueKind(
+        row_scale="none" if row_scale is None else "each",
+        column_scale="each",
+        bias=bias is not None,
+        activation=activation,
+    )
+    launch = w4_launch_of(problem, tile, kind, MULTIPROCESSORS)
+    padded = np.zeros((m, -(-k // 8) * 8), a.dtype)
+    padded[:, :k] = a
+    d = np.full((m, form.n), 77, DTYPES[output])
+    map_a = TensorMap(
+        array=padded, box=launch.box, swizzle=Swizzle.BYTES_128, shape=(m, k), strides_bytes=padded.strides
+    )
+    map_d = TensorMap(array=d, box=launch.output_box, swizzle=Swizzle.BYTES_128) if launch.tma_store else map_a
+    unused = np.zeros(16, np.float32)
+    arrivals = np.zeros(launch.arrivals, np.uint32)
+    machine.launch(
+        source,
+        KERNEL,
+        map_a,
+        map_d,
+        packed.codes,
+        unused if packed.scales is None else packed.scales,
+        unused if packed.zeros is None else packed.zeros,
+        d,
+        unused if row_scale is None else row_scale,
+        packed.channel_scale,
+        unused if bias is None else bias,
+        unused,
+        unused,
+        unused,
+        EpilogueValues().packed(),
+        np.int32(m),
+        np.int32(form.n),
+        np.zeros(launch.partials_bytes, np.uint8),
+        arrivals,
+        np.int32(form.slabs),
+        np.int32(launch.whole),
+        defines=launch.defines,
+        grid=launch.grid,
+        block=launch.block,
+        shared_bytes=launch.shared_bytes,
+        multiprocessors=MULTIPROCESSORS,
+    )
+    assert not arrivals.any(), "the next launch counts from zero"
+    return d
+
+
+def values_of(w: QTensor) -> np.ndarray:
+    return dequantize(w).astype(np.float64)
