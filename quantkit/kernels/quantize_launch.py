@@ -90,7 +90,7 @@ def launch_of(kind: QuantizeKind, rows: int, columns: int, *, vector: bool) -> Q
     together = max(1, 128 // threads)
     spans = -(-columns // span)
     spec = kind.spec
-    sharing = {"token": "TOKEN", "block": "BLOCKS", None: "STATIC"}[spec.dynamic]  # type: ignore[index]
+    sharing = {"token": "TOKEN", "block": "BLOCKS", None: "STATIC"}[spec.dynamic]
     scales = (
         "SCALES_F32"
         if spec.scale_format is None

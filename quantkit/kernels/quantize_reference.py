@@ -54,10 +54,12 @@ def _normed(x: Floats, norm: NormReference, row_threads: int) -> Floats:
     if norm.kind == "layer":
         x = x - row_means(x, row_threads)
     inverse = np.float32(1) / np.sqrt(row_means(x * x, row_threads) + np.float32(norm.epsilon))
-    y = x * inverse
+    y: Floats = x * inverse
     if norm.weight is not None:
         y = y * norm.weight
-    return y if norm.bias is None else y + norm.bias
+    if norm.bias is not None:
+        y = y + norm.bias
+    return y
 
 
 def row_means(terms: Floats, row_threads: int) -> Floats:
