@@ -1,14 +1,12 @@
 """What `matmul` refuses at its door, with the mend."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from quantkit.errors import KernelError
 from quantkit.kernels.epilogue import ACTIVATIONS, LARGEST_SCALE, OUTPUT_BYTES, SMALLEST_SCALE
-
-if TYPE_CHECKING:
-    from quantkit.kernels.gemm import Epilogue, PackedWeight
+from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 
 # What arrays carry each format on the device: CuPy has no eight-bit floats.
 _CARRIERS = {
@@ -33,7 +31,7 @@ def residual_type(residual: Any) -> str:
 
 
 def check_product(
-    a: Any, weight: "PackedWeight", epilogue: "Epilogue", out_dtype: str, out: Any, device: int, arch: str
+    a: Any, weight: PackedWeight, epilogue: Epilogue, out_dtype: str, out: Any, device: int, arch: str
 ) -> None:
     """Refuse what no kernel computes.
 
@@ -69,7 +67,7 @@ def check_product(
             raise KernelError(f"matmul: {complaint}.")
 
 
-def _complaints_of_operands(a: Any, weight: "PackedWeight", device: int, arch: str) -> list[tuple[bool, str]]:
+def _complaints_of_operands(a: Any, weight: PackedWeight, device: int, arch: str) -> list[tuple[bool, str]]:
     carriers = _CARRIERS[weight.format]
     return [
         (
@@ -85,7 +83,7 @@ def _complaints_of_operands(a: Any, weight: "PackedWeight", device: int, arch: s
 
 
 def _complaints_of_output(
-    a: Any, weight: "PackedWeight", epilogue: "Epilogue", out_dtype: str, out: Any, m: int
+    a: Any, weight: PackedWeight, epilogue: Epilogue, out_dtype: str, out: Any, m: int
 ) -> list[tuple[bool, str]]:
     width = OUTPUT_BYTES.get(out_dtype, 0)
     plain = (
@@ -122,7 +120,7 @@ def _complaints_of_output(
     ]  # fmt: skip
 
 
-def _complaints_of_epilogue(weight: "PackedWeight", epilogue: "Epilogue", m: int) -> list[tuple[bool, str]]:
+def _complaints_of_epilogue(weight: PackedWeight, epilogue: Epilogue, m: int) -> list[tuple[bool, str]]:
     residual, bias = epilogue.residual, epilogue.bias
     complaints = [
         (
