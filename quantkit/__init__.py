@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from quantkit.bench import Benchmark, bench_model
     from quantkit.cache import CalibrationCache
     from quantkit.data import ImagePreprocessing
     from quantkit.errors import QuantkitError
@@ -22,23 +23,27 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Exported, calibrate_model, evaluate_model, export_model
 
 _HOMES = {
+    "Benchmark": "quantkit.bench.result",
     "CalibrationCache": "quantkit.cache",
     "Evaluation": "quantkit.evaluation",
     "Exported": "quantkit.pipeline",
     "ImagePreprocessing": "quantkit.data",
     "QuantkitError": "quantkit.errors",
+    "bench_model": "quantkit.bench.run",
     "calibrate_model": "quantkit.pipeline",
     "evaluate_model": "quantkit.pipeline",
     "export_model": "quantkit.pipeline",
 }
 
 __all__ = [
+    "Benchmark",
     "CalibrationCache",
     "Evaluation",
     "Exported",
     "ImagePreprocessing",
     "QuantkitError",
     "__version__",
+    "bench_model",
     "calibrate_model",
     "evaluate_model",
     "export_model",

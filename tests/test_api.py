@@ -22,7 +22,7 @@ HOUSE = (
     ("cli",),
     ("pipeline",),
     ("interchange",),
-    ("evaluate", "observe", "observe_gram", "solve"),
+    ("bench", "evaluate", "observe", "observe_gram", "solve"),
     ("export", "kernels", "cache", "diagnose", "placement", "recipe"),
     ("decode", "simulate", "cache_merge", "evaluation"),
     ("calibrators", "memory", "plan", "presets"),
@@ -69,12 +69,14 @@ def part(module: str) -> str:
 
 def test_the_face_shows_what_it_promises() -> None:
     assert quantkit.__all__ == [
+        "Benchmark",
         "CalibrationCache",
         "Evaluation",
         "Exported",
         "ImagePreprocessing",
         "QuantkitError",
         "__version__",
+        "bench_model",
         "calibrate_model",
         "evaluate_model",
         "export_model",

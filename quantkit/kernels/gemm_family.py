@@ -12,7 +12,7 @@ from quantkit.formats.quantize import QTensor
 from quantkit.kernels import device, tuning
 from quantkit.kernels.emulated_gemm import emulated_gemm
 from quantkit.kernels.epilogue import EpilogueKind
-from quantkit.kernels.families import Family, Operands, Prediction
+from quantkit.kernels.family import Family, Operands, Prediction
 from quantkit.kernels.gemm import Epilogue, PackedWeight, matmul, pack_codes, pack_weight
 from quantkit.kernels.gemm_launch import KERNEL, SOURCE, launch_of
 from quantkit.kernels.gpus import Gpu

@@ -18,8 +18,8 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from quantkit.errors import FileError
 from quantkit.files import atomic_write
 from quantkit.kernels import device as hardware
 from quantkit.kernels.compile import INCLUDE, is_available, nvrtc_version
-from quantkit.kernels.gemm_launch import KERNEL, EpilogueKind
+from quantkit.kernels.epilogue import EpilogueKind
+from quantkit.kernels.gemm_launch import KERNEL
 from quantkit.kernels.heuristics import Problem, Tile, candidates
 from quantkit.kernels.present import present_gpu
 from quantkit.kernels.timing import Timing
@@ -70,15 +71,23 @@ class Entry:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TimingTable:
     """Entries by key."""
 
     entries: Mapping[Key, Entry] = field(default_factory=dict)
 
     def find(self, key: Key) -> Entry | None:
-        """Return the entry of a key, or None."""
-        return self.entries.get(key)
+        """Return the entry of a key, else of the same product with another epilogue, or None.
+
+        Which tile is fastest hardly depends on what happens to its sums.
+        """
+        return self.entries.get(key) or self._whatever_epilogue.get(replace(key, epilogue=""))
+
+    @cached_property
+    def _whatever_epilogue(self) -> dict[Key, Entry]:
+        order = sorted(self.entries, key=lambda key: key.epilogue, reverse=True)
+        return {replace(key, epilogue=""): self.entries[key] for key in order}
 
     def merged(self, other: "TimingTable") -> "TimingTable":
         """Return both together; where both have a key, `other` holds."""

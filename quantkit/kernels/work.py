@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from quantkit.errors import UnknownNameError
+from quantkit.kernels.epilogue import OUTPUT_BYTES
 from quantkit.kernels.gpus import Gpu
-from quantkit.kernels.heuristics import OUTPUT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,50 +34,55 @@ class GemmFormat:
         return n * (k * self.weight_bits + (0 if size is None else -(-k // size) * self.scale_bits)) / 8
 
 
-FORMATS = {
-    f.name: f
-    for f in (
-        GemmFormat(
-            name="int8", activations="int8", weights="int8", activation_bits=8, weight_bits=8, rate="int8"
-        ),
-        GemmFormat(
-            name="fp8", activations="e4m3", weights="e4m3", activation_bits=8, weight_bits=8, rate="fp8"
-        ),
-        GemmFormat(
-            name="bf16", activations="bf16", weights="bf16", activation_bits=16, weight_bits=16, rate="bf16"
-        ),
-        GemmFormat(
-            name="w8a16", activations="bf16", weights="int8", activation_bits=16, weight_bits=8, rate="bf16"
-        ),
-        GemmFormat(
-            name="w4a16", activations="bf16", weights="int4", activation_bits=16, weight_bits=4, rate="bf16",
-            group=128, scale_bits=16,
-        ),
-        GemmFormat(
-            name="w4a8", activations="int8", weights="int4", activation_bits=8, weight_bits=4, rate="int8",
-            group=128, scale_bits=8,
-        ),
-        GemmFormat(
-            name="mxfp4", activations="e4m3", weights="e2m1", activation_bits=8, weight_bits=4, rate="fp8",
-            group=32, scale_bits=8,
-        ),
-        GemmFormat(
-            name="nvfp4", activations="bf16", weights="e2m1", activation_bits=16, weight_bits=4, rate="bf16",
-            group=16, scale_bits=8,
-        ),
+def _format(
+    name: str, activations: str, weights: str, rate: str, group: int | None = None, scale_bits: int = 0
+) -> GemmFormat:
+    return GemmFormat(
+        name=name,
+        activations=activations,
+        weights=weights,
+        activation_bits=_BITS[activations],
+        weight_bits=_BITS[weights],
+        rate=rate,
+        group=group,
+        scale_bits=scale_bits,
     )
-}  # fmt: skip
+
+
+_BITS = {"bf16": 16, "int8": 8, "e4m3": 8, "int4": 4, "e2m1": 4, "int2": 2}
+
+# Named as the presets are. Four-bit floats are decoded to the activations' type: their own tensor cores begin with
+# Blackwell.
+FORMATS = {
+    fmt.name: fmt
+    for fmt in (
+        _format("int8", "int8", "int8", "int8"),
+        _format("fp8", "e4m3", "e4m3", "fp8"),
+        _format("fp8-block", "e4m3", "e4m3", "fp8"),
+        _format("bf16", "bf16", "bf16", "bf16"),
+        _format("w8a16", "bf16", "int8", "bf16"),
+        _format("int4", "bf16", "int4", "bf16", group=128, scale_bits=16),
+        _format("w4a8", "int8", "int4", "int8", group=128, scale_bits=8),
+        _format("w4a8-fp8", "e4m3", "int4", "fp8", group=128, scale_bits=16),
+        _format("int2", "bf16", "int2", "bf16", group=32, scale_bits=16),
+        _format("mxfp4", "e4m3", "e2m1", "fp8", group=32, scale_bits=8),
+        _format("mxfp8", "e4m3", "e4m3", "fp8", group=32, scale_bits=8),
+        _format("nvfp4", "bf16", "e2m1", "bf16", group=16, scale_bits=8),
+    )
+}
+_ALSO_KNOWN_AS = {"w4a16": "int4", "e4m3": "fp8", "w8a8": "int8"}
 
 
 def get_gemm_format(name: str) -> GemmFormat:
-    """Return the format of that name.
+    """Return the format of that name; w4a16 is another for int4.
 
     Raises:
         UnknownNameError: there is none.
     """
-    if name not in FORMATS:
+    known = _ALSO_KNOWN_AS.get(name, name)
+    if known not in FORMATS:
         raise UnknownNameError(f"{name}: no format of a product; choose one of {', '.join(FORMATS)}.")
-    return FORMATS[name]
+    return FORMATS[known]
 
 
 @dataclass(frozen=True, kw_only=True)

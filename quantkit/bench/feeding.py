@@ -1,0 +1,148 @@
+"""What a model is run on, so that its products have shapes and real activations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from numpy.typing import NDArray
+
+from quantkit.cache import CalibrationCache
+from quantkit.data import (
+    InputSpec,
+    Sample,
+    SampleSource,
+    batch_axes,
+    batch_length,
+    batches,
+    fill_batch,
+    fixed_batch_size,
+    reopen_data,
+)
+from quantkit.errors import DataError, ModelError
+from quantkit.graph import Graph
+from quantkit.runtime import Session
+from quantkit.statistics import FloatHistogram
+
+# Samples of the batch that activations are taken from, and what its tensors may take of memory.
+_SAMPLES = 8
+_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """The tensors that products read, of one run.
+
+    Attributes:
+        shapes: of each tensor, for `samples` samples.
+        tensors: their contents; empty where the model was run on made-up input, or not at all.
+        samples: how many were run together.
+        origin: in words, where activations come from.
+        histograms: of the calibration, by tensor, to draw from where there are no tensors.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    samples: int
+    tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    origin: str = "random numbers"
+    histograms: Mapping[str, FloatHistogram] = field(default_factory=dict)
+
+
+def capture(
+    graph: Graph,
+    names: Sequence[str],
+    *,
+    cache: CalibrationCache | None,
+    source: SampleSource | None,
+    dims: Mapping[str, int],
+) -> Captured:
+    """Run the model on one batch and return the tensors of these names, with their shapes.
+
+    The batch is of `source`, else of the data that `cache` was made from, else the sample it keeps; with none of
+    them the input is made up, for the shapes alone.
+
+    Raises:
+        DataError: without real input, a free dimension besides the batch has no size in `dims`.
+        ModelError: neither ONNX Runtime nor shape inference finds the shapes.
+    """
+    inputs = graph.inputs
+    histograms = {} if cache is None else {n: s.histogram for n, s in cache.statistics.items()}
+    found = _real(inputs, cache, source)
+    batch, origin = found if found is not None else (_made_up(inputs, dims, graph.name), "")
+    samples = batch_length(batch, batch_axes(inputs))
+    wanted = list(dict.fromkeys(names))
+    try:
+        tensors = Session(graph.model, outputs=wanted, optimize=False).run(batch)
+    except ModelError:
+        # Formats of which ONNX Runtime has no kernel: what their shapes are can be inferred.
+        shapes = _inferred(graph, wanted, batch)
+        return Captured(shapes=shapes, samples=samples, histograms=histograms)
+    shapes = {name: tuple(array.shape) for name, array in tensors.items()}
+    if found is None:
+        return Captured(shapes=shapes, samples=samples, histograms=histograms)
+    return Captured(shapes=shapes, samples=samples, tensors=tensors, origin=origin, histograms=histograms)
+
+
+def _real(
+    inputs: Sequence[InputSpec], cache: CalibrationCache | None, source: SampleSource | None
+) -> tuple[Sample, str] | None:
+    if source is None and cache is not None:
+        try:
+            source = reopen_data(cache.data, inputs)
+        except DataError:
+            # They have been moved, or came from Python: the cache keeps one sample for such a day.
+            source = None
+    if source is not None:
+        batch = next(iter(batches(source, inputs, _SAMPLES)))
+        return batch, f"{source.description.get('path', 'the data given')}"
+    if cache is not None and {s.name for s in inputs} == set(cache.probe):
+        return fill_batch(dict(cache.probe), inputs), "the one sample that the cache keeps"
+    return None
+
+
+def _made_up(inputs: Sequence[InputSpec], dims: Mapping[str, int], name: str) -> Sample:
+    """Zeros of the right shapes: they say nothing but how large things are."""
+    axes, fixed = batch_axes(inputs), fixed_batch_size(inputs)
+    found = {}
+    for spec in inputs:
+        shape = []
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, int):
+                shape.append(dim)
+            elif axis == axes[spec.name]:
+                shape.append(fixed or 1)
+            elif dim is not None and dim in dims:
+                shape.append(dims[dim])
+            else:
+                what = dim or f"?, axis {axis}"
+                raise DataError(
+                    f"{name}: input {spec} has a free dimension ({what}) and no data say how large it is; "
+                    f"give --dim {dim or 'NAME'}=128, or --data."
+                )
+        found[spec.name] = np.zeros(shape, spec.dtype)
+    return found
+
+
+def _inferred(graph: Graph, names: Sequence[str], batch: Sample) -> dict[str, tuple[int, ...]]:
+    model = graph.model.clone()
+    for value in model.graph.inputs:
+        if str(value.name) in batch:
+            value.shape = ir.Shape(batch[str(value.name)].shape)
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    passes.ShapeInferencePass()(model)
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    values.update({str(v.name): v for v in model.graph.inputs})
+    found = {}
+    for name in names:
+        shape = values[name].shape
+        if shape is None or not all(isinstance(d, int) for d in shape):
+            raise ModelError(
+                f"{graph.name}: ONNX Runtime cannot run it and the shape of {name} cannot be inferred; "
+                "give the shapes with --shapes."
+            )
+        found[name] = tuple(int(d) for d in shape)  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,157 @@
+"""What a product is run on: codes of a layer's real weight and of its captured activations, in the format asked for."""
+
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.bench.feeding import Captured
+from quantkit.bench.layers import Layer
+from quantkit.formats import FP8_E4M3, INT8, QParams, QTensor, qparams_from_range, quantize, range_of
+from quantkit.formats.presets import weight_spec
+from quantkit.formats.spec import QuantSpec
+from quantkit.kernels.family import Operands
+from quantkit.kernels.work import FORMATS, Work
+from quantkit.statistics import FloatHistogram
+
+# Rows of activations that are kept of a layer; more rows of a product repeat them.
+ROWS = 512
+
+# Which preset stores the weight, by the format of a product.
+_WEIGHTS = {"fp8-block": "fp8-block", "w8a16": "int8"}
+_ACTIVATIONS = {"int8": INT8, "e4m3": FP8_E4M3}
+
+
+def operands_of(work: Work, layer: Layer, captured: Captured) -> Operands:
+    """Return the operands of a layer's product, in the work's format.
+
+    A weight that the file holds in that format is taken as it lies there, with its scales; so is the scale of its
+    activations. Others are quantized here: weights by the largest magnitude of a row or block, activations by theirs.
+    """
+    limit = min(work.m, ROWS)
+    name = layer.activations.tensor
+    if name in captured.tensors and (layer.is_constant or layer.weights.tensor in captured.tensors):
+        rows, origin = layer.activation_rows(captured.tensors[name], limit), captured.origin
+    elif name in captured.histograms and captured.histograms[name].finite_count:
+        rows, origin = drawn(captured.histograms[name], limit, work.k), "drawn from the cache's histograms"
+    else:
+        rows, origin = _random(limit, work.k), "random numbers"
+    stored = layer.format == work.format
+    weight: QTensor | NDArray[Any]
+    codes = layer.code_matrix() if stored else None
+    if codes is not None:
+        weight = _held(*codes)
+    elif layer.is_constant or layer.weights.tensor in captured.tensors:
+        weight = _quantized(layer.weight_matrix(captured.tensors), work)
+    else:
+        weight = _quantized(_random(work.n, work.k), work)
+    scale = layer.activations.scale if stored else None
+    activations, scales = _activation_codes(rows, work, scale)
+    return Operands(activations=activations, scale=scales, weight=weight, bias=layer.bias, origin=origin)
+
+
+def random_operands(work: Work) -> Operands:
+    """Return operands of normal random numbers: kernels run slower on them than on zeros, as on real data."""
+    activations, scale = _activation_codes(_random(min(work.m, ROWS), work.k), work, None)
+    return Operands(
+        activations=activations,
+        scale=scale,
+        weight=_quantized(_random(work.n, work.k), work),
+        bias=np.ones(work.n, np.float32) if work.bias else None,
+        origin="random numbers",
+    )
+
+
+def drawn(histogram: FloatHistogram, rows: int, k: int) -> NDArray[np.float32]:
+    """Return values [rows, k] drawn from a histogram, each evenly within its bin."""
+    rng = np.random.default_rng(0)
+    bins = histogram.bins()
+    upto = np.cumsum(bins.counts)
+    index = np.searchsorted(upto, rng.random((rows, k)) * upto[-1], side="right")
+    low, high = bins.edges[index], bins.edges[index + 1]
+    x: NDArray[np.float32] = (low + rng.random((rows, k)) * (high - low)).astype(np.float32)
+    return x
+
+
+def cropped(work: Work, operands: Operands, *, m: int, n: int, k: int) -> tuple[Work, Operands]:
+    """Return the first rows, columns and elements of K of a product, as a work of its own."""
+    m, n, k = min(work.m, m, len(operands.activations)), min(work.n, n), min(work.k, k)
+    return replace(work, m=m, n=n, k=k), taken(operands, slice(m), slice(n), slice(k))
+
+
+def taken(operands: Operands, rows: Any, columns: Any, inner: slice) -> Operands:
+    """Return the operands of some rows and columns of D, and of a part of K."""
+    scale = operands.scale
+    if scale is not None and scale.size > 1:
+        scale = scale[rows]
+    return Operands(
+        activations=np.ascontiguousarray(operands.activations[rows, inner]),
+        scale=scale,
+        weight=_taken_weight(operands.weight, columns, inner),
+        bias=None if operands.bias is None else operands.bias[columns],
+        origin=operands.origin,
+    )
+
+
+def _taken_weight(weight: QTensor | NDArray[Any], rows: Any, inner: slice) -> QTensor | NDArray[Any]:
+    if not isinstance(weight, QTensor):
+        return np.ascontiguousarray(weight[rows, inner])
+    n, k = weight.qvalue.shape
+    blocks = slice(None if inner.stop is None else -(-min(inner.stop, k) // (weight.spec.block_size or k)))
+
+    def part(parameter: NDArray[Any] | None) -> NDArray[Any] | None:
+        if parameter is None or parameter.ndim == 0 or parameter.shape[0] != n:
+            return parameter
+        return parameter[rows] if parameter.ndim == 1 else parameter[rows, blocks]
+
+    params = weight.qparams
+    scale = part(params.scale)
+    assert scale is not None
+    return QTensor(
+        np.ascontiguousarray(weight.qvalue[rows, inner]),
+        QParams(scale, part(params.zero_point), params.global_scale),
+        weight.spec,
+    )
+
+
+def _activation_codes(
+    rows: NDArray[np.float32], work: Work, scale: NDArray[np.float32] | None
+) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+    fmt = _ACTIVATIONS.get(FORMATS[work.format].activations)
+    if fmt is None:
+        return rows.astype(ml_dtypes.bfloat16), None
+    spec = QuantSpec(format=fmt)
+    params = qparams_from_range(range_of(rows, spec), spec)
+    if scale is not None:
+        params = QParams(scale.reshape(()).astype(np.float32), params.zero_point)
+    return quantize(rows, params, spec).qvalue, params.scale.reshape(1)
+
+
+def _quantized(weight: NDArray[np.float32], work: Work) -> QTensor | NDArray[Any]:
+    if work.format == "bf16":
+        return weight.astype(ml_dtypes.bfloat16)
+    preset = _WEIGHTS.get(work.format, work.format)
+    own = FORMATS[work.format].group
+    size = (
+        work.group if own is not None and work.group != own and not preset.startswith(("mx", "nv")) else None
+    )
+    spec = weight_spec(preset, channel_axis=0, contraction_axis=1, block_size=size)
+    return quantize(weight, qparams_from_range(range_of(weight, spec), spec), spec)
+
+
+def _held(codes: NDArray[Any], scale: NDArray[np.float32]) -> QTensor:
+    """Codes as the file holds them."""
+    fmt = INT8 if codes.dtype == np.int8 else FP8_E4M3
+    spec = QuantSpec(format=fmt, axis=None if scale.size == 1 else 0)
+    held = scale.reshape(()) if scale.size == 1 else scale
+    zero = np.zeros(held.shape, fmt.dtype) if fmt.kind == "integer" else None
+    return QTensor(codes, QParams(held, zero), spec)
+
+
+def _random(rows: int, k: int) -> NDArray[np.float32]:
+    """Normal numbers; of many rows a block is drawn and repeated, which no kernel can tell."""
+    rng = np.random.default_rng(rows + k)
+    few = max(1, min(rows, (1 << 22) // k))
+    return np.resize(rng.standard_normal((few, k), np.float32), (rows, k))

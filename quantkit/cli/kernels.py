@@ -1,0 +1,76 @@
+"""`quantkit kernels build`: compiling ahead what would else be compiled when it is first launched."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import options
+from quantkit.cli.bench import Batches, Dims, Formats, numbers, progress, sizes, words
+
+app = typer.Typer(help="The GPU kernels: compile them ahead.", no_args_is_help=True)
+
+
+@app.callback()
+def _kernels() -> None:
+    pass
+
+
+@app.command("build")
+def build(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Build what this model's products need (default: layers of well-known networks)."
+        ),
+    ] = None,
+    arch: Annotated[
+        str, typer.Option("--arch", help="sm_90a …, several with commas; no GPU is needed.")
+    ] = "sm_90a",
+    formats: Formats = None,
+    batch: Batches = "1,64",
+    dims: Dims = None,
+    cache_folder: Annotated[
+        Path | None,
+        typer.Option("--cubins", help="The folder of compiled kernels (default: ~/.cache/quantkit/cubin)."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compile kernels for GPU architectures into the cache, on any machine with NVRTC."""
+    from quantkit.bench.run import products_of
+    from quantkit.kernels.build import build_all, jobs_of, usual_works
+    from quantkit.kernels.compile import DEFAULT_CACHE
+
+    asked = None if formats is None else words(formats)
+    if model is None:
+        works = usual_works(asked)
+    else:
+        products, _ = products_of(
+            model, None, formats=asked, batches=numbers("--batch", batch), dims=sizes(dims)
+        )
+        works = [case.work for case in products.cases]
+    folder = cache_folder or DEFAULT_CACHE
+    jobs = jobs_of(works, words(arch))
+    before = set(folder.glob("*.cubin"))
+    with progress("build", shown=not as_json) as on_built:
+        built = build_all(jobs, cache=folder, on_built=on_built)
+    new = [kernel for kernel in built if kernel.cubin not in before]
+    spilling = [kernel for kernel in built if kernel.spill_bytes]
+    if as_json:
+        options.print_json(
+            {
+                "folder": str(folder),
+                "kernels": len(built),
+                "compiled": len(new),
+                "spilling": [kernel.cubin.name for kernel in spilling],
+                "cubins": [kernel.cubin.name for kernel in built],
+            }
+        )
+        return
+    there = len(built) - len(new)
+    typer.echo(
+        f"{folder}: {options.count(len(new), 'kernel')} compiled, {there:,} there already, "
+        f"{options.size(sum(k.cubin.stat().st_size for k in built))}"
+    )
+    for kernel in spilling:
+        typer.echo(f"warning: {kernel.cubin.name} spills {kernel.spill_bytes} bytes of registers", err=True)
