@@ -61,6 +61,13 @@ class Linear:
         return 1 if self.window is None else self.window.groups
 
     @property
+    def output_axis(self) -> int:
+        """The axis of the output's channels, negative; that of a convolution's input too."""
+        if self.window is not None:
+            return -1 - len(self.window.kernel)
+        return self.input_axis
+
+    @property
     def view(self) -> str:
         """A name for the vectors that it multiplies: linears of one view share a Gram matrix."""
         if self.window is None:
