@@ -23,21 +23,30 @@ def save_roofline(benchmark: Benchmark, path: str | os.PathLike[str]) -> None:
         FileError: matplotlib is not installed, there is nothing to draw, or the file cannot be written.
     """
     final = Path(path)
-    if final.suffix.lower() not in _SUFFIXES:
-        raise FileError(f"{final}: a plot is written as one of {', '.join(_SUFFIXES)}; name it so.")
+    figure_module = check_plot(final)
     rows = [row for row in benchmark.rows if row.time_us is not None]
     if not rows:
         raise FileError(f"{final}: no product has a time, so there is nothing to plot; choose other formats.")
-    try:
-        figure_module = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise FileError(
-            f"{final}: a plot needs matplotlib ({error}); pip install 'quantkit[plot]'."
-        ) from error
     figure = figure_module.Figure(figsize=(9, 6), layout="constrained")
     _draw(figure.add_subplot(), benchmark, rows)
     with atomic_write(final) as temporary:
         figure.savefig(temporary, format=final.suffix[1:].lower(), dpi=150)
+
+
+def check_plot(path: Path) -> Any:
+    """Return matplotlib.figure if a plot can be drawn into `path`: asked before long work.
+
+    Raises:
+        FileError: matplotlib is not installed, or `path` is named as no picture.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise FileError(f"{path}: a plot is written as one of {', '.join(_SUFFIXES)}; name it so.")
+    try:
+        return importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise FileError(
+            f"{path}: a plot needs matplotlib ({error}); pip install 'quantkit[plot]'."
+        ) from error
 
 
 def _draw(axes: Any, benchmark: Benchmark, rows: list[BenchRow]) -> None:

@@ -97,8 +97,7 @@ class BenchRow:
     def name(self) -> str:
         """The first layer's name, and how many more there are."""
         more = len(self.layers) - 1
-        first = self.layers[0] if self.layers else "–"
-        return f"{first} +{more}" if more else first
+        return f"{self.layers[0]} +{more}" if more > 0 else "".join(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON would hold it."""
@@ -162,7 +161,9 @@ class Benchmark:
     def table(self) -> Table:
         """Return the rows as a table, with the columns that this mode has figures for."""
         batches = {row.batch for row in self.rows}
-        columns: list[tuple[str, list[Cell]]] = [("layer", [row.name for row in self.rows])]
+        columns: list[tuple[str, list[Cell]]] = []
+        if any(row.layers for row in self.rows):
+            columns.append(("layer", [row.name for row in self.rows]))
         if len(batches) > 1:
             columns.append(("batch", [row.batch for row in self.rows]))
         if any(row.calls > 1 for row in self.rows):
@@ -207,7 +208,7 @@ class Benchmark:
             ("GB/s", [None if r.gb_per_s is None else round(r.gb_per_s) for r in self.rows]),
             (
                 "% roofline",
-                [None if r.roofline_percent is None else round(r.roofline_percent) for r in self.rows],
+                [_percent(r.roofline_percent) for r in self.rows],
             ),
         ]
 
@@ -299,6 +300,10 @@ def _digits(value: float | None) -> float | None:
     if value is None:
         return None
     return round(value) if value >= 1000 else float(f"{value:.3g}")
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else round(value) if value >= 10 else float(f"{value:.2g}")
 
 
 def _times(value: float | None) -> str | None:

@@ -85,7 +85,8 @@ def bench_model(
         mode, run = "emulated", _emulated
     elif dry_run or reason:
         mode, run = "predicted", _nothing
-        notes.insert(0, f"{reason or 'dry run'}: what would run on {gpu.name}, by the model of time")
+        why = f"no GPU here ({reason})" if reason else "dry run"
+        notes.insert(0, f"{why}: what would run on {gpu.name.upper()}, by the model of time")
     else:
         mode = "measured"
         compile_ahead(chosen_sources(products.cases, chosen, gpu), gpu)

@@ -87,6 +87,7 @@ def bench(
     Without a GPU it says so, and shows which kernels and tiles would be chosen and how long they are modelled to
     take.
     """
+    from quantkit.bench.plot import check_plot, save_roofline
     from quantkit.bench.run import bench_model
     from quantkit.errors import SpecError
     from quantkit.files import check_output
@@ -96,6 +97,7 @@ def bench(
     if dry_run and emulate:
         raise SpecError("bench: --dry-run and --emulate were given; choose one.")
     if plot is not None:
+        check_plot(plot)
         check_output(plot, inputs=[model, cache])
     with progress("bench", shown=not (as_json or as_csv)) as on_product, options.before_writing():
         found = bench_model(
@@ -117,8 +119,6 @@ def bench(
             on_product=on_product,
         )
     if plot is not None:
-        from quantkit.bench.plot import save_roofline
-
         save_roofline(found, plot)
     if as_json:
         options.print_json(found.to_dict())

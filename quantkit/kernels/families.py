@@ -1,17 +1,18 @@
-"""The kernels that there are: a table to which each further one adds one entry."""
+"""The kernels that there are: a table to which each further one adds one entry, those to be preferred first."""
 
 from quantkit.kernels.family import Family, Prediction
 from quantkit.kernels.gemm_family import GemmFamily
 from quantkit.kernels.gpus import Gpu
+from quantkit.kernels.mma_family import MmaFamily
 from quantkit.kernels.work import Work
 
-FAMILIES: tuple[Family, ...] = (GemmFamily(),)
+FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily())
 
 
 def best_family(work: Work, gpu: Gpu) -> tuple[Family, Prediction] | None:
-    """Return the family predicted fastest for a work, with what it would do; None where no kernel takes it."""
-    found = [(family, family.predict(work, gpu)) for family in FAMILIES if family.takes(work, gpu)]
-    return min(found, key=lambda pair: pair[1].time_us, default=None)
+    """Return the first family that takes a work, with what it would do; None where no kernel takes it."""
+    family = next((family for family in FAMILIES if family.takes(work, gpu)), None)
+    return None if family is None else (family, family.predict(work, gpu))
 
 
 def architectures() -> tuple[str, ...]:

@@ -162,7 +162,7 @@ def matmul(
     if arch == "sm_90a" and weight.format in _WGMMA and not isinstance(tile, MmaTile):
         gemm_run.run_sm90(call, tile or _tile(problem, kind, device))
     else:
-        given = tile if isinstance(tile, MmaTile) else _mma_tile(problem, arch, gpu.multiprocessors(device))
+        given = tile if isinstance(tile, MmaTile) else _mma_tile(problem, kind, arch, device)
         gemm_run.run_mma(call, given, arch)
     if target is not out:
         out[...] = target
@@ -177,8 +177,9 @@ def _tile(problem: Problem, kind: EpilogueKind, device: int) -> Tile:
 
 
 @lru_cache(maxsize=4096)
-def _mma_tile(problem: Problem, arch: str, multiprocessors: int) -> MmaTile:
-    return mma_choose(problem, mma_device(arch, multiprocessors))
+def _mma_tile(problem: Problem, kind: EpilogueKind, arch: str, device: int) -> MmaTile:
+    timed = tuning.best_mma_tile(problem, kind, device)
+    return timed or mma_choose(problem, mma_device(arch, gpu.multiprocessors(device)))
 
 
 @lru_cache(maxsize=1024)

@@ -16,9 +16,9 @@ def why_no_gpu() -> str | None:
         return "CuPy is not installed: pip install 'quantkit[gpu]'"
     except Exception as error:
         # Each version of CUDA has its own way to say that there is no driver.
-        return f"no GPU is found ({str(error).strip().splitlines()[0]})"
+        return str(error).strip().splitlines()[0]
     if count == 0:
-        return "no GPU is found"
+        return "CUDA counts none"
     return None if is_available() else "NVRTC is not installed: pip install 'quantkit[gpu]'"
 
 
@@ -30,7 +30,7 @@ def present_gpu(device: int = 0) -> Gpu:
     """
     reason = why_no_gpu()
     if reason is not None:
-        raise KernelError(f"{reason}; run this on a machine with an NVIDIA GPU.")
+        raise KernelError(f"no GPU here ({reason}); run this on a machine with an NVIDIA GPU.")
     return _present(device)
 
 

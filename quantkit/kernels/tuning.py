@@ -28,8 +28,10 @@ from quantkit.files import atomic_write
 from quantkit.kernels import device as hardware
 from quantkit.kernels.compile import INCLUDE, is_available, nvrtc_version
 from quantkit.kernels.epilogue import EpilogueKind
-from quantkit.kernels.gemm_launch import KERNEL
+from quantkit.kernels.gemm_launch import KERNEL as SM90
 from quantkit.kernels.heuristics import Problem, Tile, candidates
+from quantkit.kernels.mma_heuristics import MmaDevice, MmaTile, mma_candidates, mma_device
+from quantkit.kernels.mma_launch import KERNEL as MMA
 from quantkit.kernels.present import present_gpu
 from quantkit.kernels.timing import Timing
 
@@ -152,15 +154,33 @@ def _without_order(tile: Tile) -> tuple[Any, ...]:
     return tuple(sorted((name, value) for name, value in asdict(tile).items() if name != "group"))
 
 
+def mma_tile_of(entry: Entry, problem: Problem, device: MmaDevice) -> MmaTile | None:
+    """Return the tile of gemm_mma.cu of an entry; None where this kernel no longer has it."""
+    try:
+        tile = MmaTile(**entry.configuration)
+    except TypeError:
+        return None
+    return tile if tile in set(mma_candidates(problem, device)) else None
+
+
 def best_tile(problem: Problem, kind: EpilogueKind, device: int) -> Tile | None:
     """Return the tile of gemm_sm90.cu timed fastest for a problem on GPU `device`; None where none was timed."""
-    return _best_tile(key_of(KERNEL, problem, kind), problem, device)
-
-
-@lru_cache(maxsize=4096)
-def _best_tile(key: Key, problem: Problem, device: int) -> Tile | None:
-    entry = table(present_gpu(device).name, local=environment()).find(key)
+    entry = best_entry(key_of(SM90, problem, kind), device)
     return None if entry is None else tile_of(entry, problem)
+
+
+def best_mma_tile(problem: Problem, kind: EpilogueKind, device: int) -> MmaTile | None:
+    """Return the tile of gemm_mma.cu timed fastest for a problem on GPU `device`; None where none was timed."""
+    entry = best_entry(key_of(MMA, problem, kind), device)
+    if entry is None:
+        return None
+    gpu = present_gpu(device)
+    return mma_tile_of(entry, problem, mma_device(gpu.architecture, gpu.multiprocessors))
+
+
+def best_entry(key: Key, device: int) -> Entry | None:
+    """Return what is known of a key on GPU `device`, whatever kernel it is of; None where nothing is."""
+    return table(present_gpu(device).name, local=environment()).find(key)
 
 
 @lru_cache(maxsize=1)
@@ -198,7 +218,7 @@ def remember(
     kernel: str,
     problem: Problem,
     kind: EpilogueKind,
-    timed: Mapping[Tile, Timing],
+    timed: Mapping[Any, Timing],
     *,
     local: str | None = None,
     cache: Path = DEFAULT_CACHE,
@@ -247,7 +267,6 @@ def add_entries(path: Path, new: TimingTable, facts: Mapping[str, Any]) -> None:
 def forget() -> None:
     """Read the files again when they are next asked."""
     table.cache_clear()
-    _best_tile.cache_clear()
 
 
 @lru_cache(maxsize=64)
