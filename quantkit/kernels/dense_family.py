@@ -51,7 +51,8 @@ class DenseFamily(Family):
             time_us = entry.time_us * max(1.0, work.m / entry.m)
         else:
             tile = self.rank(problem, gpu)[0]
-            time_us = self.estimate_us(problem, tile, gpu)
+            # The models know architectures; what this very GPU allows, its ceilings know.
+            time_us = max(self.estimate_us(problem, tile, gpu), work.roofline(gpu)[0])
             entry = None
         return Prediction(
             kernel=self.name,

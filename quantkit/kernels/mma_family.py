@@ -1,6 +1,7 @@
 """gemm_mma.cu as a family: int8, fp8 and bf16 on every architecture from sm_80 on."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ class MmaFamily(DenseFamily):
 
 
 def _device(gpu: Gpu) -> MmaDevice:
-    return mma_device(gpu.architecture, gpu.multiprocessors)
+    known = mma_device(gpu.architecture, gpu.multiprocessors)
+    return replace(known, dram_bytes_per_us=min(known.dram_bytes_per_us, 0.95e3 * gpu.dram_gb_per_s))
 
 
 def _padded(matrix: NDArray[Any]) -> NDArray[Any]:
