@@ -179,15 +179,13 @@ def _lost_numbers(node: ir.Node, dtype: ir.DataType) -> str:
         if value is None or value.dtype != FLOAT or value.const_value is None:
             continue
         exact = value.const_value.numpy()
-        held = narrowed(exact, dtype).astype(np.float32)
-        if np.any(np.isinf(held) & np.isfinite(exact)):
-            return (
-                f"its constant {value.name} reaches {np.abs(exact[np.isfinite(exact)]).max():.3g}, "
-                f"beyond {dtype.name.lower()}"
-            )
-        if exact.size == 1 and np.all(held == 0) and np.all(exact != 0):
+        amax = _finite_amax(exact)
+        if _overflows(amax, dtype):
+            return f"its constant {value.name} reaches {amax:.3g}, beyond {dtype.name.lower()}"
+        if exact.size == 1 and exact.item() != 0 and narrowed(exact, dtype).item() == 0:
             return f"its constant {value.name} is {exact.item():.3g}, which is 0 in {dtype.name.lower()}"
         if dtype == ir.DataType.FLOAT16 and _is_scale(node, index):
+            held = narrowed(exact, dtype).astype(np.float32)
             error = np.abs(held - exact) > _SCALE_ERROR * np.abs(exact)
             if np.any(error):
                 least = np.abs(exact[error]).min()
@@ -226,15 +224,23 @@ def _is_wide(node: ir.Node, dtype: ir.DataType, wide: set[ir.Value]) -> bool:
         return False
     if any(v in wide for v in node.inputs if v is not None):
         return True
-    return any(
-        v is not None
-        and v.dtype == FLOAT
-        and v.const_value is not None
-        and bool(
-            np.any(np.isinf(narrowed(v.const_value.numpy(), dtype)) & np.isfinite(v.const_value.numpy()))
-        )
-        for v in node.inputs
-    )
+    stored = [v.const_value for v in node.inputs if v is not None and v.dtype == FLOAT]
+    return any(t is not None and _overflows(_finite_amax(t.numpy()), dtype) for t in stored)
+
+
+def _finite_amax(array: np.ndarray) -> float:
+    """The largest magnitude among the finite elements, without a copy of a weight where all are."""
+    if array.size == 0:
+        return 0.0
+    ends = float(array.max()), float(array.min())
+    if not np.all(np.isfinite(ends)):
+        finite = array[np.isfinite(array)]
+        ends = float(finite.max(initial=0)), float(finite.min(initial=0))
+    return max(abs(end) for end in ends)
+
+
+def _overflows(amax: float, dtype: ir.DataType) -> bool:
+    return bool(np.isinf(narrowed(np.asarray(amax, np.float32), dtype)))
 
 
 def _is_outer_product(node: ir.Node) -> bool:
