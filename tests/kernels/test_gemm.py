@@ -1,179 +1,256 @@
 """gemm_sm90.cu against its oracle, in every mode of the emulator and on a GPU where there is one."""
 
-import math
+import itertools
+import random
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from quantkit.kernels.compile import compile_kernel, is_available
-from quantkit.kernels.emulator import Swizzle, TensorMap
-from quantkit.kernels.gemm_launch import KERNEL, SOURCE, EpilogueKind, launch_of
-from quantkit.kernels.heuristics import (
-    ITEM_BYTES,
-    OUTPUT_BYTES,
-    SHARED_LIMIT,
-    Problem,
-    Tile,
-    candidates,
-    choose,
-)
-from quantkit.kernels.reference import gemm_reference
+from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind, EpilogueValues
+from quantkit.kernels.gemm_launch import SOURCE, launch_of
+from quantkit.kernels.heuristics import ITEM_BYTES, SHARED_LIMIT, Problem, Tile, candidates, choose
+from quantkit.kernels.reference import residual_reference
 
+from .gemms import DTYPES, Case, Tensors, oracle, run, tensors_of
 from .sass import opcodes, tools
 
-DTYPES = {
-    "int8": np.dtype(np.int8),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-    "int32": np.dtype(np.int32),
-}
-FULL = EpilogueKind(row_scale="each", column_scale="each", bias=True, relu=True)
-EACH = EpilogueKind(row_scale="each", column_scale="each")
-ONE = EpilogueKind(row_scale="one", column_scale="one", bias=True)
-NONE = EpilogueKind()
+# What the epilogue is asked for: every factor in every granularity, every activation, every type of residual.
+KINDS = {
+    "nothing": EpilogueKind(),
+    "zero point": EpilogueKind(zero_point="one"),
+    "scales": EpilogueKind(row_scale="each", column_scale="each"),
+    "one scale": EpilogueKind(row_scale="one", column_scale="one", bias=True),
+    "relu": EpilogueKind(row_scale="each", column_scale="each", bias=True, activation="relu"),
+    "asymmetric": EpilogueKind(
+        row_scale="each", column_scale="each", zero_point="each", bias=True, output_zero_point=True
+    ),
+    "resnet": EpilogueKind(
+        row_scale="one", column_scale="each", bias=True, residual="before", residual_type="int8",
+        activation="clip",
+    ),
+    "transformer": EpilogueKind(
+        row_scale="each", column_scale="one", bias=True, residual="after", activation="gelu"
+    ),
+    "gelu tanh": EpilogueKind(
+        row_scale="one", column_scale="one", residual="before", residual_type="float16", activation="gelu_tanh"
+    ),
+    "silu": EpilogueKind(row_scale="each", column_scale="each", activation="silu"),
+    "float residual": EpilogueKind(
+        row_scale="one", zero_point="one", residual="after", residual_type="float32"
+    ),
+    "fp8 residual": EpilogueKind(
+        column_scale="each", residual="after", residual_type="float8_e4m3fn", activation="clip"
+    ),
+}  # fmt: skip
+APPROXIMATE = {"gelu", "gelu_tanh", "silu"}
 
-WIDE = Tile(blocks_of_64=1, tile_n=256, stages=4)
-PAIR = Tile(blocks_of_64=1, tile_n=128, stages=3, cluster=2)
-TALL = Tile(blocks_of_64=2, tile_n=128, stages=3)
-TURNS = Tile(blocks_of_64=2, tile_n=128, stages=4, cluster=2, pingpong=True)
-SMALL_TURNS = Tile(blocks_of_64=1, tile_n=128, stages=3, group=2, pingpong=True)
-FEW = Tile(blocks_of_64=1, tile_n=16, stages=6, consumers=1, swap=True)
-SOME = Tile(blocks_of_64=1, tile_n=64, stages=5, swap=True)
 SWAPPED = Tile(blocks_of_64=1, tile_n=128, stages=3, swap=True)
-
-# Ragged shapes, formats, outputs, epilogues and tiles, so that every pair of format and output, of tile and kind of
-# store (rows of D that are whole 16 bytes, or not), and of tile and epilogue occurs.
-CASES = [
-    (1, 8, 16, "int8", "bfloat16", EACH, FEW),
-    (1, 130, 48, "float8_e4m3fn", "float32", FULL, FEW),
-    (3, 288, 272, "int8", "int32", NONE, FEW),
-    (3, 130, 272, "bfloat16", "float16", ONE, SOME),
-    (17, 288, 48, "float8_e4m3fn", "bfloat16", FULL, SOME),
-    (17, 8, 272, "int8", "float32", EACH, SWAPPED),
-    (64, 130, 16, "bfloat16", "bfloat16", FULL, SWAPPED),
-    (130, 288, 48, "int8", "float16", FULL, SWAPPED),
-    (64, 288, 272, "float8_e4m3fn", "float16", EACH, PAIR),
-    (130, 130, 272, "int8", "int32", NONE, PAIR),
-    (300, 288, 48, "bfloat16", "float32", ONE, PAIR),
-    (130, 288, 272, "int8", "bfloat16", FULL, WIDE),
-    (64, 130, 48, "bfloat16", "float32", EACH, WIDE),
-    (130, 8, 272, "float8_e4m3fn", "bfloat16", ONE, TALL),
-    (17, 130, 272, "int8", "float16", FULL, TALL),
-    (300, 264, 400, "int8", "bfloat16", EACH, TURNS),
-    (130, 130, 48, "float8_e4m3fn", "bfloat16", FULL, TURNS),
-    (300, 288, 272, "float8_e4m3fn", "float32", FULL, SMALL_TURNS),
-    (130, 136, 700, "bfloat16", "bfloat16", NONE, SMALL_TURNS),
-]
-
-
-def gemm(machine, a: np.ndarray, b: np.ndarray, problem: Problem, kind: EpilogueKind, tile: Tile, factors):
-    """D of the kernel; the rows of a and b start at multiples of 16 bytes, the output held rubbish before."""
-    multiprocessors = 4
-    launch = launch_of(problem, tile, kind, multiprocessors)
-    operands = []
-    for matrix in (a, b):
-        rows, k = matrix.shape
-        padded = np.zeros((rows, math.ceil(k * matrix.itemsize / 16) * 16 // matrix.itemsize), matrix.dtype)
-        padded[:, :k] = matrix
-        operands.append(padded)
-    if launch.swap:
-        operands.reverse()
-    d = np.full((problem.m, problem.n), 77, DTYPES[problem.output])
-    maps = [
-        TensorMap(
-            array=array,
-            box=box,
-            swizzle=Swizzle.BYTES_128,
-            shape=(array.shape[0], problem.k),
-            strides_bytes=array.strides,
-        )
-        for array, box in zip(operands, (launch.first_box, launch.second_box), strict=True)
-    ]
-    stored = (
-        TensorMap(array=d, box=launch.output_box, swizzle=Swizzle.BYTES_128) if launch.tma_store else maps[0]
-    )
-    machine.launch(
-        SOURCE,
-        KERNEL,
-        *maps,
-        stored,
-        d,
-        *factors,
-        np.int32(problem.m),
-        np.int32(problem.n),
-        np.int32(problem.row_bytes),
-        defines=launch.defines,
-        grid=launch.grid,
-        block=launch.block,
-        cluster=launch.cluster,
-        shared_bytes=launch.shared_bytes,
-        multiprocessors=multiprocessors,
-    )
-    return d
+PAIR = Tile(blocks_of_64=1, tile_n=128, stages=3, cluster=2)
+FEW = Tile(blocks_of_64=1, tile_n=16, stages=6, consumers=1, swap=True)
+TILES = {
+    "wide": Tile(blocks_of_64=1, tile_n=256, stages=3),
+    "pair": PAIR,
+    "tall": Tile(blocks_of_64=2, tile_n=128, stages=3),
+    "narrow": Tile(blocks_of_64=2, tile_n=64, stages=3),
+    "turns": Tile(blocks_of_64=2, tile_n=128, stages=4, cluster=2, pingpong=True),
+    "small turns": Tile(blocks_of_64=1, tile_n=128, stages=3, group=2, pingpong=True),
+    "few": FEW,
+    "some": Tile(blocks_of_64=1, tile_n=64, stages=5, swap=True),
+    "swapped": SWAPPED,
+    "few of two": Tile(blocks_of_64=1, tile_n=16, stages=3, consumers=1, swap=True, split=2),
+    "some of two": Tile(blocks_of_64=1, tile_n=64, stages=3, swap=True, split=2),
+    "wide of two": Tile(blocks_of_64=1, tile_n=256, stages=2, swap=True, split=2),
+    "some of four": Tile(blocks_of_64=1, tile_n=64, stages=3, consumers=1, swap=True, split=4),
+}
+FACTORS: dict[str, list[Any]] = {
+    "m": [1, 3, 16, 17, 64, 130, 257],
+    "n": [8, 130, 2880],
+    "k": [16, 48, 272, 2880],
+    "format": ["int8", "float8_e4m3fn", "bfloat16"],
+    "output": list(OUTPUT_BYTES),
+    "kind": list(KINDS),
+    "tile": list(TILES),
+}
 
 
-def factors_of(rng: np.random.Generator, m: int, n: int, kind: EpilogueKind):
-    row = rng.random(m if kind.row_scale == "each" else 1, np.float32) + np.float32(0.5)
-    column = rng.random(n if kind.column_scale == "each" else 1, np.float32) + np.float32(0.5)
-    return row, column, rng.standard_normal(n, np.float32)
+def legal(chosen: dict[str, Any]) -> bool:
+    """Whether a kernel computes a row of factors, or can with what is still to be chosen."""
+    get = chosen.get
+    kind = KINDS[chosen["kind"]] if "kind" in chosen else None
+    tile = TILES[chosen["tile"]] if "tile" in chosen else None
+    integer = get("format", "int8") == "int8"
+    if kind is not None:
+        if kind.zero_point != "none" and not integer:
+            return False
+        if kind.output_zero_point and get("output", "int8") != "int8":
+            return False
+        if get("output") == "int32" and chosen["kind"] not in ("nothing", "zero point"):
+            return False
+    if get("output") == "int32" and not integer:
+        return False
+    if tile is None:
+        return True
+    m, n, k = get("m", 1), get("n", 8), get("k", 16)
+    first, second = (n, m) if tile.swap else (m, n)
+    area = -(-first // tile.tile_m) * tile.tile_m * -(-second // tile.tile_n) * tile.tile_n
+    if area * k > 250e6:  # what the emulator multiplies in a tenth of a second
+        return False
+    wide = {1: 64, 2: 64, 4: 32}[OUTPUT_BYTES[get("output", "int32")]]
+    if not tile.swap and tile.tile_n % wide:
+        return False
+    k_bytes = get("k", 2880) * ITEM_BYTES[get("format", "bfloat16")]
+    return tile.split <= -(-k_bytes // 128)
 
 
-def oracle(a, b, factors, kind: EpilogueKind, output: str) -> np.ndarray:
-    row, column, bias = factors
-    return gemm_reference(
-        a,
-        b,
-        row_scale=None if kind.row_scale == "none" else row,
-        column_scale=None if kind.column_scale == "none" else column,
-        bias=bias if kind.bias else None,
-        relu=kind.relu,
-        output=output,
+@cache
+def pairwise() -> tuple[dict[str, Any], ...]:
+    """Rows of factors in which every legal pair of two factors' values stands together at least once.
+
+    Greedy: each row starts with a pair not seen yet, and each further factor takes the value that adds most pairs.
+    """
+    draw = random.Random(0)
+    # A dictionary, for its order is the same in every run.
+    pairs = dict.fromkeys(
+        ((f, x), (g, y))
+        for f, g in itertools.combinations(FACTORS, 2)
+        for x, y in itertools.product(FACTORS[f], FACTORS[g])
+        if legal({f: x, g: y})
     )
 
+    def unseen(row: dict[str, Any]) -> list[Any]:
+        ordered = [(factor, row[factor]) for factor in FACTORS if factor in row]
+        return [pair for pair in itertools.combinations(ordered, 2) if pair in pairs]
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[:5])))
-def test_integers_come_out_exact_in_every_format_on_ragged_shapes(machine, case):
-    m, n, k, form, output, kind, tile = case
-    rng = np.random.default_rng(m + n + k)
-    limit = (-128, 128) if form == "int8" else (-4, 5)
-    a, b = (rng.integers(*limit, (rows, k)).astype(np.float32).astype(DTYPES[form]) for rows in (m, n))
-    factors = factors_of(rng, m, n, kind)
-    d = gemm(machine, a, b, Problem(m=m, n=n, k=k, format=form, output=output), kind, tile, factors)
-    np.testing.assert_array_equal(d, oracle(a, b, factors, kind, output))
+    rows = []
+    while pairs:
+        best: dict[str, Any] = {}
+        for _ in range(8):
+            row = dict(draw.choice(list(pairs)))
+            others = [factor for factor in FACTORS if factor not in row]
+            for factor in draw.sample(others, len(others)):
+                values = [{**row, factor: value} for value in FACTORS[factor]]
+                row = max(filter(legal, values), key=lambda r: (len(unseen(r)), draw.random()), default={})
+                if not row:
+                    break
+            if len(unseen(row)) > len(unseen(best)):
+                best = row
+        if best:
+            rows.append(best)
+            for pair in unseen(best):
+                del pairs[pair]
+    return tuple(rows)
+
+
+CASES = [Case(**{**row, "kind": KINDS[row["kind"]], "tile": TILES[row["tile"]]}) for row in pairwise()]
+
+
+def check(case: Case, d: np.ndarray) -> None:
+    """Equal to the oracle bit for bit; with Gelu or Silu within their bound, and the output's rounding."""
+    if case.kind.activation not in APPROXIMATE:
+        np.testing.assert_array_equal(d.view(np.uint8), oracle(case).view(np.uint8))
+        return
+    t = tensors_of(case)
+    want = oracle(case, t, "float32").astype(np.float64)
+    magnitude = np.abs(want)
+    if case.kind.residual == "after":
+        magnitude = magnitude + np.abs(residual_reference(t.residual, t.values))
+    bound = magnitude * 2.0**-15 + 2.0**-120
+    got = d.astype(np.float64)
+    if case.output == "int8":
+        scaled = np.clip(want / t.values.scale, -128, 127)
+        assert np.all(np.abs(got - scaled) <= 0.5 + bound / t.values.scale)
+    elif case.output == "float8_e4m3fn":
+        scaled = np.clip(want / t.values.scale, -448, 448)
+        assert np.all(np.abs(got - scaled) <= np.abs(scaled) * 2.0**-4 + 2.0**-10 + bound / t.values.scale)
+    else:
+        bits, least = {"float32": (24, -150), "bfloat16": (8, -134), "float16": (11, -25)}[case.output]
+        assert np.all(np.abs(got - want) <= bound + (magnitude + bound) * 2.0**-bits + 2.0**least)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_pair_of_shape_format_output_epilogue_and_tile_is_exact(machine, case):
+    check(case, run(machine, case))
 
 
 @pytest.mark.parametrize(("form", "bits"), [("bfloat16", 21), ("float8_e4m3fn", 12)])
-def test_real_values_stay_within_what_the_accumulator_loses(machine, form, bits):
+@pytest.mark.parametrize("tile", ["pair", "some of four"])
+def test_real_values_stay_within_what_the_accumulator_loses(machine, form, bits, tile):
     """Each instruction adds its products with at least `bits` of the largest one: K / depth roundings of the sum."""
-    m, n, k = 70, 136, 512
-    rng = np.random.default_rng(5)
-    a, b = (rng.standard_normal((rows, k)).astype(DTYPES[form]) for rows in (m, n))
-    problem = Problem(m=m, n=n, k=k, format=form, output="float32")
-    d = gemm(machine, a, b, problem, NONE, PAIR, factors_of(rng, m, n, NONE))
-    wide = a.astype(np.float64), b.astype(np.float64)
+    case = Case(m=70, n=136, k=512, format=form, output="float32", tile=TILES[tile])
+    t = real(case)
+    d = run(machine, case, t)
+    wide = t.a.astype(np.float64), t.b.astype(np.float64)
     magnitude = np.abs(wide[0]) @ np.abs(wide[1]).T
-    instructions = k * ITEM_BYTES[form] / 32
+    instructions = case.k * ITEM_BYTES[form] / 32
     assert np.all(np.abs(d - wide[0] @ wide[1].T) <= instructions * magnitude * 2.0**-bits)
 
 
-def test_a_nan_survives_relu(machine):
-    a, b = np.ones((4, 32), DTYPES["bfloat16"]), np.ones((8, 32), DTYPES["bfloat16"])
-    a[1, 3] = np.nan
-    kind = EpilogueKind(relu=True)
-    problem = Problem(m=4, n=8, k=32, format="bfloat16", output="float32")
-    d = gemm(machine, a, b, problem, kind, FEW, factors_of(np.random.default_rng(0), 4, 8, kind))
+def real(case: Case) -> Tensors:
+    """Operands that are no integers, so that the order of additions shows."""
+    rng = np.random.default_rng(5)
+    a, b = (rng.standard_normal((rows, case.k)).astype(DTYPES[case.format]) for rows in (case.m, case.n))
+    return replace(tensors_of(case), a=a, b=b)
+
+
+@pytest.mark.parametrize(("tile", "parts"), [("some of two", 2), ("some of four", 4), ("wide of two", 2)])
+def test_parts_of_k_are_added_in_their_order(machine, tile, parts):
+    case = Case(m=100, n=136, k=200 * 4, format="bfloat16", output="float32", tile=TILES[tile])
+    t = real(case)
+    d = run(machine, case, t)
+    steps = -(-case.k * 2 // 128)
+    bounds = [min(case.k, steps * part // parts * 64) for part in range(parts + 1)]
+    want = None
+    for begin, end in itertools.pairwise(bounds):
+        piece = replace(t, a=t.a[:, begin:end], b=t.b[:, begin:end])
+        term = run(machine, replace(case, k=end - begin, tile=SWAPPED), piece)
+        want = term if want is None else want + term
+    np.testing.assert_array_equal(d, want)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "clip", "gelu", "gelu_tanh", "silu"])
+def test_a_nan_stays_one(machine, activation):
+    case = Case(
+        m=4,
+        n=8,
+        k=32,
+        format="bfloat16",
+        output="float32",
+        tile=FEW,
+        kind=EpilogueKind(activation=activation),
+    )
+    t = tensors_of(case)
+    t.a[1, 3] = np.nan
+    d = run(machine, case, t)
     assert np.isnan(d[1]).all()
-    np.testing.assert_array_equal(d[[0, 2, 3]], 32)
+    assert np.isfinite(d[[0, 2, 3]]).all()
+
+
+def test_blocks_that_take_many_tiles_keep_their_buffers_apart(machine):
+    """More tiles than clusters, and stores of one tile under way while the next is exchanged."""
+    case = Case(
+        m=90, n=900, k=640, format="int8", output="bfloat16", tile=TILES["some of two"],
+        kind=KINDS["relu"],
+    )  # fmt: skip
+    check(case, run(machine, case))
 
 
 # ---- what is built -----------------------------------------------------------------------------------------------
 
+FULL = KINDS["relu"]
 SHIPPED = [
-    (Problem(m=m, n=8192, k=8192, format=form, output="bfloat16"), kind)
-    for form, kind in (("int8", FULL), ("float8_e4m3fn", EACH), ("bfloat16", NONE))
+    (Problem(m=m, n=8192, k=8192, format=form, output=output), kind)
+    for form, output, kind in (
+        ("int8", "bfloat16", FULL),
+        ("int8", "int8", replace(KINDS["asymmetric"], activation="relu")),
+        ("float8_e4m3fn", "bfloat16", KINDS["scales"]),
+        ("float8_e4m3fn", "bfloat16", KINDS["transformer"]),
+        ("float8_e4m3fn", "float8_e4m3fn", KINDS["silu"]),
+        ("bfloat16", "bfloat16", KINDS["nothing"]),
+    )
     for m in (16, 64, 256, 8192)
 ]
 OPCODES = {"int8": "IGMMA", "float8_e4m3fn": "QGMMA", "bfloat16": "HGMMA"}
@@ -199,11 +276,12 @@ def test_chosen_configurations_run_on_the_tensor_core_and_keep_to_registers(prob
 
 @pytest.mark.parametrize("output", OUTPUT_BYTES)
 def test_every_candidate_fits_shared_memory_and_wgmma(output):
-    for tile in candidates(Problem(m=100, n=100, k=100, format="int8", output=output)):
+    for tile in candidates(Problem(m=100, n=100, k=10000, format="int8", output=output)):
         assert tile.shared_bytes <= SHARED_LIMIT
         assert tile.stages >= 2
         assert tile.tile_m <= 256  # a box of TMA
         assert tile.tile_n % 16 == 0 and tile.tile_n <= 256
+        assert tile.blocks <= 8  # what every GPU grants a cluster
 
 
 def test_few_rows_put_the_weights_on_the_side_of_64():
@@ -211,7 +289,20 @@ def test_few_rows_put_the_weights_on_the_side_of_64():
         assert choose(Problem(m=m, n=8192, k=8192, format="int8", output="bfloat16")).swap
 
 
-def test_every_shape_gets_a_tile():
-    for m, n, k in [(1, 1, 1), (1, 100000, 7), (100000, 1, 7), (5, 5, 100000)]:
-        tile = choose(Problem(m=m, n=n, k=k, format="bfloat16", output="float32"))
-        assert tile.clusters(Problem(m=m, n=n, k=k, format="bfloat16", output="float32"), 132) >= 1
+def test_every_shape_gets_a_tile_with_work_for_every_block_of_a_cluster():
+    for m, n, k in [(1, 1, 1), (1, 100000, 7), (100000, 1, 7), (5, 5, 100000), (16, 64, 300)]:
+        problem = Problem(m=m, n=n, k=k, format="bfloat16", output="float32")
+        tile = choose(problem)
+        assert tile.clusters(problem, 132) >= 1
+        assert all(t.split <= -(-problem.row_bytes // 128) for t in candidates(problem))
+
+
+def test_few_tiles_and_a_long_k_are_split():
+    assert choose(Problem(m=16, n=768, k=16384, format="int8", output="bfloat16")).split > 1
+
+
+def test_numbers_of_an_epilogue_travel_in_the_order_of_the_header():
+    packed = EpilogueValues(
+        low=1, high=2, scale=4, zero_point=5, residual_scale=6, residual_zero_point=7
+    ).packed()
+    np.testing.assert_array_equal(np.frombuffer(packed.tobytes(), np.float32), [1, 2, 4, 0.25, 5, 6, 7])

@@ -207,8 +207,8 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       mbarrier_init(full + 8 * s, 1);
       mbarrier_init(empty + 8 * s, SHARED_ROWS * CLUSTER);
     }
-    mbarrier_init(turns, 1);
-    mbarrier_init(turns + 8, 1);
+    mbarrier_init(turns, 4);  // one arrival a warp, so that nobody is two phases behind
+    mbarrier_init(turns + 8, 4);
     if (SPLIT > 1) {
       const int receivers = OWNERS - (rank < OWNERS ? 1 : 0);
       for (int c = 0; c < CONSUMERS; c++) {  // one arrival a warp
@@ -332,7 +332,8 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
         }
       }
       if (PINGPONG) {
-        if (thread == 0) mbarrier_arrive(turns + 8 * (consumer ^ 1));
+        warp_sync();
+        if (lane == 0) mbarrier_arrive(turns + 8 * (consumer ^ 1));
         skip(steps);
         round++;
       }
