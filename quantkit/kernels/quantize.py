@@ -112,7 +112,7 @@ def quantize_activation(
         return result
 
     kind = QuantizeKind(
-        input="bfloat16" if str(x.dtype) == "uint16" else str(x.dtype),
+        x_type="bfloat16" if str(x.dtype) == "uint16" else str(x.dtype),
         spec=spec,
         norm=norm.kind if norm else "none",
         norm_weight=norm is not None and norm.weight is not None,

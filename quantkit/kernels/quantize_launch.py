@@ -15,8 +15,9 @@ SOURCE = Path(__file__).parent / "cuda" / "quantize.cu"
 KERNEL = "quantize"
 
 CHUNK = 8  # neighbouring elements that a thread takes at a time
-_CHUNKS = 4  # of them that it can hold
-_SPAN = 256 * _CHUNKS * CHUNK  # columns of a block where rows need not be whole
+# Chunks that a thread takes in a span, that it can hold where this keeps a long row in registers, and that it can
+# hold beside a norm's weights.
+_CHUNKS, _MOST_CHUNKS, _NORM_CHUNKS = 4, 8, 2
 
 INPUTS = {"float32": "INPUT_F32", "float16": "INPUT_F16", "bfloat16": "INPUT_BF16"}
 _CODES = {
@@ -32,11 +33,11 @@ _NORMS = {"none": "NORM_NONE", "rms": "NORM_RMS", "layer": "NORM_LAYER"}
 class QuantizeKind:
     """What the kernel is compiled for.
 
-    input: float32, float16 or bfloat16. norm: none, rms or layer, with norm_weight and norm_bias where it has them.
+    x_type: float32, float16 or bfloat16. norm: none, rms or layer, with norm_weight and norm_bias where it has them.
     multiply: a factor for each column. zero_point: other than the middle code.
     """
 
-    input: str
+    x_type: str
     spec: QuantSpec
     norm: Literal["none", "rms", "layer"] = "none"
     norm_weight: bool = False
@@ -64,10 +65,10 @@ class QuantizeLaunch:
 
 def row_threads(columns: int, kind: QuantizeKind) -> int:
     """Return how many threads share a row: it depends on nothing but the row, so neither do a norm's results."""
-    chunks = -(-columns // CHUNK)
+    chunks, each = -(-columns // CHUNK), _CHUNKS if kind.norm == "none" else _NORM_CHUNKS
     least = max(8, (kind.spec.block_size or 0) // CHUNK)
-    most = 1024 if kind.whole_rows else 256
-    wanted = 1 << (-(-chunks // _CHUNKS) - 1).bit_length()
+    most = 512 if kind.whole_rows else 256
+    wanted = 1 << (-(-chunks // each) - 1).bit_length()
     return min(max(wanted, least), most)
 
 
@@ -85,7 +86,10 @@ def launch_of(kind: QuantizeKind, rows: int, columns: int, *, vector: bool) -> Q
     """
     check_spec(kind.spec)
     threads = row_threads(columns, kind)
-    chunks = min(_CHUNKS, -(-columns // (CHUNK * threads)))
+    each = _CHUNKS if kind.norm == "none" else _NORM_CHUNKS
+    chunks = -(-columns // (CHUNK * threads))
+    if chunks > (_MOST_CHUNKS if kind.whole_rows and kind.norm == "none" else each):
+        chunks = each
     span = threads * chunks * CHUNK
     together = max(1, 128 // threads)
     spans = -(-columns // span)
@@ -100,7 +104,7 @@ def launch_of(kind: QuantizeKind, rows: int, columns: int, *, vector: bool) -> Q
     )
     return QuantizeLaunch(
         defines={
-            "INPUT": INPUTS[kind.input],
+            "INPUT": INPUTS[kind.x_type],
             "CODES": _CODES[spec.format.name],
             "SHARING": sharing,
             "BLOCK": spec.block_size or CHUNK,

@@ -65,8 +65,8 @@ def _normed(x: Floats, norm: NormReference, row_threads: int) -> Floats:
 def row_means(terms: Floats, row_threads: int) -> Floats:
     """Return each row's sum over its number of elements, [rows, 1], added in the order of the kernel.
 
-    Eight neighbours pairwise; a thread's chunks one after the other; the threads of a warp by butterflies, which is
-    pairwise too; the warps one after the other.
+    Eight neighbours pairwise; a thread's chunks one after the other; the threads of a warp, and then the warps, by
+    butterflies.
     """
     rows, columns = terms.shape
     length = -(-columns // (CHUNK * row_threads)) * CHUNK * row_threads
@@ -79,11 +79,14 @@ def row_means(terms: Floats, row_threads: int) -> Floats:
     for i in range(chunks.shape[1]):
         threads = threads + chunks[:, i, :, 0]
     lanes = threads.reshape(rows, -1, min(row_threads, 32))
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    total = lanes[:, 0]
-    for warp in range(1, lanes.shape[1]):
-        total = total + lanes[:, warp]
+    total = _butterfly(_butterfly(lanes)[..., 0])
     mean: Floats = total / np.float32(columns)
     return mean
+
+
+def _butterfly(parts: Floats) -> Floats:
+    """Return sums over the last axis, [..., 1], halves added to halves."""
+    while parts.shape[-1] > 1:
+        half = parts.shape[-1] // 2
+        parts = parts[..., :half] + parts[..., half:]
+    return parts

@@ -33,9 +33,18 @@ using portable::float_bits;
 #define NORM_RMS 1
 #define NORM_LAYER 2
 
+// Where no instruction makes e2m1, this file has a shorter way than conversions.h.
+#if !QK_EMULATED && QK_FP4_CONVERSIONS
+#define QK_HAS_E2M1 1
+#else
+#define QK_HAS_E2M1 0
+#endif
+
 constexpr int CHUNK = 8;
 constexpr int THREADS = ROW_THREADS * ROWS, WARPS = ROW_THREADS < 32 ? 1 : ROW_THREADS / 32;
 constexpr int SPAN = ROW_THREADS * CHUNK * CHUNKS;
+// Blocks that registers are shared out to: enough rows on their way to keep memory busy.
+constexpr int AT_ONCE = (CHUNKS > 4 || THREADS == 512 ? 512 : 768) / THREADS;
 constexpr bool WHOLE_ROWS = SHARING == TOKEN || NORM != NORM_NONE;  // a row is one block's
 constexpr float LARGEST = CODES == CODES_E4M3 ? 448.0f : CODES == CODES_E2M1 ? 6.0f : 127.0f;
 constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // the smallest normal number
@@ -107,13 +116,33 @@ QK_FUNCTION uint32_t integer_code(float q, float zero) {
   return static_cast<uint8_t>(float_to_s8(q)) ^ (CODES == CODES_U8 ? 0x80u : 0u);
 }
 
+#if !QK_HAS_E2M1
+// The e2m1 code nearest to q, ties to even, saturated (NaN too). From an octave on codes are half an octave's width
+// apart: adding 1.5 * 2^22 times the octave's start leaves them counted in the sum's low bits. Below 1 they are as far
+// apart as from 1 to 2.
+QK_FUNCTION uint32_t e2m1_code(float q) {
+  const uint32_t sign = float_bits(q) >> 28 & 8u;
+  float a = bits_float(float_bits(q) & 0x7fffffffu);
+  a = a < 6.0f ? a : 6.0f;
+  uint32_t octave = float_bits(a) & 0x7f800000u;
+  octave = octave < 0x3f800000u ? 0x3f800000u : octave;
+  const float magic = bits_float(octave + 0x0b400000u);  // times 1.5 * 2^22: from 1.0 to 1.5 the exponent stays
+  const uint32_t count = float_bits(a + magic) - float_bits(magic);
+  return sign | (count + ((octave - 0x3f800000u) >> 22));
+}
+#endif
+
 // The codes of a chunk, in the order of the elements: 8 bytes, or 4 of e2m1.
 QK_FUNCTION U32x2 encoded(const float (&q)[CHUNK], float zero) {
   uint32_t word[2] = {0, 0};
   if (CODES == CODES_E4M3) {
     QK_UNROLL for (int i = 0; i < CHUNK; i += 2) word[i / 4] |= uint32_t(pack_e4m3(q[i], q[i + 1])) << (i % 4 * 8);
   } else if (CODES == CODES_E2M1) {
+#if QK_HAS_E2M1
     QK_UNROLL for (int i = 0; i < CHUNK; i += 2) word[0] |= uint32_t(pack_e2m1(q[i], q[i + 1])) << (i * 4);
+#else
+    QK_UNROLL for (int i = 0; i < CHUNK; i++) word[0] |= e2m1_code(q[i]) << (i * 4);
+#endif
   } else {
     QK_UNROLL for (int i = 0; i < CHUNK; i++) word[i / 4] |= integer_code(q[i], zero) << (i % 4 * 8);
   }
@@ -159,33 +188,30 @@ QK_FUNCTION void vector_chunk(const float* from, int column, int columns, float 
   }
 }
 
-// Over the threads of a row: butterflies inside a warp, then warp after warp.
+// Over the threads of a row: butterflies inside a warp, then between the warps' results.
 template <class Combine>
 QK_TEMPLATE float over_row(float mine, uint32_t scratch, Combine combine) {
   QK_UNROLL for (int mask = ROW_THREADS < 32 ? ROW_THREADS / 2 : 16; mask > 0; mask /= 2)
     mine = combine(mine, shuffle_xor(mine, mask));
   if (WARPS > 1) {
-    const int warp = threadIdx.x / 32;
-    if (threadIdx.x % 32 == 0) st_shared(scratch + warp * 4, mine);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) st_shared(scratch + warp * 4, mine);
     block_sync();
-    const uint32_t of_row = scratch + warp / WARPS * WARPS * 4;
-    mine = ld_shared<float>(of_row);
-    for (int w = 1; w < WARPS; w++) mine = combine(mine, ld_shared<float>(of_row + w * 4));
+    mine = ld_shared<float>(scratch + (warp / WARPS * WARPS + lane % WARPS) * 4);
+    QK_UNROLL for (int mask = WARPS / 2; mask > 0; mask /= 2) mine = combine(mine, shuffle_xor(mine, mask));
     block_sync();  // before the next one writes
   }
   return mine;
 }
-QK_FUNCTION float magnitude(float x) { return bits_float(float_bits(x) & 0x7fffffffu); }
 QK_FUNCTION float sum_of_chunk(const float (&x)[CHUNK]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
-// NaN does not take part: it compares as less.
 QK_FUNCTION float amax_of_chunk(const float (&x)[CHUNK], float amax) {
-  QK_UNROLL for (int i = 0; i < CHUNK; i++) amax = amax < magnitude(x[i]) ? magnitude(x[i]) : amax;
+  QK_UNROLL for (int i = 0; i < CHUNK; i++) amax = max_magnitude(amax, x[i]);
   return amax;
 }
 
-QK_KERNEL(THREADS, 1)
+QK_KERNEL(THREADS, AT_ONCE)
 quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale, const float* global_scale,
          const float* norm_weight, const float* norm_bias, const float* multiplier, float zero, float epsilon, int rows,
          int columns, int64_t pitch_x, int64_t pitch_codes) {
@@ -255,10 +281,11 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
       float sum = 0.0f;
       each_span(false, [&](int span) {
         QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
+          const int column = column_of(span, c);
           float terms[CHUNK];
           QK_UNROLL for (int i = 0; i < CHUNK; i++)
-            terms[i] = column_of(span, c) + i < columns ? term(held.value[c][i]) : 0.0f;
-          sum = sum + sum_of_chunk(terms);
+            terms[i] = VECTOR || column + i < columns ? term(held.value[c][i]) : 0.0f;
+          sum = sum + (VECTOR && column >= columns ? 0.0f : sum_of_chunk(terms));
         }
       });
       return over_row(sum, scratch, [](float a, float b) { return a + b; }) / static_cast<float>(columns);
@@ -275,7 +302,7 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
     each_span(true, [&](int) {
       QK_UNROLL for (int c = 0; c < CHUNKS; c++) amax = amax_of_chunk(held.value[c], amax);
     });
-    const float scale = float_scale(over_row(amax, scratch, [](float a, float b) { return a < b ? b : a; }));
+    const float scale = float_scale(over_row(amax, scratch, [](float a, float b) { return max_magnitude(a, b); }));
     if (is_row && thread == 0) st_global(static_cast<float*>(scales) + row, scale);
     by = divisor(scale);
   }
@@ -287,10 +314,8 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
       const bool inside = is_row && column < columns;
       if (SHARING == BLOCKS) {
         float amax = amax_of_chunk(held.value[c], 0.0f);
-        QK_UNROLL for (int mask = BLOCK / CHUNK / 2; mask > 0; mask /= 2) {
-          const float other = shuffle_xor(amax, mask);
-          amax = amax < other ? other : amax;
-        }
+        QK_UNROLL for (int mask = BLOCK / CHUNK / 2; mask > 0; mask /= 2)
+          amax = max_magnitude(amax, shuffle_xor(amax, mask));
         const int64_t at = row * int64_t((columns + BLOCK - 1) / BLOCK) + column / BLOCK;
         const bool writes = inside && column % BLOCK == 0;
         if (SCALES == SCALES_F32) {
