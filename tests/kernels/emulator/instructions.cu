@@ -361,6 +361,7 @@ QK_KERNEL(32, 1) approximate(const float* in, float* out, int count) {
     st_global(out + 3 * count + i, fused_multiply_add(x, x, -1.0f));
     st_global(out + 4 * count + i, x * x - 1.0f);
     st_global(out + 5 * count + i, square_root(x));
+    st_global(out + 6 * count + i, max_magnitude(ld_global(in), x));
   }
 }
 QK_EXPORT(approximate)

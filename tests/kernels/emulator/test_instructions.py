@@ -263,7 +263,8 @@ def test_widening_is_exact(machine):
 
 def test_approximations_keep_their_bounds_and_products_round_twice(machine):
     x = np.random.default_rng(10).uniform(-8, 8, 5000).astype(np.float32)
-    out = np.zeros((6, x.size), np.float32)
+    x[-1] = np.nan
+    out = np.zeros((7, x.size), np.float32)
     run(machine, "approximate", x, out, np.int32(x.size))
     exact = x.astype(np.float64)
     np.testing.assert_allclose(out[0], 1 / exact, rtol=2**-22)
@@ -273,3 +274,4 @@ def test_approximations_keep_their_bounds_and_products_round_twice(machine):
     np.testing.assert_array_equal(out[4], x * x - np.float32(1))
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(out[5], np.sqrt(x))
+    np.testing.assert_array_equal(out[6], np.fmax(x[0], np.abs(x)))

@@ -271,6 +271,8 @@ QK_DEVICE float fused_multiply_add(float a, float b, float c);
 // The same on two bf16 (Type BF16) or two fp16 (F16) at once, each rounded to its own type. Subnormals are kept.
 template <class Type> QK_TEMPLATE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c);
 QK_DEVICE float square_root(float x);  // rounded to nearest
+// The greater of a and |x|; NaN loses against any number.
+QK_DEVICE float max_magnitude(float a, float x);
 // 1 / x, 2 ** x and tanh x as the hardware approximates them: within 1, 2 and 2**-10.987 relative (ulp, ulp, -).
 // The emulator computes them to the nearest float, so kernels that use them are compared within those bounds.
 QK_DEVICE float reciprocal_approx(float x);

@@ -448,6 +448,7 @@ QK_TEMPLATE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+QK_DEVICE float max_magnitude(float a, float x) { return fmaxf(a, fabsf(x)); }
 QK_DEVICE float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
