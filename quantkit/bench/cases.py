@@ -158,7 +158,7 @@ def _group(layer: Layer, name: str | None) -> int | None:
 def _notes(captured: Captured) -> tuple[str, ...]:
     if captured.tensors:
         return (
-            f"activations: captured from {_samples(captured.samples)} of {captured.origin}, repeated as needed",
+            f"activations: captured from {captured.origin} ({_samples(captured.samples)}), repeated as needed",
         )
     if captured.histograms:
         return (

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,10 +97,15 @@ def _real(
             source = None
     if source is not None:
         batch = next(iter(batches(source, inputs, _SAMPLES)))
-        return batch, f"{source.description.get('path', 'the data given')}"
+        return batch, _name_of(source)
     if cache is not None and {s.name for s in inputs} == set(cache.probe):
-        return fill_batch(dict(cache.probe), inputs), "the one sample that the cache keeps"
+        return fill_batch(dict(cache.probe), inputs), "the sample that the cache keeps"
     return None
+
+
+def _name_of(source: SampleSource) -> str:
+    path = source.description.get("path")
+    return Path(path).name if isinstance(path, str) else "the data given"
 
 
 def _made_up(inputs: Sequence[InputSpec], dims: Mapping[str, int], name: str) -> Sample:

@@ -12,6 +12,7 @@ from quantkit.bench.cases import Case
 from quantkit.bench.operands import taken
 from quantkit.bench.peers import facts_of_peers, peers_of
 from quantkit.bench.result import relative_error
+from quantkit.errors import KernelError
 from quantkit.kernels import device
 from quantkit.kernels.build import Job, build_all
 from quantkit.kernels.compile import nvrtc_version
@@ -44,7 +45,15 @@ def measured(
     def run(case: Case, family: Family, prediction: Prediction) -> dict[str, Any]:
         operands = case.operands()
         call = family.prepare(case.work, operands, prediction.configuration)
-        error, checked = compared(call(), family, case, operands)
+        try:
+            error, checked = compared(call(), family, case, operands)
+        except RuntimeError as failure:
+            # CuPy's errors of CUDA: a fault of the kernel, and what runs after it can tell nothing.
+            work = case.work
+            raise KernelError(
+                f"{family.name} {prediction.words}: fails on {work.m}x{work.n}x{work.k} {work.format} "
+                f"({str(failure).splitlines()[0]}); report this."
+            ) from failure
         contenders = {OURS: Contender(run=call)}
         refused: dict[str, str] = {}
         if peers:

@@ -1,0 +1,160 @@
+"""bench_model without a GPU: which model, which shapes, which activations, which kernels."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import quantkit
+from quantkit.bench import run
+from quantkit.bench.tune import tune_model
+from quantkit.cache import CalibrationCache
+from quantkit.errors import CacheError, DataError, KernelError, SpecError, UnknownNameError
+from quantkit.kernels.emulator import find_compiler
+from tests.bench.quantized import BUILDERS
+from tests.models import MODELS
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "why_no_gpu", lambda: "CuPy is not installed")
+
+
+def test_without_arguments_it_is_the_model_of_the_cache_here(folder: Path) -> None:
+    found = quantkit.bench_model()
+    assert (found.model, found.mode, found.gpu.name) == ("model", "predicted", "h200")
+    assert {row.work.format for row in found.rows} == {"int8", "fp8"}
+    assert {row.batch for row in found.rows} == {1, 64}
+    assert found.notes[0].startswith("no GPU here (CuPy is not installed): what would run on H200")
+    assert "captured from calib (8 samples)" in found.notes[1]
+    assert [x.reason for x in found.left] == ["depthwise: no product of matrices"]
+
+
+def test_rows_grow_with_the_batch_and_layers_of_one_shape_are_one_row(folder: Path) -> None:
+    found = quantkit.bench_model("model.onnx", formats=["int8"], batches=(1, 3))
+    one, three = ([r for r in found.rows if r.batch == b] for b in (1, 3))
+    assert [3 * r.work.m for r in one] == [r.work.m for r in three]
+    assert len({(r.work.m, r.work.n, r.work.k) for r in one}) == len(one)
+    assert ("node_Conv_1", "node_Conv_2") in {r.layers for r in one}
+    assert sum(r.calls for r in one) == 7
+
+
+def test_a_moved_data_folder_leaves_the_sample_that_the_cache_keeps(folder: Path) -> None:
+    cache = CalibrationCache.load("model.calib")
+    moved = replace(cache, data={**cache.data, "path": str(folder / "gone")})
+    found = quantkit.bench_model(None, moved)
+    assert "captured from the sample that the cache keeps (1 sample)" in found.notes[1]
+
+
+def test_without_a_cache_activations_are_random_and_that_is_told(folder: Path) -> None:
+    Path("model.calib").unlink()
+    found = quantkit.bench_model("model.onnx", batches=[1])
+    assert "random numbers" in found.notes[1]
+    with pytest.raises(CacheError, match="holds no calibration cache"):
+        quantkit.bench_model()
+
+
+def test_a_cache_of_another_model_lends_nothing(folder: Path) -> None:
+    path = MODELS["matmul"].save(folder)
+    found = quantkit.bench_model(path, batches=[1], dims={"S": 4, "T": 4})
+    assert "random numbers" in found.notes[1]
+
+
+def test_a_quantized_file_is_run_in_its_own_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(BUILDERS["fp8_by_cast_and_mul"](), "cast.onnx")
+    found = quantkit.bench_model("cast.onnx", batches=[4])
+    assert [(r.work.m, r.work.n, r.work.k, r.work.format) for r in found.rows] == [(4, 6, 16, "fp8")]
+    forced = quantkit.bench_model("cast.onnx", batches=[4], formats=["int8", "bf16"])
+    assert [r.work.format for r in forced.rows] == ["int8", "bf16"]
+
+
+def test_a_format_that_no_kernel_takes_is_a_row_without_one(tmp_path: Path) -> None:
+    onnx.save(BUILDERS["nvfp4_with_quantized_scales"](), tmp_path / "four.onnx")
+    found = quantkit.bench_model(tmp_path / "four.onnx", batches=[1], device_model="a100")
+    (row,) = found.rows
+    assert (row.work.format, row.work.n, row.work.k) == ("nvfp4", 6, 32)
+    assert row.kernel == "" and row.time_us is None and row.roofline_us > 0
+    assert found.notes[-1] == "no kernel yet for nvfp4 on sm_80"
+
+
+def test_shapes_need_no_model() -> None:
+    found = quantkit.bench_model(shapes=[(64, 8192, 8192)], formats=["fp8"], device_model="H100")
+    (row,) = found.rows
+    assert (found.model, found.gpu.name, row.kernel, row.name) == (None, "h100", "gemm_sm90", "")
+    assert "layer" not in found.table().headers
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"shapes": [(1, 2)]}, SpecError, "shape 1x2: three sizes"),
+        ({"shapes": [(1, 2, 0)]}, SpecError, "from 1 up"),
+        ({"shapes": [(1, 2, 3)], "model": "m.onnx"}, SpecError, "give one of them"),
+        ({"shapes": [(1, 2, 3)], "formats": ["int5"]}, UnknownNameError, "int5: no format of a product"),
+        ({"shapes": [(1, 2, 3)], "device_model": "voodoo2"}, UnknownNameError, "voodoo2: no GPU known here"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        quantkit.bench_model(**options)
+
+
+def test_a_free_dimension_needs_a_size_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    free = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 20]> g (float[batch,seq,8] x) => (float[batch,seq,4] y) '
+        "<float[8,4] w = {" + ",".join(["1"] * 32) + "}> { y = MatMul (x, w) }"
+    )
+    onnx.save(free, "free.onnx")
+    with pytest.raises(DataError, match=r"free dimension \(seq\).*give --dim seq=128"):
+        quantkit.bench_model("free.onnx")
+    found = quantkit.bench_model("free.onnx", dims={"seq": 7}, batches=[2], formats=["int8"])
+    assert [r.work.m for r in found.rows] == [14]
+    np.save("x.npy", np.ones((3, 5, 8), np.float32))
+    found = quantkit.bench_model("free.onnx", data="x.npy", batches=[2], formats=["int8"])
+    assert [r.work.m for r in found.rows] == [10]
+    assert "captured from x.npy (3 samples)" in found.notes[1]
+
+
+def test_attention_runs_in_bf16_where_a_format_is_of_weights_alone(tmp_path: Path) -> None:
+    path = MODELS["matmul_activations"].save(tmp_path)
+    tiny = MODELS["matmul_activations"]
+    for form, wanted in (("int8", "int8"), ("int4", "bf16")):
+        found = quantkit.bench_model(path, formats=[form], batches=[1], data=tiny.feeds(1))
+        both_computed = [r for r in found.rows if r.work.format == wanted]
+        assert both_computed
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="the emulator needs a C++ compiler")
+def test_emulated_corners_agree_with_the_oracle(folder: Path) -> None:
+    found = quantkit.bench_model("model.onnx", emulate=True, batches=[1])
+    assert found.mode == "emulated"
+    for row in found.rows:
+        assert row.error is not None
+        # int8 sums are exact; fp8 sums of K ≤ 576 lose bits of the accumulator alone.
+        assert row.error == 0 if row.work.format == "int8" else row.error < 2e-3
+        assert row.checked
+
+
+def test_progress_counts_products(folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    found = quantkit.bench_model(batches=[1], on_product=lambda done, count: seen.append((done, count)))
+    assert seen == [(i + 1, len(found.rows)) for i in range(len(found.rows))]
+
+
+def test_tuning_without_a_gpu_is_one_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.kernels.present.why_no_gpu", lambda: "CuPy is not installed")
+    with pytest.raises(
+        KernelError, match=r"no GPU here \(CuPy is not installed\); run this on a machine with"
+    ):
+        tune_model("model.onnx")
+
+
+def test_the_cache_is_read_not_written(folder: Path) -> None:
+    before = Path("model.calib").read_bytes()
+    cache = CalibrationCache.load("model.calib")
+    quantkit.bench_model(None, cache, batches=[1])
+    assert Path("model.calib").read_bytes() == before

@@ -1,0 +1,115 @@
+"""`quantkit bench`, `tune` and `kernels build` as a user types them, on a machine without a GPU."""
+
+import csv
+import io
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from quantkit.bench import run as bench_run
+from quantkit.cli import main
+from quantkit.kernels import compile as compiling
+from quantkit.kernels import present
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run `quantkit` with these words, in this process, where there is no GPU."""
+    monkeypatch.chdir(tmp_path)
+    for module in (bench_run, present):
+        monkeypatch.setattr(module, "why_no_gpu", lambda: "CUDA counts none")
+
+    def run(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["quantkit", *map(str, words)])
+        capsys.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return Result(left.value.code if isinstance(left.value.code, int) else 0, out, err)
+
+    return run
+
+
+SHAPE = ("bench", "--shapes", "64x512x256")
+
+
+def test_bench_without_a_gpu_says_so_in_its_first_line_and_ends_well(run: Run) -> None:
+    found = run(*SHAPE)
+    assert found.code == 0 and found.err == ""
+    assert found.out.splitlines()[0].startswith("no GPU here (CUDA counts none): what would run on H200")
+    assert "64 × 512 × 256" in found.out
+    assert "gemm_sm90" in found.out
+
+
+def test_dry_run_and_another_gpu(run: Run) -> None:
+    found = run(*SHAPE, "--dry-run", "--device-model", "L40S", "--format", "int8")
+    assert found.out.startswith("dry run: what would run on L40S")
+    assert "gemm_mma" in found.out
+
+
+def test_json_and_csv_are_alone_on_standard_output(run: Run) -> None:
+    told = json.loads(run(*SHAPE, "--format", "int8,bf16", "--json").out)
+    assert [row["format"] for row in told["rows"]] == ["int8", "bf16"]
+    assert told["mode"] == "predicted"
+    rows = list(csv.DictReader(io.StringIO(run(*SHAPE, "--csv").out)))
+    assert [row["m"] for row in rows] == ["64", "64"]
+
+
+def test_a_roofline_is_drawn_beside_the_table(run: Run) -> None:
+    found = run(*SHAPE, "--plot", "roofline.svg")
+    assert found.out.splitlines()[-1] == "roofline: roofline.svg"
+    assert Path("roofline.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("bench", "--shapes", "64x512"), "--shapes 64x512: write MxNxK"),
+        (("bench", "--shapes", "64x512x0"), "--shapes 64x512x0: write MxNxK"),
+        ((*SHAPE, "--format", "int5"), "int5: no format of a product"),
+        ((*SHAPE, "--batch", "0"), "--batch 0: write whole numbers from 1 up"),
+        ((*SHAPE, "--json", "--csv"), "bench: --json and --csv were given"),
+        ((*SHAPE, "--dry-run", "--emulate"), "bench: --dry-run and --emulate were given"),
+        ((*SHAPE, "--plot", "a.bmp"), "a.bmp: a plot is written as one of"),
+        ((*SHAPE, "--dim", "seq"), "--dim seq: write NAME=SIZE"),
+        (("bench",), "holds no calibration cache"),
+        (("bench", "gone.onnx"), "gone.onnx: no such file"),
+        (("tune", "--shapes", "64x512x256"), "no GPU here (CUDA counts none); run this on a machine with"),
+        (("kernels", "build", "--arch", "sm_75"), "sm_75: no kernel is written for it; choose of"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    run: Run, words: tuple[str, ...], message: str
+) -> None:
+    found = run(*words)
+    assert found.code == 2
+    assert found.out == ""
+    assert message in found.err
+    assert found.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not compiling.is_available(), reason="NVRTC is not installed")
+def test_kernels_are_built_once_and_found_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.kernels.build.ROWS", (64,))
+    monkeypatch.setattr("quantkit.kernels.build.LAYERS", ((512, 512),))
+    words = ("kernels", "build", "--arch", "sm_80", "--format", "int8", "--cubins", "cubins", "--json")
+    first, second = json.loads(run(*words).out), json.loads(run(*words).out)
+    assert first["kernels"] == first["compiled"] == len(list(Path("cubins").glob("*.cubin"))) > 0
+    assert (second["kernels"], second["compiled"]) == (first["kernels"], 0)
+    plain = run(*words[:-1]).out
+    assert plain.startswith("cubins: 0 kernels compiled, ")
