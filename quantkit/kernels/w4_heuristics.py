@@ -99,6 +99,10 @@ class W4Tile:
         output = self.consumers * buffers * piece * 64 * width
         return self.stages * (self.stage_bytes(problem) + 16) + output + 4 * self.consumers
 
+    def steps(self, problem: W4Problem) -> int:
+        """Return the stages that a tile's K fills."""
+        return -(-problem.slabs // self.slabs)
+
     def tiles(self, problem: W4Problem) -> int:
         """Return the number of tiles of D."""
         along_w = -(-problem.blocks // (self.blocks_of_64 * self.consumers))
@@ -110,7 +114,7 @@ def schedule_of(problem: W4Problem, tile: W4Tile, multiprocessors: int) -> tuple
 
     A block's share of the rest is at least two steps of K, so that its sums are worth their way through memory.
     """
-    tiles, steps = tile.tiles(problem), -(-problem.slabs // tile.slabs)
+    tiles, steps = tile.tiles(problem), tile.steps(problem)
     if not tile.stream or tiles % multiprocessors == 0:
         return min(tiles, multiprocessors), tiles
     # The last wave and one before it are cut together: pieces are then as long as tiles, or longer.

@@ -31,7 +31,8 @@ class W4Launch:
     Attributes:
         defines: its macros. grid, block, shared_bytes: its sizes.
         box: rows and columns of A's tensor map. output_box: of D's, whose rows are whole 16 bytes if `tma_store`.
-        whole: tiles that blocks take whole; the others are cut along K.
+        whole: tiles that blocks take whole; the steps of the others are cut into a `share` for each block, and one more
+            for the first `extra` of them.
         partials_bytes, arrivals: workspace for the sums of pieces, and zeroed counters (32 bits) that are zero again
             when the kernel ends.
     """
@@ -44,6 +45,8 @@ class W4Launch:
     output_box: tuple[int, int]
     tma_store: bool
     whole: int
+    share: int
+    extra: int
     partials_bytes: int
     arrivals: int
 
@@ -58,6 +61,7 @@ def w4_launch_of(problem: W4Problem, tile: W4Tile, kind: EpilogueKind, multiproc
     grid, whole = schedule_of(problem, tile, multiprocessors)
     tiles = tile.tiles(problem)
     cut = tiles - whole
+    share, extra = divmod(cut * tile.steps(problem), grid)
     return W4Launch(
         defines={
             "TYPE": _TYPES[problem.activations],
@@ -82,6 +86,8 @@ def w4_launch_of(problem: W4Problem, tile: W4Tile, kind: EpilogueKind, multiproc
         output_box=(tile.piece(problem), 128 // max(width, 2)),
         tma_store=tma_store,
         whole=whole,
+        share=share,
+        extra=extra,
         partials_bytes=2 * grid * tile.tile_w * tile.tile_n * 4 if cut else 16,
         arrivals=max(1, cut * tile.consumers),
     )

@@ -126,6 +126,8 @@ def run_w4(
         arrivals,
         np.int32(form.slabs),
         np.int32(launch.whole),
+        np.int32(launch.share),
+        np.int32(launch.extra),
         defines=launch.defines,
         grid=launch.grid,
         block=launch.block,

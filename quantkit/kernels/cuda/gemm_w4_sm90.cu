@@ -44,7 +44,6 @@ constexpr bool BF = Type::code == BF16::code;
 
 constexpr int CONSUMER_THREADS = 128 * CONSUMERS, THREADS = CONSUMER_THREADS + 128;
 constexpr int BLOCKS = MI * CONSUMERS;  // of 64 rows of W in a tile
-constexpr int TILE_W = 64 * BLOCKS;
 constexpr int ROW = 128;                // bytes of a slab's row of A
 constexpr int GRANULES = SLABS * 4 / GRAIN;
 static_assert(GRANULES % 2 == 0, "granules alternate between two sets of registers");
@@ -74,6 +73,8 @@ constexpr int PIECE = TILE_N < WIDEST ? TILE_N : WIDEST;
 constexpr int PIECES = TILE_N / PIECE;
 constexpr int BUFFERS = MI * PIECES > 1 ? 2 : 1;
 constexpr int BUFFER_BYTES = PIECE * 64 * ELEMENT_BYTES;
+// Narrow tiles have registers to hold their factors through the products, and are too short to wait for them after.
+constexpr bool FETCH_EARLY = MI * TILE_N <= 64;
 static_assert(!TMA_STORE || (PIECE % 16 == 0 && ELEMENT_BYTES >= 2), "stmatrix writes 16 columns of 16 bits");
 
 // Both halves of a register the same.
@@ -166,15 +167,16 @@ QK_FUNCTION void decode(uint32_t word, const Factor& upper, const Factor& lower,
 
 // Tile and steps of K: what a block does next. Both of its roles ask in the same way.
 struct Segment { int tile, begin, end; };
-struct Schedule {
-  int whole, steps, tile;
-  int64_t at, end;
-  QK_FUNCTION int64_t start_of(int64_t block, int64_t units) { return block * units / gridDim.x; }
-  QK_FUNCTION Schedule make(int tiles, int whole, int steps) {
-    const int64_t units = int64_t(tiles - whole) * steps;
-    return {whole, steps, static_cast<int>(blockIdx.x), start_of(blockIdx.x, units), start_of(blockIdx.x + 1, units)};
+// Steps of the tiles that are cut, laid end to end: `share` for each block, and one more for the first `extra` of them.
+struct Shares {
+  int share, extra;
+  QK_FUNCTION int start_of(const Shares& s, int block) { return block * s.share + (block < s.extra ? block : s.extra); }
+  QK_FUNCTION int owner_of(const Shares& s, int unit) {
+    const int longer = s.extra * (s.share + 1);
+    return unit < longer ? unit / (s.share + 1) : s.extra + (unit - longer) / s.share;
   }
 };
+struct Schedule { int whole, steps, tile, at, end; };
 QK_FUNCTION bool take(Schedule& s, Segment& segment) {
   if (s.tile < s.whole) {
     segment = {s.tile, 0, s.steps};
@@ -182,9 +184,8 @@ QK_FUNCTION bool take(Schedule& s, Segment& segment) {
     return true;
   }
   if (s.at >= s.end) return false;
-  const int tile = static_cast<int>(s.at / s.steps), begin = static_cast<int>(s.at - int64_t(tile) * s.steps);
-  const int64_t left = s.end - s.at;
-  const int end = left < s.steps - begin ? begin + static_cast<int>(left) : s.steps;
+  const int tile = s.at / s.steps, begin = s.at - tile * s.steps;
+  const int left = s.end - s.at, end = left < s.steps - begin ? begin + left : s.steps;
   segment = {s.whole + tile, begin, end};
   s.at += end - begin;
   return true;
@@ -211,7 +212,7 @@ QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^
 QK_KERNEL(THREADS, 1)
 gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT TensorMap map_d, const uint8_t* codes,
              const uint8_t* scales, const uint8_t* zeros, uint8_t* d, EPILOGUE_PARAMETERS, U32x4* partials,
-             uint32_t* arrivals, int slabs, int whole) {
+             uint32_t* arrivals, int slabs, int whole, int share, int extra) {
   const uint32_t base = shared_base(), buffers = base + STAGES * STAGE_BYTES;
   const uint32_t full = buffers + (TMA_STORE ? CONSUMERS * BUFFERS * BUFFER_BYTES : 0), empty = full + 8 * STAGES;
   const uint32_t flags = empty + 8 * STAGES;  // of each consumer: how many had left their sums before it
@@ -219,7 +220,6 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
   const int warpgroup = shuffle(tid / 128, 0);  // the compiler sees that a warp's threads agree
   const int blocks = (n_size + 63) / 64, steps = (slabs + SLABS - 1) / SLABS;
   const int tiles_w = (blocks + BLOCKS - 1) / BLOCKS, tiles_a = (m_size + TILE_N - 1) / TILE_N;
-  const int tiles = tiles_w * tiles_a;
 
   if (tid == 0) {
     prefetch_tensor_map(&map_a);
@@ -232,17 +232,19 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
   }
   block_sync();
 
-  Schedule schedule = Schedule::make(tiles, whole, steps);
+  const Shares shares{share, extra};
+  Schedule schedule{whole, steps, static_cast<int>(blockIdx.x), Shares::start_of(shares, blockIdx.x),
+                    Shares::start_of(shares, blockIdx.x + 1)};
   Segment segment;
   if (warpgroup == CONSUMERS) {
-    if (CONSUMERS > 1) decrease_registers<40>();
+    if (CONSUMERS > 1) decrease_registers<56>();
     if (tid == CONSUMER_THREADS) {
       int s = 0;
       uint32_t parity = 1;  // the first round finds every stage empty
-      while (take(schedule, segment)) {
+      QK_ROLLED while (take(schedule, segment)) {
         const Place place = place_of(segment.tile, tiles_w, tiles_a);
         const int first = place.w * BLOCKS, count = blocks - first < BLOCKS ? blocks - first : BLOCKS;
-        for (int step = segment.begin; step < segment.end; step++) {
+        QK_ROLLED for (int step = segment.begin; step < segment.end; step++) {
           const uint32_t stage = base + s * STAGE_BYTES, barrier = full + 8 * s;
           mbarrier_wait_ring(empty + 8 * s, parity);
           mbarrier_arrive_expect(barrier, CODES_AT + count * (SLABS * BLOCK_BYTES + SIDES * 32 * PAIR_BYTES +
@@ -270,21 +272,31 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
       }
     }
   } else {
-    if (CONSUMERS > 1) increase_registers<CONSUMERS == 2 ? 232 : CONSUMERS == 3 ? 152 : 104>();
+    if (CONSUMERS > 1) increase_registers<CONSUMERS == 2 ? 224 : CONSUMERS == 3 ? 152 : 104>();
     const int consumer = warpgroup, thread = tid % 128, warp = thread / 32, lane = tid % 32;
     const epilogue::Output output = EPILOGUE_OUTPUT;
-    const int64_t units = int64_t(tiles - whole) * steps;
     auto release = [&](int s) {
       if (lane == 0) mbarrier_arrive_ring(empty + 8 * s);
     };
+    const int down = warp * 16 + lane / 4, across = lane % 4 * 2;
+    epilogue::ColumnFactors columns[MI][2];
+    auto fetch_columns = [&](int n0) {
+      QK_UNROLL for (int i = 0; i < MI; i++)
+        QK_UNROLL for (int h = 0; h < 2; h++)
+          columns[i][h] = epilogue::column_factors(output, n0 + i * 64 + down + 8 * h);
+    };
     int s = 0, buffer = 0;
     uint32_t parity = 0;
-    while (take(schedule, segment)) {
+    QK_ROLLED while (take(schedule, segment)) {
       const Place place = place_of(segment.tile, tiles_w, tiles_a);
+      const int m0 = place.a * TILE_N, n0 = (place.w * BLOCKS + consumer * MI) * 64;
+      if (FETCH_EARLY) fetch_columns(n0);
       Registers<float, TILE_N / 2> sum[MI];
       Registers<uint32_t, 4> fragments[2][MI][GRAIN];
-      int previous = 0;
-      for (int step = segment.begin; step < segment.end; step++) {
+      QK_UNROLL for (int i = 0; i < MI; i++)
+        QK_UNROLL for (int v = 0; v < TILE_N / 2; v++) sum[i][v] = 0.0f;
+      int previous = 0, step = segment.begin;
+      QK_ROLLED do {  // at least one: the compiler has no cause to copy sums where the loop might be left out
         mbarrier_wait_ring(full + 8 * s, parity);
         const uint32_t stage = base + s * STAGE_BYTES;
         const uint64_t of_a = matrix_descriptor(stage, 0, 1024, Swizzle::BYTES_128);
@@ -330,7 +342,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
             QK_UNROLL for (int i = 0; i < MI; i++)
               wgmma<Type, TILE_N>(sum[i], fragments[granule % 2][i][k],
                                   of_a + ((depth / 4 * TILE_N * ROW + depth % 4 * 32) >> 4),
-                                  step > segment.begin || depth > 0);
+                                  true);
           }
           wgmma_commit();
           wgmma_wait<1>();
@@ -341,21 +353,21 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
           s = 0;
           parity ^= 1;
         }
-      }
+      } while (++step < segment.end);
       wgmma_wait<0>();
+      QK_UNROLL for (int i = 0; i < MI; i++) wgmma_settle(sum[i]);
       release(previous);
+      if (!FETCH_EARLY) fetch_columns(n0);
 
       if (segment.begin > 0 || segment.end < steps) {
         // Blocks `one` to `last` share this tile. A block has at most two pieces of tiles: where its share begins, and
         // where it ends.
-        const int index = segment.tile - whole;
-        const int64_t first_unit = int64_t(index) * steps, last_unit = first_unit + steps - 1;
-        const int one = static_cast<int>(((first_unit + 1) * gridDim.x - 1) / units);
-        const int last = static_cast<int>(((last_unit + 1) * gridDim.x - 1) / units);
+        const int index = segment.tile - whole, first_unit = index * steps;
+        const int one = Shares::owner_of(shares, first_unit), last = Shares::owner_of(shares, first_unit + steps - 1);
         constexpr int VECTORS = MI * (TILE_N / 8);  // of a thread
         auto slot_of = [&](int block) {
-          const int64_t slot = int64_t(block) * 2 + (schedule.start_of(block, units) < first_unit);
-          return partials + slot * VECTORS * CONSUMER_THREADS + tid;
+          const int64_t slot = int64_t(block) * 2 + (Shares::start_of(shares, block) < first_unit);
+          return partials + slot * (VECTORS * CONSUMER_THREADS) + tid;
         };
         U32x4* const mine = slot_of(blockIdx.x);
         QK_UNROLL for (int v = 0; v < VECTORS; v++) {
@@ -376,27 +388,25 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
         if (ld_shared<uint32_t>(flags + 4 * consumer) != last - one) continue;
         QK_UNROLL for (int v = 0; v < VECTORS; v++)
           QK_UNROLL for (int e = 0; e < 4; e++) sum[v / (TILE_N / 8)][v % (TILE_N / 8) * 4 + e] = 0.0f;
-        for (int block = one; block <= last; block++) {
-          const U32x4* const part = slot_of(block);
-          QK_UNROLL for (int v = 0; v < VECTORS; v++) {
-            auto& of = sum[v / (TILE_N / 8)];
-            const int i = v % (TILE_N / 8) * 4;
-            const U32x4 four = ld_global(part + v * CONSUMER_THREADS);
-            of[i] += portable::bits_float(four.x);
-            of[i + 1] += portable::bits_float(four.y);
-            of[i + 2] += portable::bits_float(four.z);
-            of[i + 3] += portable::bits_float(four.w);
-          }
+        constexpr int AT_ONCE = VECTORS <= 4 ? 4 : VECTORS <= 8 ? 2 : 1;  // pieces on their way together
+        QK_ROLLED for (int block = one; block <= last; block += AT_ONCE) {
+          U32x4 parts[AT_ONCE][VECTORS];
+          QK_UNROLL for (int p = 0; p < AT_ONCE; p++)
+            QK_UNROLL for (int v = 0; v < VECTORS; v++)
+              parts[p][v] = block + p <= last ? ld_global(slot_of(block + p) + v * CONSUMER_THREADS) : U32x4{0, 0, 0, 0};
+          QK_UNROLL for (int p = 0; p < AT_ONCE; p++)
+            QK_UNROLL for (int v = 0; v < VECTORS; v++) {
+              auto& of = sum[v / (TILE_N / 8)];
+              const int i = v % (TILE_N / 8) * 4;
+              of[i] += portable::bits_float(parts[p][v].x);
+              of[i + 1] += portable::bits_float(parts[p][v].y);
+              of[i + 2] += portable::bits_float(parts[p][v].z);
+              of[i + 3] += portable::bits_float(parts[p][v].w);
+            }
         }
       }
 
       // Sums 4 j + 2 h + e are row 8 j + 2 (lane % 4) + e of D, column 16 warp + lane / 4 + 8 h.
-      const int down = warp * 16 + lane / 4, across = lane % 4 * 2;
-      const int m0 = place.a * TILE_N, n0 = (place.w * BLOCKS + consumer * MI) * 64;
-      epilogue::ColumnFactors columns[MI][2];
-      QK_UNROLL for (int i = 0; i < MI; i++)
-        QK_UNROLL for (int h = 0; h < 2; h++)
-          columns[i][h] = epilogue::column_factors(output, n0 + i * 64 + down + 8 * h);
       QK_UNROLL for (int turn = 0; turn < MI * PIECES; turn++) {
         const int i = turn / PIECES, piece = turn % PIECES, m1 = m0 + piece * PIECE, n1 = n0 + i * 64;
         if constexpr (!TMA_STORE) {

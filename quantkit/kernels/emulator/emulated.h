@@ -122,6 +122,8 @@ template <int Pending>
 QK_TEMPLATE void wgmma_wait(emulator::Place place) {
   emulator::wgmma_wait(Pending, place);
 }
+template <class T, int Count>
+QK_TEMPLATE void wgmma_settle(Registers<T, Count>&) {}
 template <int Count>
 QK_TEMPLATE void increase_registers(emulator::Place place) {
   static_assert(Count >= 24 && Count <= 256 && Count % 8 == 0, "setmaxnreg takes multiples of 8 from 24 to 256");

@@ -35,6 +35,7 @@ using uint64_t = unsigned long long;
 #define QK_PURE static inline                            // plain C++ that both bodies share
 #define QK_FUNCTION static inline                        // a kernel's own helper
 #define QK_UNROLL
+#define QK_ROLLED
 #define QK_GRID_CONSTANT
 #define QK_KERNEL(threads, blocks_per_multiprocessor) static void
 #define QK_CLUSTER_KERNEL(threads, blocks_per_multiprocessor, cluster_size) static void
@@ -46,6 +47,7 @@ using uint64_t = unsigned long long;
 #define QK_PURE static __device__ __forceinline__
 #define QK_FUNCTION static __device__ __forceinline__
 #define QK_UNROLL _Pragma("unroll")
+#define QK_ROLLED _Pragma("unroll 1")                    // code that runs once or twice is fetched, not run
 #define QK_GRID_CONSTANT __grid_constant__
 #define QK_KERNEL(threads, blocks_per_multiprocessor) \
   extern "C" __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
@@ -245,6 +247,8 @@ QK_DEVICE void wgmma_fence(QK_AT_ONLY);
 QK_DEVICE void wgmma_commit(QK_AT_ONLY);
 // Wait until at most Pending committed groups are unfinished.
 template <int Pending> QK_TEMPLATE void wgmma_wait(QK_AT_ONLY);
+// After the wait: keeps the compiler from reading these registers, or copying them, before it.
+template <class T, int Count> QK_TEMPLATE void wgmma_settle(Registers<T, Count>& registers);
 // Take registers from, or give them to, the block's pool. Warpgroup functions; Count is a multiple of 8, 24 … 256.
 template <int Count> QK_TEMPLATE void increase_registers(QK_AT_ONLY);
 template <int Count> QK_TEMPLATE void decrease_registers(QK_AT_ONLY);

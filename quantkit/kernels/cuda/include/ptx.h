@@ -394,6 +394,14 @@ QK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "mem
 QK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int Pending>
 QK_TEMPLATE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(Pending) : "memory"); }
+template <int Count>
+QK_TEMPLATE void wgmma_settle(Registers<float, Count>& registers) {
+  QK_UNROLL for (int i = 0; i < Count; i++) asm volatile("" : "+f"(registers.value[i]) :: "memory");
+}
+template <int Count>
+QK_TEMPLATE void wgmma_settle(Registers<int32_t, Count>& registers) {
+  QK_UNROLL for (int i = 0; i < Count; i++) asm volatile("" : "+r"(registers.value[i]) :: "memory");
+}
 #endif
 #if QK_SETMAXNREG_INSTRUCTIONS
 template <int Count>
