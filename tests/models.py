@@ -865,6 +865,34 @@ def already_quantized() -> ModelProto:
 
 
 @tiny()
+def quantized_throughout() -> ModelProto:
+    """As quantization-aware training leaves it: Q/DQ on every input, float weights among them, one transposed."""
+    return model_of(
+        """(float[N,8] x) => (float[N,4] y)
+        <float xs = {0.03}, float[6] ws = {0.01,0.02,0.03,0.04,0.05,0.06}, float[8,6] w0, float rs = {0.02},
+         float vs = {0.01}> {
+        xq = QuantizeLinear (x, xs, z)
+        xd = DequantizeLinear (xq, xs, z)
+        wq = QuantizeLinear <axis = 1> (w0, ws, wz)
+        wd = DequantizeLinear <axis = 1> (wq, ws, wz)
+        a = MatMul (xd, wd)
+        r = Relu (a)
+        rq = QuantizeLinear (r, rs, u)
+        rd = DequantizeLinear (rq, rs, u)
+        vd = DequantizeLinear (vq, vs)
+        vt = Transpose <perm = [1, 0]> (vd)
+        bd = DequantizeLinear (bq, bs)
+        y = Gemm (rd, vt, bd) }""",
+        z=np.array(0, np.int8),
+        u=np.array(3, np.uint8),
+        wz=np.zeros(6, np.int8),
+        vq=np.random.default_rng(0).integers(-127, 128, (4, 6)).astype(np.int8),
+        bq=np.array([100, -2000, 30, 4], np.int32),
+        bs=np.array(0.0002, np.float32),
+    )
+
+
+@tiny()
 def clip_without_min() -> ModelProto:
     """Clip with its minimum left empty, and one with neither bound."""
     return model_of("""(float[N,3,8,8] x) => (float[N,4,4,4] y)

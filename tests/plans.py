@@ -26,7 +26,7 @@ NOTHING = frozenset(
         "float64",
         "matmul_gemv",
         "nothing_to_quantize",
-        "weight_only_quantized",
+        "quantized_throughout",
     }
 )
 

@@ -336,7 +336,7 @@ def test_solving_twice_gives_the_same_plan(tiny: TinyModel) -> None:
         ),
         ("conv_relu", "fp8", "2 × depthwise or ≤ 16 channels"),
         ("gemm", "fp8", "(--all quantizes it)); export with --all"),
-        ("weight_only_quantized", "int8", "already quantized in the model); give the float model"),
+        ("quantized_throughout", "int8", "already quantized in the model); give the float model"),
         ("conv_relu", "int4", "lie in blocks, which no target has for it); choose another preset"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from quantkit.graph.dequantized import is_dequantized, is_stored
 from quantkit.graph.load import Graph
 
 LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
@@ -68,9 +69,9 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[LeftAlone]]:
             if reason:
                 left.append(_leave(node, reason))
             else:
-                sites.extend(_linear_sites(node))
+                sites.extend(s for s in _linear_sites(node) if not _quantized_already(node, s))
         elif node.op_type == "Add":
-            sites.extend(_add_sites(node))
+            sites.extend(s for s in _add_sites(node) if not _quantized_already(node, s))
         left.extend(_inner_nodes(node))
     return sites, left
 
@@ -131,15 +132,15 @@ def _why_not(node: ir.Node) -> str:
             return f"its inputs are {value.dtype.name.lower()}"
     left, right = node.inputs[0], node.inputs[1]
     assert left is not None and right is not None
-    if _is_dequantized(left) or _is_dequantized(right):
+    if is_dequantized(left) and is_dequantized(right):
         return QUANTIZED_ALREADY
     if node.op_type in ("Conv", "ConvTranspose"):
-        return "" if right.is_initializer() else "its weight is computed, not constant"
-    if left.is_initializer() and right.is_initializer():
+        return "" if is_stored(right) else "its weight is computed, not constant"
+    if is_stored(left) and is_stored(right):
         return "both inputs are constant"
-    if node.op_type == "Gemm" and not right.is_initializer():
+    if node.op_type == "Gemm" and not is_stored(right):
         return "its weight is computed, not constant"
-    if left.shape is None and right.is_initializer() and right.shape is not None and len(right.shape) > 1:
+    if left.shape is None and is_stored(right) and right.shape is not None and len(right.shape) > 1:
         # Behind an operator that shape inference does not know. The last axis is the last, whatever the rank.
         return "GEMV-shaped (N = 1): memory-bound, nothing to gain" if right.shape[-1] == 1 else ""
     if left.shape is None or right.shape is None:
@@ -152,7 +153,7 @@ def _why_not(node: ir.Node) -> str:
         columns = right.shape[0] if _int(node, "transB", 0) else right.shape[1]
     if columns == 1:
         return "GEMV-shaped (N = 1): memory-bound, nothing to gain"
-    if rows == 1 and not right.is_initializer():
+    if rows == 1 and not is_stored(right):
         return "GEMV-shaped (M = 1): memory-bound, nothing to gain"
     return ""
 
@@ -163,10 +164,10 @@ def _linear_sites(node: ir.Node) -> Iterator[Site]:
     # With the rank unknown, the last axis is −1.
     rank = len(left.shape) if left.shape is not None else 0
     if node.op_type == "MatMul":
-        if right.is_initializer():
+        if is_stored(right):
             yield _site(node, 0, "input", rank - 1)
             yield _site(node, 1, "weight", len(_shape(right)) - 1, len(_shape(right)) - 2)
-        elif left.is_initializer():
+        elif is_stored(left):
             yield _site(node, 0, "weight", rank - 2, rank - 1)
             yield _site(node, 1, "input", len(_shape(right)) - 2)
         else:
@@ -217,9 +218,12 @@ def _is_convolution(node: ir.Node | None) -> bool:
     return node is not None and node.domain == "" and node.op_type in ("Conv", "ConvTranspose")
 
 
-def _is_dequantized(value: ir.Value) -> bool:
-    producer = value.producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"
+def _quantized_already(node: ir.Node, site: Site) -> bool:
+    """Whether the model itself quantizes what a site stands for."""
+    if site.role == "output":
+        return any(user.op_type == "QuantizeLinear" for user, _ in fused_output(node).uses())
+    value = node.inputs[site.index]
+    return value is not None and is_dequantized(value)
 
 
 def _site(node: ir.Node, index: int, role: Role, axis: int | None, contraction: int | None = None) -> Site:

@@ -110,7 +110,6 @@ def test_sites_name_what_their_nodes_read_and_write(tiny: TinyModel) -> None:
     ("name", "found"),
     [
         ("conv_dynamic_weight", "its weight is computed"),
-        ("weight_only_quantized", "already quantized"),
         ("float64", "its inputs are double"),
     ],
 )
