@@ -1,4 +1,4 @@
-"""What a model holds that ONNX Runtime's CPU provider cannot run (measured with 1.31; see the table in `docs`)."""
+"""What a model holds that ONNX Runtime's CPU provider cannot run, as measured with 1.31."""
 
 from collections import Counter
 from collections.abc import Iterator

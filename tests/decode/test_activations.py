@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
-from quantkit.decode import decode
+from quantkit.decode import beyond_onnxruntime, decode
 from quantkit.errors import ModelError
 from quantkit.formats import (
     E8M0,
@@ -244,6 +244,37 @@ def test_static_quantization_that_onnxruntime_runs_is_left_alone(opset: int) -> 
     for dtype in (np.int8, np.uint8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
         model = model_of(nodes, inputs={"x": [2, 8]}, opset=opset, s=np.float32(0.1), z=np.zeros((), dtype))
         assert [n.op_type for n in decode(model).graph] == ["QuantizeLinear", "DequantizeLinear"]
+
+
+def test_dynamic_blocks_of_float8_run_as_they_are_and_are_the_oracle() -> None:
+    """Scales computed by ONNX's own operators: amax / 448 of 128 elements, 1 where they are all zero."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "blocks"], ["b"]),
+        helper.make_node("Abs", ["b"], ["m"]),
+        helper.make_node("ReduceMax", ["m", "last"], ["amax"], keepdims=0),
+        helper.make_node("Div", ["amax", "max"], ["ratio"]),
+        helper.make_node("Equal", ["amax", "zero"], ["empty"]),
+        helper.make_node("Where", ["empty", "one", "ratio"], ["s"]),
+        helper.make_node(
+            "QuantizeLinear",
+            ["x", "s"],
+            ["q"],
+            axis=-1,
+            block_size=128,
+            output_dtype=TensorProto.FLOAT8E4M3FN,
+        ),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["y"], axis=-1, block_size=128),
+    ]
+    x = outliers(5, 384)
+    constants = {"max": np.float32(448), "zero": np.float32(0), "one": np.float32(1)}
+    model = model_of(
+        nodes, inputs={"x": [5, 384]}, blocks=np.array([0, -1, 128]), last=np.array([2]), **constants
+    )
+    assert beyond_onnxruntime(model) == []
+    spec = QuantSpec(format=FP8_E4M3, axis=-1, block_size=128, dynamic="block")
+    for runnable in (model, decode(model)):
+        found = Session(runnable, optimize=False, threads=1).run({"x": x})["y"]
+        np.testing.assert_array_equal(as_bits(found), as_bits(oracle(x, spec)))
 
 
 def test_an_unknown_operator_of_tensorrt_is_refused_by_name() -> None:
