@@ -4,41 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 
-from quantkit.errors import SpecError
-from quantkit.formats import (
-    E8M0,
-    FP4_E2M1,
-    FP8_E4M3,
-    FP8_E5M2,
-    INT2,
-    INT4,
-    INT8,
-    INT16,
-    UINT2,
-    UINT4,
-    UINT8,
-    UINT16,
-    Format,
-    QParams,
-    QTensor,
-    QuantSpec,
-    quantize,
-    scale_shape,
-)
+from quantkit.formats import QParams, QTensor, QuantSpec, quantize, scale_shape
 from quantkit.graph.dequantized import LAYOUT_OPS, source_of
 from quantkit.graph.load import Graph
+from quantkit.graph.qdq_parameters import code_type, same_parameters, stored_parameters, stored_scale
 from quantkit.graph.sites import LeftAlone
 
-_FORMATS = {
-    ir.DataType.from_numpy(f.dtype): f
-    for f in (
-        *(INT2, UINT2, INT4, UINT4, INT8, UINT8, INT16, UINT16),
-        *(FP4_E2M1, FP8_E4M3, FP8_E5M2),
-    )
-}
 # Operators that hold their quantization in themselves.
 _INTEGER_OPS = frozenset(
     {"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
@@ -135,136 +108,32 @@ def _entry(node: ir.Node, dequantizers: list[ir.Node]) -> QuantizedTensor | str:
     # A weight that is transposed on its way is quantized as it arrives.
     if constant and source is not tensor:
         return "quantizes a constant behind an operator that changes its layout"
-    dtype = _code_type(node)
-    shape = _shape(tensor)
-    readers = tuple(reader for d in dequantizers for reader in _readers(d.outputs[0]))
-    nodes = tuple(str(n.name) for n in ([node, *dequantizers] if quantizes else dequantizers))
-    parameters = _parameters(node)
-    if isinstance(parameters, str):
-        return parameters
-    scale, zero, global_scale, scale_format = parameters
-    if any(not _same(node, d) for d in dequantizers):
+    if any(not same_parameters(node, d) for d in dequantizers):
         return "its DequantizeLinear has another scale or zero point"
-    if dtype == ir.DataType.INT32 and constant:
-        return QuantizedTensor(
-            name=str(source.name),
-            role="bias",
-            spec=None,
-            qparams=QParams(scale),
-            shape=shape,
-            stored=True,
-            nodes=nodes,
-            readers=readers,
-        )
-    fmt = _FORMATS.get(dtype)
-    if fmt is None:
-        return f"its codes are {dtype.name.lower()}"
-    spec = _spec(
-        node, fmt, scale, zero, scale_format, rank=None if tensor.shape is None else len(tensor.shape)
-    )
-    if isinstance(spec, str):
-        return spec
-    if spec.axis is None and spec.block_size is None:
-        scale = scale.reshape(())
-    held = None
-    if fmt.kind == "integer":
-        held = np.zeros(scale.shape, fmt.dtype) if zero is None else zero.reshape(scale.shape)
-    if shape is not None and scale_shape(shape, spec) != scale.shape:
-        return f"its scales are of shape {scale.shape} for a tensor of {shape}"
+    shape = _shape(tensor)
+    spec: QuantSpec | None = None
+    if code_type(node) == ir.DataType.INT32 and constant:
+        scale = stored_scale(node)
+        if scale is None:
+            return "its scales are computed"
+        qparams = QParams(scale)
+    else:
+        parameters = stored_parameters(node)
+        if isinstance(parameters, str):
+            return parameters
+        spec, qparams = parameters
+        if shape is not None and scale_shape(shape, spec) != qparams.scale.shape:
+            return f"its scales are of shape {qparams.scale.shape} for a tensor of {shape}"
     return QuantizedTensor(
         name=str(source.name),
-        role="weight" if constant else "activation",
+        role="activation" if not constant else "bias" if spec is None else "weight",
         spec=spec,
-        qparams=QParams(scale, held, global_scale),
+        qparams=qparams,
         shape=shape,
         stored=not quantizes,
-        nodes=nodes,
-        readers=readers,
+        nodes=tuple(str(n.name) for n in ([node, *dequantizers] if quantizes else dequantizers)),
+        readers=tuple(reader for d in dequantizers for reader in _readers(d.outputs[0])),
     )
-
-
-def _parameters(
-    node: ir.Node,
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, Format | None] | str:
-    """Scales, zero points, the scale of scales and the type of scales; or why they are not known."""
-    scale, global_scale, scale_format = node.inputs[1], None, None
-    assert scale is not None
-    producer = scale.producer()
-    if producer is not None and producer.op_type == "DequantizeLinear":
-        outer, codes = _array(producer.inputs[1]), _array(producer.inputs[0])
-        if outer is None or codes is None or outer.size != 1 or codes.dtype != FP8_E4M3.dtype:
-            return "its scales are computed"
-        array: np.ndarray | None = codes
-        global_scale, scale_format = outer.astype(np.float32).reshape(()), FP8_E4M3
-    else:
-        array = _array(scale)
-        if array is not None and array.dtype == E8M0.dtype:
-            scale_format = E8M0
-    if array is None:
-        return "its scales are computed"
-    zero = node.inputs[2] if len(node.inputs) > 2 else None
-    points = None if zero is None else _array(zero)
-    if zero is not None and points is None:
-        return "its zero points are computed"
-    return array.astype(np.float32), points, global_scale, scale_format
-
-
-def _spec(
-    node: ir.Node,
-    fmt: Format,
-    scale: np.ndarray,
-    zero: np.ndarray | None,
-    scale_format: Format | None,
-    rank: int | None,
-) -> QuantSpec | str:
-    middle = fmt.middle if fmt.kind == "integer" else 0
-    symmetric = fmt.kind == "float" or bool(np.all((0 if zero is None else zero.astype(np.int32)) == middle))
-    size = _int(node, "block_size", 0)
-    axis: int | None = None
-    if size or scale.size > 1:
-        axis = _int(node, "axis", 1)
-        axis = axis % rank if rank else axis
-    try:
-        return QuantSpec(
-            format=fmt,
-            axis=axis,
-            block_size=size or None,
-            symmetric=symmetric,
-            scale_format=scale_format,
-        )
-    except SpecError as error:
-        return str(error).rstrip(".")
-
-
-def _code_type(node: ir.Node) -> ir.DataType:
-    if node.op_type == "DequantizeLinear":
-        codes = node.inputs[0]
-        assert codes is not None and codes.dtype is not None
-        return codes.dtype
-    zero = node.inputs[2] if len(node.inputs) > 2 else None
-    named = _int(node, "output_dtype", 0)
-    if zero is not None and zero.dtype is not None:
-        return zero.dtype
-    # ONNX's own default.
-    return ir.DataType(named) if named else ir.DataType.UINT8
-
-
-def _same(node: ir.Node, other: ir.Node) -> bool:
-    """Whether two nodes have the same scales, zero points and blocks."""
-    if node is other:
-        return True
-    for index in (1, 2):
-        values = [n.inputs[index] if index < len(n.inputs) else None for n in (node, other)]
-        if values[0] is values[1]:
-            continue
-        arrays = [_array(v) for v in values]
-        if any(v is not None and a is None for v, a in zip(values, arrays, strict=True)):
-            return False
-        # A zero point that is left out is 0.
-        first, second = (np.zeros(1) if a is None else a.astype(np.float32).reshape(-1) for a in arrays)
-        if not (first.size == second.size or 1 in (first.size, second.size)) or np.any(first != second):
-            return False
-    return _int(node, "block_size", 0) == _int(other, "block_size", 0)
 
 
 def _readers(value: ir.Value) -> Iterator[Reader]:
@@ -281,19 +150,10 @@ def _reads_scales(node: ir.Node) -> bool:
     return bool(uses) and all(u.op_type == "DequantizeLinear" and i == 1 for u, i in uses)
 
 
-def _array(value: ir.Value | None) -> np.ndarray | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
 def _shape(value: ir.Value) -> tuple[int, ...] | None:
     if value.shape is None or not all(isinstance(d, int) for d in value.shape):
         return None
     return tuple(d for d in value.shape if isinstance(d, int))
-
-
-def _int(node: ir.Node, name: str, default: int) -> int:
-    return node.attributes[name].as_int() if name in node.attributes else default
 
 
 def _left(node: ir.Node, reason: str) -> LeftAlone:
