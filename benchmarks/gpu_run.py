@@ -1,39 +1,52 @@
-"""Check, tune and time the GEMM kernels on the GPU that is there, beside torch's, and write JSON.
+"""Check, tune, time and profile every kernel on the GPU that is there, beside torch's and others', and write JSON.
 
-    PYTHONPATH=. python benchmarks/gpu_run.py --check --tune --time --out results.json
+    PYTHONPATH=. python benchmarks/gpu_run.py --check --tune --time --formats --out results.json
+    PYTHONPATH=. python benchmarks/gpu_run.py --profile 4096x7168x16384 --format fp8
 
-Timing: all contenders of a shape in one run, in random order, each a CUDA graph of one call; before each, 256 MB are
-written and then another 256 MB read, so that L2 holds none of its operands and nothing that must be written back;
-medians over --repeats; random data. --pause-ms of rest after each measure what a kernel does at full clock; without
-it a large product runs into the board's power limit, and so does every contender.
+A kernel that is in quantkit.kernels.families.FAMILIES is checked, tuned and timed here without a further line.
+--tune writes what it finds where the package ships it: quantkit/kernels/tuned/<gpu>.json (--tuned elsewhere).
+
+Timing: quantkit.kernels.timing. All contenders of a shape in one run, in random order, each a CUDA graph of one call,
+on a cold and clean L2; medians over --repeats; random data. --pause-ms of rest after each measure what a kernel does at
+full clock; without it a large product runs into the board's power limit, and so does every contender.
 """
 
 import argparse
 import datetime
 import json
 import math
-import random
-import statistics
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cupy
-import ml_dtypes
 import numpy as np
 import torch
 
+from quantkit.bench import bench_model
+from quantkit.bench.cases import cases_of_shapes
+from quantkit.bench.measuring import as_numpy, compile_ahead
+from quantkit.bench.operands import exact_operands, random_operands
+from quantkit.bench.result import relative_error
+from quantkit.bench.tune import tune_case
 from quantkit.kernels import device as gpu
-from quantkit.kernels.compile import compile_kernel, nvrtc_version
-from quantkit.kernels.gemm import Epilogue, PackedWeight, matmul, pack_codes
-from quantkit.kernels.gemm_launch import SOURCE, EpilogueKind, launch_of
-from quantkit.kernels.heuristics import Problem, Tile, candidates, choose, rank
-from quantkit.kernels.reference import gemm_reference
+from quantkit.kernels import tuning
+from quantkit.kernels.build import Job, build_all
+from quantkit.kernels.compile import nvrtc_version
+from quantkit.kernels.epilogue import EpilogueKind
+from quantkit.kernels.families import FAMILIES
+from quantkit.kernels.family import Family
+from quantkit.kernels.gemm import Epilogue, PackedWeight, matmul
+from quantkit.kernels.gemm_launch import SOURCE, launch_of
+from quantkit.kernels.heuristics import Problem, Tile, choose
+from quantkit.kernels.present import present_gpu
+from quantkit.kernels.timing import Contender, GpuStopwatch, time_in_turns
+from quantkit.kernels.work import Work
 
 TABLE = [
     (8192, 8192, 8192),
@@ -61,102 +74,74 @@ RAGGED = [
     (257, 520, 2880),
     (300, 1000, 700),
 ]
-FORMATS = ("int8", "float8_e4m3fn", "bfloat16")
-DTYPES = {"int8": np.int8, "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "bfloat16": ml_dtypes.bfloat16}
-CARRIERS = {"int8": np.int8, "float8_e4m3fn": np.uint8, "bfloat16": np.uint16}
 BOTH_EACH = EpilogueKind(row_scale="each", column_scale="each")
 BOTH_ONE = EpilogueKind(row_scale="one", column_scale="one")
-
-
-def compile_all(launches: list[dict[str, str | int]]) -> None:
-    """Compile every configuration, one a core."""
-    unique = [dict(items) for items in {tuple(sorted(defines.items())) for defines in launches}]
-    with ProcessPoolExecutor() as pool:
-        for spills in pool.map(_compile, unique):
-            if spills:
-                print(spills)
-
-
-def _compile(defines: dict[str, str | int]) -> str:
-    built = compile_kernel(SOURCE, arch="sm_90a", defines=defines)
-    return (
-        f"{built.spill_bytes} bytes spilled: {defines} {built.warnings}"
-        if built.spill_bytes or built.warnings
-        else ""
-    )
 
 
 # ---- correctness -------------------------------------------------------------------------------------------------
 
 
-def check_cases() -> list[tuple[Problem, Tile, EpilogueKind]]:
-    """Every tile on ragged shapes; every format and output on a few tiles."""
-    full = EpilogueKind(row_scale="each", column_scale="each", bias=True, relu=True)
-    cases = []
-    for m, n, k in RAGGED:
-        tiles = list(candidates(Problem(m=m, n=n, k=k, format="int8", output="bfloat16")))
-        cases += [(Problem(m=m, n=n, k=k, format="int8", output="bfloat16"), t, BOTH_EACH) for t in tiles]
-        for j, (form, output) in enumerate(
-            (f, o) for f in FORMATS for o in ("float32", "bfloat16", "float16", "int32")
-        ):
-            if output == "int32" and form != "int8":
-                continue
-            problem = Problem(m=m, n=n, k=k, format=form, output=output)
-            few = list(candidates(problem))
-            kind = EpilogueKind() if output == "int32" else full
-            cases += [(problem, few[(7 * j + 11 * q) % len(few)], kind) for q in range(2)]
-    return cases
+def check_cases(few: int) -> Iterator[tuple[Family, Work, Any]]:
+    """Every configuration of every family on ragged shapes; beyond the first format a `few` of them."""
+    here = present_gpu()
+    for family in FAMILIES:
+        for m, n, k in RAGGED:
+            for index, form in enumerate(sorted(family.formats)):
+                for output in ("bfloat16", "float32"):
+                    work = Work(
+                        m=m, n=n, k=k, format=form, output=output, bias=True, relu=output == "float32"
+                    )
+                    if not family.takes(work, here):
+                        continue
+                    configurations = list(family.ranked(work, here))
+                    if index or output != "bfloat16":
+                        step = max(1, len(configurations) // few)
+                        configurations = configurations[::step][:few]
+                    for configuration in configurations:
+                        yield family, work, configuration
 
 
-def check() -> dict[str, Any]:
-    """Compare with the oracle: integers that every format holds exactly, so every result is exact."""
-    cases = check_cases()
-    compile_all([launch_of(problem, tile, kind, 132).defines for problem, tile, kind in cases])
-    rng = np.random.default_rng(1)
-    wrong = []
-    for problem, tile, kind in cases:
-        m, n, k = problem.m, problem.n, problem.k
-        a, b = (rng.integers(-4, 5, (rows, k)).astype(DTYPES[problem.format]) for rows in (m, n))
-        row, column = (rng.random(rows, np.float32) + 0.5 for rows in (m, n))
-        bias = rng.standard_normal(n, np.float32)
-        scaled, biased = kind.row_scale != "none", kind.bias
-        weight = pack_codes(b, column if scaled else None, problem.format)
-        on_gpu = cupy.asarray(a.view(CARRIERS[problem.format]))
-        epilogue = Epilogue(
-            row_scale=cupy.asarray(row) if scaled else None,
-            bias=cupy.asarray(bias) if biased else None,
-            activation="relu" if kind.relu else None,
-        )
-        out = cupy.full((m, n), 0x55, {2: np.uint16, 4: np.uint32}[np.dtype(_np(problem.output)).itemsize])
-        matmul(on_gpu, weight, epilogue=epilogue, out_dtype=problem.output, out=out, tile=tile)
-        want = gemm_reference(
-            a, b, row_scale=row if scaled else None, column_scale=column if scaled else None,
-            bias=bias if biased else None, relu=kind.relu, output=problem.output,
-        )  # fmt: skip
-        got = cupy.asnumpy(out).view(_np(problem.output))
-        if not np.array_equal(got, want):
+def check(few: int) -> dict[str, Any]:
+    """Compare with the oracles: whole numbers and powers of two, so every result has one right answer."""
+    cases = list(check_cases(few))
+    compile_ahead(cases, present_gpu())
+    wrong: list[dict[str, Any]] = []
+    exact: dict[str, int] = {}
+    for family, work, configuration in cases:
+        operands = exact_operands(work)
+        call = family.prepare(work, operands, configuration)
+        got, want = as_numpy(call(), work.output), family.reference(work, operands)
+        same = np.array_equal(got, want)
+        exact[family.name] = exact.get(family.name, 0) + same
+        if not same:
             wrong.append(
-                {"problem": asdict(problem), "tile": asdict(tile), "elements": int((got != want).sum())}
+                {
+                    "kernel": family.name,
+                    "work": asdict(work),
+                    "configuration": family.describe(configuration),
+                    "elements": int((got != want).sum()),
+                    "relative_error": relative_error(got, want),
+                }
             )
     if not (replays_exactly() and streams_agree()):
-        wrong.append({"problem": "CUDA graph or two streams"})
-    print(f"check: {len(cases) - len(wrong)} of {len(cases)} exact")
+        wrong.append({"kernel": "matmul", "work": "CUDA graph or two streams"})
+    print(f"check: {sum(exact.values())} of {len(cases)} exact, by kernel {exact}")
     for entry in wrong[:10]:
         print("WRONG", entry)
-    return {"cases": len(cases), "wrong": wrong}
+    return {"cases": len(cases), "exact": exact, "wrong": wrong}
 
 
 def replays_exactly() -> bool:
     """Return whether a CUDA graph of a product, replayed on new operands, gives what a plain call gives."""
     operands = Operands(300, 520, 1024)
     run = operands.ours("int8", "row")
-    run()  # compiles and loads, which a capture cannot
-    graph = captured(run)
+    replay = GpuStopwatch().capture(Contender(run=run))
     operands.i8[0].copy_(torch.randint_like(operands.i8[0], -127, 128))
     run()
     want = operands.out.copy()
     operands.out.fill(0x55)
-    graph.replay()
+    torch.cuda.synchronize()
+    replay()
     torch.cuda.synchronize()
     return bool((operands.out == want).all())
 
@@ -180,61 +165,7 @@ def streams_agree() -> bool:
     return all(bool((o.out == w).all()) for o, w in zip(pairs, want, strict=True))
 
 
-def _np(output: str) -> Any:
-    return ml_dtypes.bfloat16 if output == "bfloat16" else output
-
-
 # ---- timing ------------------------------------------------------------------------------------------------------
-
-
-def captured(run: Callable[[], Any]) -> Any:
-    """Return one call as a CUDA graph, so that no time of Python's or the driver's is measured."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
-        run()
-    return graph
-
-
-class Timer:
-    """Medians of contenders that take turns, each on a cold L2."""
-
-    def __init__(self, pause_s: float = 0.0) -> None:
-        self.pause_s = pause_s
-        self.written = torch.empty(64 << 20, dtype=torch.float32, device="cuda")
-        self.read = torch.ones(64 << 20, dtype=torch.float32, device="cuda")
-
-    def medians(self, contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-        """Return for each contender its median time and its quartiles in microseconds."""
-        alive = {}
-        for name, run in contenders.items():
-            try:
-                run()
-                torch.cuda.synchronize()
-                alive[name] = captured(run)
-            except RuntimeError as error:
-                print(f"  {name}: refused: {str(error).splitlines()[0][:100]}")
-        events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in alive}
-        order = [name for name in alive for _ in range(repeats)]
-        random.Random(0).shuffle(order)
-        for name in order:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.written.zero_()
-            self.read.sum()
-            torch.cuda._sleep(300_000)  # longer than a host just woken takes to enqueue what follows
-            start.record()
-            alive[name].replay()
-            end.record()
-            events[name].append((start, end))
-            if self.pause_s:
-                torch.cuda.synchronize()
-                time.sleep(self.pause_s)
-        torch.cuda.synchronize()
-        found = {}
-        for name, pairs in events.items():
-            times = sorted(start.elapsed_time(end) * 1e3 for start, end in pairs)
-            quarter = len(times) // 4
-            found[name] = {"us": statistics.median(times), "q1": times[quarter], "q3": times[-1 - quarter]}
-        return found
 
 
 class Operands:
@@ -293,57 +224,52 @@ class Operands:
         return found
 
 
-def tuning_tiles(problem: Problem, depth: int, groups: bool) -> list[Tile]:
-    """Return the tiles modelled best, and for large problems other orders of them."""
-    ranked = rank(problem)[:depth]
-    if groups and problem.m >= 1024:
-        ranked += [
-            replace(t, group=g)
-            for t in ranked
-            if t.tile_m * t.tile_n == 32768
-            for g in (4, 16, 32)
-            if g != t.group
-        ]
-    return ranked
-
-
 def tune(
-    shapes: list[tuple[int, int, int]], depth: int, groups: bool, repeats: int, pause_s: float
+    shapes: list[tuple[int, int, int]],
+    formats: list[str],
+    depth: int,
+    repeats: int,
+    pause_s: float,
+    shipped: Path,
 ) -> list[dict[str, Any]]:
-    """Time the best-ranked tiles of each shape and format."""
-    jobs = []
-    for m, n, k in shapes:
-        for form in FORMATS:
-            problem = Problem(m=m, n=n, k=k, format=form, output="bfloat16")
-            jobs.append((problem, tuning_tiles(problem, depth, groups)))
-    kinds = {form: EpilogueKind() if form == "bfloat16" else BOTH_EACH for form in FORMATS}
-    compile_all([launch_of(p, t, kinds[p.format], 132).defines for p, tiles in jobs for t in tiles])
-    timer, rows = Timer(pause_s), []
-    operands: Operands | None = None
-    for number, (problem, tiles) in enumerate(jobs):
-        shape = (problem.m, problem.n, problem.k)
-        if operands is None or operands.shape != shape:
-            operands = None
-            operands = Operands(*shape)
-        named = {f"{i}": operands.ours(problem.format, "row", tile) for i, tile in enumerate(tiles)}
-        found = timer.medians(named, repeats)
-        order = sorted(found, key=lambda name: found[name]["us"])
-        for name in order:
-            rows.append({"problem": asdict(problem), "tile": asdict(tiles[int(name)]), **found[name]})
-        flops = 2e-6 * problem.m * problem.n * problem.k
-        if number >= 3 * len(TABLE):
+    """Time the best-ranked configurations of each shape and format, and write the fastest as the package's table."""
+    here = present_gpu()
+    jobs = [
+        (case, family, list(family.ranked(case.work, here))[:depth])
+        for case in cases_of_shapes(shapes, formats).cases
+        for family in FAMILIES[:1] + tuple(f for f in FAMILIES[1:] if not FAMILIES[0].takes(case.work, here))
+        if family.takes(case.work, here)
+    ]
+    compile_ahead([(family, case.work, c) for case, family, found in jobs for c in found], here)
+    watch, rows = GpuStopwatch(), []
+    for case, family, configurations in jobs:
+        found = tune_case(
+            case, family, configurations, here, repeats=repeats, pause_s=pause_s, stopwatch=watch
+        )
+        if found is None:
+            print(f"tune {case.work}: nothing runs")
             continue
-        print(f"tune {shape} {problem.format}")
-        for name in order[:8]:
-            us = found[name]["us"]
-            print(f"   {us:8.1f} us {flops / us:7.0f} TF  rank {name:>2} {_short(tiles[int(name)])}")
+        rows.append(
+            {
+                "work": asdict(case.work),
+                "kernel": found.kernel,
+                "modelled_best": found.first,
+                "modelled_best_us": found.first_us,
+                "fastest": found.fastest,
+                "fastest_us": found.fastest_us,
+                "tried": found.tried,
+            }
+        )
+    gains = [row["modelled_best_us"] / row["fastest_us"] for row in rows if row["modelled_best_us"]]
+    print(
+        f"tune: {len(rows)} products, {math.prod(gains) ** (1 / max(len(gains), 1)):.3f}x over the model's choice"
+    )
+    tuning.forget()
+    table = tuning.table(here.name, local=tuning.environment())
+    shipped.parent.mkdir(parents=True, exist_ok=True)
+    shipped.write_text(table.to_json({"gpu": here.name, **facts()}))
+    print(f"{shipped}: {len(table.entries)} entries")
     return rows
-
-
-def _short(tile: Tile) -> str:
-    flags = f"{'swap ' if tile.swap else ''}{'pingpong' if tile.pingpong else ''}"
-    ring = f"stages {tile.stages} consumers {tile.consumers} cluster {tile.cluster} group {tile.group}"
-    return f"{tile.tile_m}x{tile.tile_n} {ring} {flags}"
 
 
 OURS = {
@@ -363,26 +289,31 @@ PEER = {
 def compare(shapes: list[tuple[int, int, int]], repeats: int, pause_s: float) -> list[dict[str, Any]]:
     """Time the chosen tiles beside torch's kernels."""
     kinds = {"int8": BOTH_EACH, "fp8_tensor": BOTH_ONE, "fp8_row": BOTH_EACH, "bf16": EpilogueKind()}
-    defines = []
+    jobs = []
     for m, n, k in shapes:
         for name, (form, _) in OURS.items():
             problem = Problem(m=m, n=n, k=k, format=form, output="bfloat16")
-            defines.append(launch_of(problem, choose(problem), kinds[name], 132).defines)
-    compile_all(defines)
-    timer, rows = Timer(pause_s), []
+            tile = tuning.best_tile(problem, kinds[name], 0) or choose(problem)
+            defines = launch_of(problem, tile, kinds[name], gpu.multiprocessors(0)).defines
+            jobs.append(Job(source=SOURCE, arch=gpu.architecture(0), defines=tuple(sorted(defines.items()))))
+    build_all(jobs)
+    watch, rows = GpuStopwatch(), []
     for shape in shapes:
         m, n, k = shape
         operands = Operands(*shape)
-        runs = {name: operands.ours(form, kind) for name, (form, kind) in OURS.items()}
-        found = timer.medians(runs | operands.peers(), repeats)
+        contenders = {
+            name: Contender(run=operands.ours(form, kind)) for name, (form, kind) in OURS.items()
+        } | {name: Contender(run=run, framework="torch") for name, run in operands.peers().items()}
+        timings, refused = time_in_turns(
+            contenders, repeats=repeats, pause_s=pause_s, seed=m, stopwatch=watch
+        )
+        for name, reason in refused.items():
+            print(f"  {name}: refused: {reason}")
+        found = {name: {"us": t.median_us, "q1": t.q1_us, "q3": t.q3_us} for name, t in timings.items()}
         flops = 2e-6 * m * n * k
         row: dict[str, Any] = {"m": m, "n": n, "k": k, "times": found}
         row["tflops"] = {name: flops / times["us"] for name, times in found.items()}
         row["speedup"] = {o: found[p]["us"] / found[o]["us"] for o, p in PEER.items() if p in found}
-        row["tiles"] = {
-            name: asdict(choose(Problem(m=m, n=n, k=k, format=form, output="bfloat16")))
-            for name, (form, _) in OURS.items()
-        }
         rows.append(row)
         parts = [
             f"{o} {found[o]['us']:.1f} us {flops / found[o]['us']:.0f} TF x{row['speedup'].get(o, math.nan):.2f}"
@@ -393,6 +324,48 @@ def compare(shapes: list[tuple[int, int, int]], repeats: int, pause_s: float) ->
         ]
         print(f"{m}x{n}x{k}: " + " | ".join(parts) + " | " + " ".join(fast))
     return rows
+
+
+def formats_table(
+    shapes: list[tuple[int, int, int]], formats: list[str], repeats: int, pause_ms: float
+) -> dict[str, Any]:
+    """Time every format that has a kernel, beside all peers that are installed, as `quantkit bench` does."""
+    found = bench_model(shapes=shapes, formats=formats, repeats=repeats, pause_ms=pause_ms)
+    print(found)
+    print(*found.notes, sep="\n")
+    for reason in dict.fromkeys(f"{p}: {why}" for row in found.rows for p, why in row.refused.items()):
+        print("  refused", reason)
+    return found.to_dict()
+
+
+# ---- profiling ---------------------------------------------------------------------------------------------------
+
+
+def profile(shape: str, form: str, out: Path) -> None:
+    """Run one product under Nsight Compute and keep its report beside `out`."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        raise SystemExit("--profile: ncu is not on the PATH; install Nsight Compute.")
+    report = out.with_suffix("")
+    command = [
+        ncu, "--set", "full", "--kernel-name", "regex:gemm", "--launch-skip", "2", "--launch-count", "1",
+        "--clock-control", "none", "-f", "-o", str(report), sys.executable, __file__, "--once", shape,
+        "--format", form,
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    subprocess.run([ncu, "--import", f"{report}.ncu-rep", "--page", "details"], check=True)
+
+
+def once(shape: str, form: str) -> None:
+    """Launch one product three times: what a profiler looks at."""
+    m, n, k = parse(shape)
+    work = Work(m=m, n=n, k=k, format=form)
+    here = present_gpu()
+    family = next(family for family in FAMILIES if family.takes(work, here))
+    call = family.prepare(work, random_operands(work), family.predict(work, here).configuration)
+    for _ in range(3):
+        call()
+    cupy.cuda.Device().synchronize()
 
 
 def facts() -> dict[str, Any]:
@@ -423,19 +396,39 @@ def parse(shape: str) -> tuple[int, int, int]:
 
 def main() -> None:
     """Run what the flags ask for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
+    parser.add_argument(
+        "--few", type=int, default=3, help="configurations to check beyond a family's first format"
+    )
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--time", action="store_true")
+    parser.add_argument(
+        "--tuned", type=Path, help="where --tune writes its table (default: into the package)"
+    )
+    parser.add_argument("--time", action="store_true", help="int8, fp8 and bf16 beside torch")
+    parser.add_argument(
+        "--formats", action="store_true", help="every format beside every peer, as quantkit bench"
+    )
     parser.add_argument("--layers", action="store_true", help="also the layers of well-known models")
-    parser.add_argument("--depth", type=int, default=12, help="tiles to tune")
+    parser.add_argument("--format", default="int8,fp8,bf16", help="for --tune, --formats and --profile")
+    parser.add_argument("--depth", type=int, default=8, help="configurations to tune")
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--groups", action="store_true", help="tune the order of tiles too")
     parser.add_argument("--shapes", nargs="*", help="MxNxK instead of the table")
     parser.add_argument("--pause-ms", type=float, default=2.0)
+    parser.add_argument("--profile", metavar="MxNxK", help="one product under Nsight Compute")
+    parser.add_argument("--once", metavar="MxNxK", help="launch one product, for a profiler")
     parser.add_argument("--commit", default="", help="of the code, for the record")
     parser.add_argument("--out", type=Path, default=Path("gpu_run.json"))
     options = parser.parse_args()
+    formats = options.format.split(",")
+    if options.once:
+        once(options.once, formats[0])
+        return
+    if options.profile:
+        profile(options.profile, formats[0], options.out)
+        return
     pause_s = options.pause_ms / 1e3
     results: dict[str, Any] = facts() | {
         "pause_ms": options.pause_ms,
@@ -447,8 +440,15 @@ def main() -> None:
     layers = {name: [(m, n, k) for n, k in sizes for m in ROWS] for name, sizes in LAYERS.items()}
     every = shapes + [shape for part in layers.values() for shape in part] if options.layers else shapes
     repeats = options.repeats
+    tuned = options.tuned or tuning.SHIPPED / f"{present_gpu().name}.json"
     stages: list[tuple[str, bool, Callable[[], Any]]] = [
-        ("check", options.check, check),
+        ("check", options.check, lambda: check(options.few)),
+        # Before the tables, which then show what was tuned.
+        (
+            "tune",
+            options.tune,
+            lambda: tune(every, formats, options.depth, max(9, repeats // 2), pause_s, tuned),
+        ),
         ("table", options.time, lambda: compare(shapes, repeats, pause_s)),
         ("sustained", options.time, lambda: compare(shapes, repeats, 0.0)),
         (
@@ -456,11 +456,7 @@ def main() -> None:
             options.time and options.layers,
             lambda: {name: compare(part, repeats, pause_s) for name, part in layers.items()},
         ),
-        (
-            "tune",
-            options.tune,
-            lambda: tune(every, options.depth, options.groups, max(9, repeats // 2), pause_s),
-        ),
+        ("formats", options.formats, lambda: formats_table(shapes, formats, repeats, options.pause_ms)),
     ]
     for name, wanted, run in stages:
         if wanted:

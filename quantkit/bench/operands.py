@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from quantkit.bench.feeding import Captured
 from quantkit.bench.layers import Layer
 from quantkit.formats import FP8_E4M3, INT8, QParams, QTensor, qparams_from_range, quantize, range_of
+from quantkit.formats.layout import scale_shape
 from quantkit.formats.presets import weight_spec
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.family import Operands
@@ -62,6 +63,40 @@ def random_operands(work: Work) -> Operands:
         bias=np.ones(work.n, np.float32) if work.bias else None,
         origin="random numbers",
     )
+
+
+def exact_operands(work: Work, seed: int = 0) -> Operands:
+    """Return operands of small whole numbers and scales that are powers of two: D has one right answer, bit for bit.
+
+    Codes lie in −4 … 4, which every format of four bits holds; sums stay exact in whatever a tensor core adds in.
+    """
+    rng = np.random.default_rng([seed, work.m, work.n, work.k])
+    fmt = FORMATS[work.format]
+
+    def codes(rows: int, dtype: Any) -> NDArray[Any]:
+        whole = np.arange(-4, 5, dtype=np.float32)
+        return rng.choice(whole if np.dtype(dtype).name != "int2" else whole[2:6], (rows, work.k)).astype(
+            dtype
+        )
+
+    def powers(shape: tuple[int, ...]) -> NDArray[np.float32]:
+        return np.ldexp(np.float32(1), rng.integers(-3, 3, shape)).astype(np.float32)
+
+    held = _ACTIVATIONS.get(fmt.activations)
+    bias = rng.integers(-8, 9, work.n).astype(np.float32) if work.bias else None
+    activations = codes(work.m, ml_dtypes.bfloat16 if held is None else held.dtype)
+    scale = None if held is None else powers((1,))
+    if work.format == "bf16":
+        return Operands(
+            activations=activations, scale=None, weight=codes(work.n, ml_dtypes.bfloat16), bias=bias
+        )
+    spec = _weight_spec(work)
+    weight = codes(work.n, spec.format.dtype)
+    scales = powers(scale_shape((work.n, work.k), spec))
+    zero = np.zeros(scales.shape, spec.format.dtype) if spec.format.kind == "integer" else None
+    shared = np.asarray(0.5, np.float32) if spec.has_global_scale else None
+    params = QParams(scales, zero, shared)
+    return Operands(activations=activations, scale=scale, weight=QTensor(weight, params, spec), bias=bias)
 
 
 def drawn(histogram: FloatHistogram, rows: int, k: int) -> NDArray[np.float32]:
@@ -139,6 +174,15 @@ def _quantized(weight: NDArray[np.float32], work: Work) -> QTensor | NDArray[Any
     )
     spec = weight_spec(preset, channel_axis=0, contraction_axis=1, block_size=size)
     return quantize(weight, qparams_from_range(range_of(weight, spec), spec), spec)
+
+
+def _weight_spec(work: Work) -> QuantSpec:
+    preset = _WEIGHTS.get(work.format, work.format)
+    own = FORMATS[work.format].group
+    size = (
+        work.group if own is not None and work.group != own and not preset.startswith(("mx", "nv")) else None
+    )
+    return weight_spec(preset, channel_axis=0, contraction_axis=1, block_size=size)
 
 
 def _held(codes: NDArray[Any], scale: NDArray[np.float32]) -> QTensor:

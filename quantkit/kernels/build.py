@@ -1,15 +1,18 @@
 """Compiling many kernels ahead of time, one a processor, into the cubin cache."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from itertools import repeat
 from pathlib import Path
 
 from quantkit.errors import KernelError
 from quantkit.kernels.compile import DEFAULT_CACHE, CompiledKernel, compile_kernel
-from quantkit.kernels.families import FAMILIES, architectures
+from quantkit.kernels.families import FAMILIES, architectures, best_family
 from quantkit.kernels.family import Family
 from quantkit.kernels.gpus import GPUS, Gpu
 from quantkit.kernels.work import Work
@@ -41,22 +44,46 @@ def build_all(
     """
     unique = list(dict.fromkeys(jobs))
     workers = min(len(unique), os.cpu_count() or 1)
-    found: list[CompiledKernel] = []
-    if workers < 2:
-        for job in unique:
-            found.append(_build(job, cache))
-            on_built(len(found), len(unique))
-        return found
-    # Not forked: a process that holds a GPU, or runs threads, is no good parent.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for built in pool.map(_build, unique, [cache] * len(unique)):
-            found.append(built)
-            on_built(len(found), len(unique))
+    if workers > 1:
+        size = max(1, len(unique) // (3 * workers))
+        batches = [unique[i : i + size] for i in range(0, len(unique), size)]
+        done = 0
+        with ThreadPoolExecutor(workers) as pool:
+            for batch, _ in zip(batches, pool.map(_build_elsewhere, batches, repeat(cache)), strict=True):
+                done += len(batch)
+                on_built(done, len(unique))
+    found = []
+    for job in unique:
+        # What another process could not compile fails here once more, and says why.
+        found.append(compile_kernel(job.source, arch=job.arch, defines=dict(job.defines), cache=cache))
+        on_built(len(unique) if workers > 1 else len(found), len(unique))
     return found
 
 
-def _build(job: Job, cache: Path) -> CompiledKernel:
-    return compile_kernel(job.source, arch=job.arch, defines=dict(job.defines), cache=cache)
+def _build_elsewhere(jobs: Sequence[Job], cache: Path) -> None:
+    """Fill the cache from a process of its own: NVRTC compiles one source at a time in each.
+
+    Not by multiprocessing, which starts by importing the caller's main module once more.
+    """
+    told = [(str(job.source), job.arch, dict(job.defines)) for job in jobs]
+    subprocess.run(
+        [sys.executable, "-c", _WORKER, str(cache)],
+        input=json.dumps(told),
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        check=False,
+    )
+
+
+_WORKER = """
+import json, sys
+from pathlib import Path
+from quantkit.kernels.compile import compile_kernel
+for source, arch, defines in json.load(sys.stdin):
+    compile_kernel(Path(source), arch=arch, defines=defines, cache=Path(sys.argv[1]))
+"""
 
 
 def jobs_of(works: Sequence[Work], archs: Sequence[str]) -> list[Job]:
@@ -90,6 +117,5 @@ def _gpus_of(arch: str) -> list[Gpu]:
 
 
 def _chosen(work: Work, gpu: Gpu) -> list[tuple[Family, object]]:
-    return [
-        (family, family.predict(work, gpu).configuration) for family in FAMILIES if family.takes(work, gpu)
-    ]
+    found = best_family(work, gpu)
+    return [] if found is None else [(found[0], found[1].configuration)]

@@ -44,7 +44,7 @@ def _present(device: int) -> Gpu:
         name.decode() if isinstance(name, bytes) else str(name),
         architecture(device),
         multiprocessors=int(attributes["MultiProcessorCount"]),
-        clock_khz=int(attributes["ClockRate"]),
-        memory_khz=int(attributes["MemoryClockRate"]),
-        bus_bits=int(attributes["GlobalMemoryBusWidth"]),
+        clock_khz=int(attributes.get("ClockRate", 0)),
+        memory_khz=int(attributes.get("MemoryClockRate", 0)),
+        bus_bits=int(attributes.get("GlobalMemoryBusWidth", 0)),
     )

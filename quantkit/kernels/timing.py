@@ -126,6 +126,8 @@ class GpuStopwatch:
 
     def capture(self, contender: Contender) -> Callable[[], None]:
         """Run the call once, so that it is compiled and loaded, and return what replays it as a graph."""
+        # Operands were uploaded on other streams.
+        self._cupy.cuda.Device().synchronize()
         if contender.framework == "torch":
             return self._capture_by_torch(contender.run)
         with self._stream:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantkit.bench.feeding import Captured
 from quantkit.bench.find_layers import find_layers
-from quantkit.bench.operands import cropped, drawn, operands_of, random_operands, taken
+from quantkit.bench.operands import cropped, drawn, exact_operands, operands_of, random_operands, taken
 from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.kernels.dense_family import DenseFamily
 from quantkit.kernels.families import FAMILIES
@@ -117,3 +117,16 @@ def test_blocks_are_cut_with_their_scales(form: str) -> None:
     operands = random_operands(work)
     _, corner = cropped(work, operands, m=4, n=6, k=128)
     np.testing.assert_array_equal(dequantize(corner.weight), dequantize(operands.weight)[:6, :128])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_exact_operands_have_one_right_answer(form: str) -> None:
+    """Sums of their products are whole numbers of float32, in whatever order they are added."""
+    work = Work(m=5, n=256, k=300, format=form, bias=True)
+    operands = exact_operands(work)
+    weight = dequantize(operands.weight) if isinstance(operands.weight, QTensor) else operands.weight
+    products = operands.activations.astype(np.float64)[:, None, :] * weight.astype(np.float64)[None]
+    unit = 2.0**-7
+    assert np.array_equal(products / unit, np.rint(products / unit))
+    assert np.abs(products).sum(-1).max() / unit < 2**24
+    assert np.any(operands.activations.astype(np.float32) != 0)

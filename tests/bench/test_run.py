@@ -130,11 +130,12 @@ def test_attention_runs_in_bf16_where_a_format_is_of_weights_alone(tmp_path: Pat
 
 @pytest.mark.skipif(find_compiler() is None, reason="the emulator needs a C++ compiler")
 def test_emulated_corners_agree_with_the_oracle(folder: Path) -> None:
-    found = quantkit.bench_model("model.onnx", emulate=True, batches=[1])
-    assert found.mode == "emulated"
-    for row in found.rows:
+    model = quantkit.bench_model("model.onnx", emulate=True, batches=[1], formats=["int8"])
+    shapes = quantkit.bench_model(shapes=[(500, 40, 576)], emulate=True, formats=["fp8"], device_model="a100")
+    assert model.mode == shapes.mode == "emulated"
+    for row in (*model.rows, *shapes.rows):
         assert row.error is not None
-        # int8 sums are exact; fp8 sums of K ≤ 576 lose bits of the accumulator alone.
+        # int8 sums are exact; fp8 sums of K = 576 lose bits of the accumulator alone.
         assert row.error == 0 if row.work.format == "int8" else row.error < 2e-3
         assert row.checked
 
