@@ -12,33 +12,9 @@ import onnx_ir as ir
 
 from quantkit.decode.capability import TENSORRT_DOMAIN
 from quantkit.errors import ModelError
-from quantkit.formats import (
-    E8M0,
-    FP4_E2M1,
-    FP8_E4M3,
-    FP8_E5M2,
-    INT2,
-    INT4,
-    INT8,
-    INT16,
-    UINT2,
-    UINT4,
-    UINT8,
-    UINT16,
-    QParams,
-    QTensor,
-    QuantSpec,
-    dequantize,
-    scale_shape,
-)
+from quantkit.formats import E8M0, QParams, QTensor, QuantSpec, dequantize, scale_shape
+from quantkit.graph.qdq_parameters import CODE_FORMATS
 
-_FORMATS = {
-    ir.DataType.from_numpy(f.dtype): f
-    for f in (
-        *(INT2, UINT2, INT4, UINT4, INT8, UINT8, INT16, UINT16),
-        *(FP8_E4M3, FP8_E5M2, FP4_E2M1),
-    )
-}
 # ONNX Runtime has no kernels at all for these.
 NO_TYPES = frozenset({ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E8M0})
 # Codes that are decoded where they are constant: they take ONNX Runtime up to twenty times an int8's time.
@@ -134,11 +110,15 @@ def _dequantized(node: ir.Node, codes: Constant, inputs: list[Constant | None]) 
     scale, zero = inputs[1], inputs[2] if len(inputs) > 2 else None
     original = ir.convenience.get_const_tensor(node.inputs[0]) if node.inputs[0] is not None else None
     dtype = None if original is None else original.dtype
-    if scale is None or dtype not in _FORMATS or (dtype not in _LOW and "block_size" not in node.attributes):
+    if (
+        scale is None
+        or dtype not in CODE_FORMATS
+        or (dtype not in _LOW and "block_size" not in node.attributes)
+    ):
         return None
     to = output_type(node, scale.dtype)
     assert original is not None and dtype is not None
-    fmt = _FORMATS[dtype]
+    fmt = CODE_FORMATS[dtype]
     size = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     if not size and np.prod(scale.shape) == 1:
@@ -167,10 +147,10 @@ def _dequantized(node: ir.Node, codes: Constant, inputs: list[Constant | None]) 
 def _exponents(node: ir.Node, codes: Constant, inputs: list[Constant | None]) -> Constant | None:
     """TensorRT's MXFP8: float8 codes under bytes that are exponents plus 127."""
     scale = inputs[1]
-    if scale is None or codes.dtype not in _FORMATS:
+    if scale is None or codes.dtype not in CODE_FORMATS:
         return None
     spec = QuantSpec(
-        format=_FORMATS[codes.dtype],
+        format=CODE_FORMATS[codes.dtype],
         axis=node.attributes["axis"].as_int() if "axis" in node.attributes else -1,
         block_size=node.attributes["block_size"].as_int() if "block_size" in node.attributes else 32,
         scale_format=E8M0,

@@ -22,7 +22,7 @@ from quantkit.formats import (
     QuantSpec,
 )
 
-_FORMATS = {
+CODE_FORMATS = {
     ir.DataType.from_numpy(f.dtype): f
     for f in (
         *(INT2, UINT2, INT4, UINT4, INT8, UINT8, INT16, UINT16),
@@ -51,7 +51,7 @@ def stored_parameters(node: ir.Node) -> tuple[QuantSpec, QParams] | str:
     if isinstance(parameters, str):
         return parameters
     scale, zero, global_scale, scale_format = parameters
-    fmt = _FORMATS.get(code_type(node))
+    fmt = CODE_FORMATS.get(code_type(node))
     if fmt is None:
         return f"its codes are {code_type(node).name.lower()}"
     data = node.inputs[0]
