@@ -96,7 +96,7 @@ def case_of(row: dict[str, Any]) -> MmaCase:
     )  # fmt: skip
 
 
-ROWS = [(case_of(row), row["mode"]) for row in pairwise(FACTORS, legal)]
+CASES = [(case_of(row), EmulatorBackend(row["mode"])) for row in pairwise(FACTORS, legal)]
 
 
 def check(machine, case: MmaCase) -> None:
@@ -104,21 +104,19 @@ def check(machine, case: MmaCase) -> None:
     np.testing.assert_array_equal(d.view(np.uint8), oracle(case).view(np.uint8))
 
 
-@pytest.mark.parametrize(("case", "mode"), ROWS, ids=str)
-def test_every_pair_of_shape_format_output_epilogue_tile_and_mode_is_exact(compiler, case, mode):
-    check(EmulatorBackend(mode), case)
+@pytest.mark.parametrize(
+    ("case", "where"),
+    [*CASES, *((case, gpu()) for case, _ in CASES if gpu())],
+    ids=lambda value: str(value) if isinstance(value, MmaCase) else getattr(value, "mode", "gpu"),
+)
+def test_every_pair_of_shape_format_output_epilogue_tile_and_mode_is_exact(compiler, case, where):
+    check(where, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case, _ in ROWS], ids=str)
+@pytest.mark.parametrize("case", [case for case, _ in CASES], ids=str)
 def test_every_case_is_exact_in_every_mode(machine, case):
     check(machine, case)
-
-
-@pytest.mark.skipif(gpu() is None, reason="no GPU")
-@pytest.mark.parametrize("case", [case for case, _ in ROWS], ids=str)
-def test_a_gpu_agrees(case):
-    check(gpu(), case)
 
 
 # ---- real values -------------------------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ QK_FUNCTION float divided(float x, const Divisor& by) {
   const float q = x * by.reciprocal;
   float better = fused_multiply_add(fused_multiply_add(-q, by.scale, x), by.reciprocal, q);
   better = fused_multiply_add(fused_multiply_add(-better, by.scale, x), by.reciprocal, better);
+  // A negative zero has lost its sign to the remainder's positive one; float codes keep it.
+  if (CODES == CODES_E4M3 || CODES == CODES_E2M1) better = bits_float(float_bits(better) | (float_bits(x) & 0x80000000u));
   // With a scale of its own no element leaves the codes' range. Else infinities must not become NaN.
   return SHARING != STATIC || (q < 4096.0f && q > -4096.0f) ? better : q;
 }
