@@ -23,7 +23,7 @@ HOUSE = (
     ("pipeline",),
     ("interchange",),
     ("bench", "evaluate", "observe", "observe_gram", "solve"),
-    ("export", "kernels", "cache", "diagnose", "placement", "recipe"),
+    ("export", "kernels", "cache", "diagnose", "placement", "recipe", "rescaling"),
     ("decode", "simulate", "cache_merge", "evaluation"),
     ("calibrators", "memory", "plan", "presets"),
     ("statistics", "graph", "metrics", "runtime", "cache_file", "cache_identity"),

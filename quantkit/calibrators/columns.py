@@ -55,7 +55,8 @@ def steps_of(
 
     def whole(values: NDArray[np.generic]) -> Array:
         full = np.broadcast_to(spread(values.astype(np.float32), shape, spec), shape)
-        return xp.asarray(np.ascontiguousarray(layout.columns(full)))
+        # A copy: scales are replaced as better ones are found.
+        return xp.asarray(np.array(layout.columns(full), order="C"))
 
     zero = None
     if spec.format.kind == "integer":
