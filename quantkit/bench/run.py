@@ -97,6 +97,9 @@ def bench_model(
         told = {} if found is None else run(case, *found)
         done.append(_row(case, gpu, found, told))
         on_product(index + 1, len(products.cases))
+    if emulate:
+        silent = dict.fromkeys(f[0].name for f in chosen if f is not None and not f[0].can_emulate)
+        notes += [f"{', '.join(silent)}: not emulated here"] * bool(silent)
     if any(found is None for found in chosen):
         formats_left = dict.fromkeys(
             c.work.format for c, f in zip(products.cases, chosen, strict=True) if f is None
@@ -204,6 +207,8 @@ def _nothing(case: Case, family: Family, prediction: Prediction) -> dict[str, An
 
 
 def _emulated(case: Case, family: Family, prediction: Prediction) -> dict[str, Any]:
+    if not family.can_emulate:
+        return {}
     operands = case.operands()
     work, corner = cropped(case.work, operands, **_EMULATED)
     d = family.emulate(work, corner, prediction.configuration)

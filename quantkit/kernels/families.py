@@ -4,9 +4,10 @@ from quantkit.kernels.family import Family, Prediction
 from quantkit.kernels.gemm_family import GemmFamily
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.mma_family import MmaFamily
+from quantkit.kernels.w4_family import W4Family
 from quantkit.kernels.work import Work
 
-FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily())
+FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily(), W4Family())
 
 
 def best_family(work: Work, gpu: Gpu) -> tuple[Family, Prediction] | None:

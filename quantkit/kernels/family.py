@@ -73,6 +73,11 @@ class Family(ABC):
     formats: frozenset[str]
     architectures: tuple[str, ...]
 
+    @property
+    def can_emulate(self) -> bool:
+        """Whether `emulate` is there."""
+        return type(self).emulate is not Family.emulate
+
     def takes(self, work: Work, gpu: Gpu) -> bool:
         """Return whether it computes `work` on `gpu`."""
         return work.format in self.formats and gpu.architecture in self.architectures

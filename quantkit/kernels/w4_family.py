@@ -1,0 +1,126 @@
+"""gemm_w4_sm90.cu as a family: weights of four bits by bf16 activations on sm_90a."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.errors import KernelError
+from quantkit.formats.quantize import QTensor, dequantize
+from quantkit.kernels import device
+from quantkit.kernels.epilogue import EpilogueKind
+from quantkit.kernels.family import Family, Operands, Prediction
+from quantkit.kernels.gemm_operands import Epilogue
+from quantkit.kernels.gpus import Gpu
+from quantkit.kernels.reference import gemm_reference
+from quantkit.kernels.w4 import matmul_w4, pack_weight4
+from quantkit.kernels.w4_heuristics import W4Problem, W4Tile, estimate_us, w4_choose
+from quantkit.kernels.w4_launch import KERNEL, SOURCE, w4_launch_of
+from quantkit.kernels.work import FORMATS, Work
+
+# By format: the codes of the packed weight, and what its scales are stored in.
+_STORED = {"int4": ("int4", "bfloat16"), "nvfp4": ("fp4_e2m1", "e4m3"), "mxfp4": ("fp4_e2m1", "e8m0")}
+_OUTPUTS = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+
+
+class W4Family(Family):
+    """The kernel that decodes weights in registers."""
+
+    name = KERNEL
+    formats = frozenset(_STORED)
+    architectures = ("sm_90a",)
+
+    def takes(self, work: Work, gpu: Gpu) -> bool:
+        """Return whether it computes `work` on `gpu`: groups are powers of two."""
+        if not super().takes(work, gpu):
+            return False
+        group = _group(work)
+        return group & (group - 1) == 0 and group >= 16
+
+    def predict(self, work: Work, gpu: Gpu) -> Prediction:
+        """Return the configuration that the model of bytes and instructions chooses."""
+        problem = _problem(work)
+        tile = w4_choose(problem, gpu.time_model())
+        return Prediction(
+            kernel=self.name,
+            configuration=tile,
+            words=self.describe(tile),
+            time_us=max(estimate_us(problem, tile, gpu.time_model()), work.roofline(gpu)[0]),
+        )
+
+    def ranked(self, work: Work, gpu: Gpu) -> Sequence[W4Tile]:
+        """Return the configuration that is chosen."""
+        return [self.predict(work, gpu).configuration]
+
+    def describe(self, configuration: W4Tile) -> str:
+        """Return a tile as 256x16 s6 stream: rows of W by rows of A, stages, and whether K is cut."""
+        tile = configuration
+        return f"{tile.tile_w}x{tile.tile_n} s{tile.stages}{' stream' if tile.stream else ''}"
+
+    def source(self, work: Work, configuration: W4Tile, gpu: Gpu) -> tuple[Path, Mapping[str, str | int]]:
+        """Return gemm_w4_sm90.cu and its macros."""
+        launch = w4_launch_of(_problem(work), configuration, _kind(work), gpu.multiprocessors)
+        return SOURCE, launch.defines
+
+    def prepare(
+        self, work: Work, operands: Operands, configuration: W4Tile | None = None
+    ) -> Callable[[], Any]:
+        """Return a call of `matmul_w4` that writes into an array of its own."""
+        cupy = device.cupy()
+        weight = pack_weight4(_weight(operands))
+        small = cupy.asarray(np.ascontiguousarray(operands.activations).view(np.uint16))
+        a = small if len(small) == work.m else small[cupy.arange(work.m) % len(small)]
+        epilogue = Epilogue(
+            bias=None if operands.bias is None else cupy.asarray(operands.bias),
+            activation="relu" if work.relu else None,
+        )
+        out = cupy.empty((work.m, work.n), _OUTPUTS[work.output])
+        return lambda: matmul_w4(
+            a, weight, epilogue=epilogue, out_dtype=work.output, out=out, tile=configuration
+        )
+
+    def reference(self, work: Work, operands: Operands) -> NDArray[Any]:
+        """Return D of the oracle: a weight's value is rounded once, to bf16, as the kernel decodes it."""
+        held = _weight(operands)
+        values = dequantize(held)
+        return gemm_reference(
+            operands.activations,
+            values.astype(ml_dtypes.bfloat16) if held.spec.format.kind == "integer" else values,
+            bias=operands.bias,
+            activation="relu" if work.relu else "none",
+            output=work.output,
+        )
+
+
+def _weight(operands: Operands) -> QTensor:
+    if not isinstance(operands.weight, QTensor):
+        raise KernelError("gemm_w4_sm90: the weight is not quantized; give a QTensor.")
+    return operands.weight
+
+
+def _group(work: Work) -> int:
+    group = work.group or FORMATS[work.format].group
+    assert group is not None
+    return group
+
+
+def _problem(work: Work) -> W4Problem:
+    codes, scales = _STORED[work.format]
+    return W4Problem(
+        m=work.m,
+        n=work.n,
+        k=work.k,
+        activations="bfloat16",
+        output=work.output,
+        codes=codes,
+        group=_group(work),
+        scales=scales,
+        zeros=False,
+    )
+
+
+def _kind(work: Work) -> EpilogueKind:
+    return EpilogueKind(column_scale="each", bias=work.bias, activation="relu" if work.relu else "none")
