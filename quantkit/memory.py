@@ -8,7 +8,7 @@ import onnx_ir.passes.common as passes
 
 from quantkit.data import Sample
 from quantkit.graph import Graph
-from quantkit.graph.load import quiet
+from quantkit.graph.clean import quiet
 
 # Two batches of tensors live at a time, beside what the runtime needs itself.
 DEFAULT_MAX_MEMORY = 96 * 2**20

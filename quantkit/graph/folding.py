@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from quantkit.errors import PlanError
 from quantkit.graph.groups import LinearGroup
-from quantkit.graph.load import Graph
+from quantkit.graph.model import Graph
 
 # (node name, input index)
 Place = tuple[str, int]

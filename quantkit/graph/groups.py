@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from quantkit.graph.linears import Linear, find_linears
-from quantkit.graph.load import Graph
+from quantkit.graph.model import Graph
 from quantkit.graph.tracing import Traced, UntraceableError, trace
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from quantkit.graph.load import Graph
+from quantkit.graph.model import Graph
 from quantkit.graph.sites import find_sites
 
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from quantkit.formats import QParams, QTensor, QuantSpec, quantize, scale_shape
 from quantkit.graph.dequantized import LAYOUT_OPS, source_of
-from quantkit.graph.load import Graph
+from quantkit.graph.model import Graph
 from quantkit.graph.qdq_parameters import code_type, same_parameters, stored_parameters, stored_scale
 from quantkit.graph.sites import LeftAlone
 

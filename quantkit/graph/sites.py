@@ -7,7 +7,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from quantkit.graph.dequantized import is_dequantized, is_stored
-from quantkit.graph.load import Graph
+from quantkit.graph.model import Graph
 
 LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 # An operator that a convolution's kernel absorbs: the tensor worth quantizing is the one behind it.

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from quantkit.graph.linears import Linear
-from quantkit.graph.load import Graph
+from quantkit.graph.model import Graph
 
 # Norms by operator: the inputs that are their gain and shift, and the axis those lie along, −1 or 1.
 _NORMS = {
