@@ -39,7 +39,7 @@ from quantkit.kernels import tuning
 from quantkit.kernels.build import Job, build_all
 from quantkit.kernels.compile import nvrtc_version
 from quantkit.kernels.epilogue import EpilogueKind
-from quantkit.kernels.families import FAMILIES
+from quantkit.kernels.families import FAMILIES, family_of
 from quantkit.kernels.family import Family
 from quantkit.kernels.gemm import Epilogue, PackedWeight, matmul
 from quantkit.kernels.gemm_launch import SOURCE, launch_of
@@ -237,8 +237,7 @@ def tune(
     jobs = [
         (case, family, list(family.ranked(case.work, here))[:depth])
         for case in cases_of_shapes(shapes, formats).cases
-        for family in FAMILIES[:1] + tuple(f for f in FAMILIES[1:] if not FAMILIES[0].takes(case.work, here))
-        if family.takes(case.work, here)
+        if (family := family_of(case.work, here)) is not None
     ]
     compile_ahead([(family, case.work, c) for case, family, found in jobs for c in found], here)
     watch, rows = GpuStopwatch(), []
@@ -361,7 +360,9 @@ def once(shape: str, form: str) -> None:
     m, n, k = parse(shape)
     work = Work(m=m, n=n, k=k, format=form)
     here = present_gpu()
-    family = next(family for family in FAMILIES if family.takes(work, here))
+    family = family_of(work, here)
+    if family is None:
+        raise SystemExit(f"--once: no kernel for {form} on {here.name}.")
     call = family.prepare(work, random_operands(work), family.predict(work, here).configuration)
     for _ in range(3):
         call()

@@ -11,7 +11,7 @@ from quantkit.bench.run import products_of
 from quantkit.cache import CalibrationCache
 from quantkit.errors import SpecError
 from quantkit.graph import ModelLike
-from quantkit.kernels.families import FAMILIES
+from quantkit.kernels.families import family_of
 from quantkit.kernels.family import Family
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.present import present_gpu
@@ -119,8 +119,7 @@ def tune_model(
     jobs = [
         (case, family, list(family.ranked(case.work, gpu))[:depth])
         for case in products.cases
-        for family in FAMILIES
-        if family.takes(case.work, gpu)
+        if (family := family_of(case.work, gpu)) is not None
     ]
     compile_ahead([(f, case.work, c) for case, f, configurations in jobs for c in configurations], gpu)
     watch = GpuStopwatch()

@@ -10,9 +10,14 @@ from quantkit.kernels.work import Work
 FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily(), W4Family())
 
 
+def family_of(work: Work, gpu: Gpu) -> Family | None:
+    """Return the family that computes a work: the first that takes it; None where no kernel does."""
+    return next((family for family in FAMILIES if family.takes(work, gpu)), None)
+
+
 def best_family(work: Work, gpu: Gpu) -> tuple[Family, Prediction] | None:
-    """Return the first family that takes a work, with what it would do; None where no kernel takes it."""
-    family = next((family for family in FAMILIES if family.takes(work, gpu)), None)
+    """Return the family that computes a work, with what it would do; None where no kernel does."""
+    family = family_of(work, gpu)
     return None if family is None else (family, family.predict(work, gpu))
 
 

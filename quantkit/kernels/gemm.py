@@ -24,6 +24,7 @@ __all__ = ["Epilogue", "PackedWeight", "matmul", "pack_codes", "pack_weight"]
 
 _FORMATS = {
     "int8": "int8",
+    "fp8_e4m3": "float8_e4m3fn",
     "e4m3": "float8_e4m3fn",
     "float8_e4m3fn": "float8_e4m3fn",
     "bfloat16": "bfloat16",
@@ -45,7 +46,7 @@ def pack_weight(weight: QTensor, arch: str | None = None) -> PackedWeight:
     found = _FORMATS.get(name)
     values, params = weight.qvalue, weight.qparams
     if found is None:
-        raise KernelError(f"weight: no kernel multiplies {name}; use int8 or e4m3.")
+        raise KernelError(f"weight: no kernel multiplies {name}; use int8 or fp8_e4m3.")
     if values.ndim != 2:
         raise KernelError(f"weight: shape {values.shape} is not a matrix; reshape it to (outputs, inputs).")
     if params.zero_point is not None and np.any(params.zero_point):

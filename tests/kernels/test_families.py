@@ -1,0 +1,55 @@
+"""What families hand to the kernels: the weights that benchmarks make are weights that kernels take."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quantkit.bench.operands import exact_operands, random_operands
+from quantkit.formats.quantize import QTensor
+from quantkit.kernels import dense_family, gemm
+from quantkit.kernels.emulator import find_compiler
+from quantkit.kernels.families import FAMILIES, family_of
+from quantkit.kernels.gpus import GPUS, get_gpu
+from quantkit.kernels.w4_layout import pack4
+from quantkit.kernels.work import FORMATS, Work
+
+H200 = get_gpu("h200")
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_weights_of_dense_formats_are_packed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[str] = []
+    monkeypatch.setattr(gemm, "pack_codes", lambda values, scale, name, arch: packed.append(name))
+    weight = random_operands(Work(m=1, n=8, k=16, format=form)).weight
+    assert isinstance(weight, QTensor)
+    gemm.pack_weight(weight)
+    assert packed == [dense_family.FORMATS[form]]
+
+
+@pytest.mark.parametrize("form", ["int4", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("make", [random_operands, exact_operands])
+def test_weights_of_four_bits_are_packed(form: str, make: Any) -> None:
+    work = Work(m=1, n=64, k=256, format=form)
+    weight = make(work).weight
+    assert isinstance(weight, QTensor)
+    assert (pack4(weight).layout.n, pack4(weight).layout.group) == (64, FORMATS[form].group)
+
+
+def test_a_work_goes_to_one_family_alone() -> None:
+    for gpu in GPUS.values():
+        for form in FORMATS:
+            family = family_of(Work(m=4, n=64, k=256, format=form), gpu)
+            assert family is None or family in FAMILIES
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="the emulator needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("family", "form"), [(f, n) for f in FAMILIES if f.can_emulate for n in ("int8", "fp8")]
+)
+def test_emulated_products_of_whole_numbers_are_exact(family, form: str) -> None:
+    gpu = H200 if "sm_90a" in family.architectures and family.name == "gemm_sm90" else get_gpu("a100")
+    work = Work(m=20, n=40, k=96, format=form, bias=True, relu=True)
+    operands = exact_operands(work)
+    tile = family.predict(work, gpu).configuration
+    np.testing.assert_array_equal(family.emulate(work, operands, tile), family.reference(work, operands))
