@@ -40,9 +40,49 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, f"| geometric mean | {means} |"]
 
 
+def checked(check: dict[str, Any]) -> str:
+    """Return how many configurations were compared with the oracle, by kernel where that is known."""
+    by_kernel = ", ".join(f"{name} {count}" for name, count in check.get("exact", {}).items())
+    right = check["cases"] - len(check["wrong"])
+    return f"{right} of {check['cases']} configurations exact against the NumPy oracle" + (
+        f" ({by_kernel})." if by_kernel else "."
+    )
+
+
+def formats_table(found: dict[str, Any]) -> list[str]:
+    """Return the Markdown lines of `quantkit bench`'s rows: every format beside every peer that ran it."""
+    peers = list(dict.fromkeys(name for row in found["rows"] for name in row["peers_us"]))
+    lines = [
+        "| M × N × K | format | kernel | µs | TFLOP/s | GB/s | % roofline | "
+        + " | ".join(f"× {name}" for name in peers)
+        + " | error |",
+        "|---" * (8 + len(peers)) + "|",
+    ]
+    for row in found["rows"]:
+        if row["time_us"] is None:
+            continue
+        times = [
+            f"{row['peers_us'][name] / row['time_us']:.2f}" if name in row["peers_us"] else "–"
+            for name in peers
+        ]
+        error = "exact" if row["relative_error"] == 0 else f"{row['relative_error']:.1e}"
+        cells = [
+            f"{row['m']} × {row['n']} × {row['k']}", row["format"], f"{row['kernel']} {row['configuration']}",
+            f"{row['time_us']:.1f}", f"{row['tflops']:.0f}", f"{row['gb_per_s']:.0f}",
+            f"{row['roofline_percent']:.0f}", *times, error,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Write the page beside the JSON."""
     source = Path(sys.argv[1])
+    (source.parent / "benchmarks.md").write_text(page(source))
+
+
+def page(source: Path) -> str:
+    """Return the page of a JSON file."""
     data = json.loads(source.read_text())
     facts = ", ".join(
         f"{k} {data[k]}" for k in ("device", "driver", "cuda", "nvrtc", "torch", "cupy", "date", "commit")
@@ -60,8 +100,7 @@ def main() -> None:
         "",
         f"Written by `benchmarks/gpu_table.py` from [{source.name}]({source.name}): {facts}.",
         "",
-        f"Checked before: {data['check']['cases'] - len(data['check']['wrong'])} of {data['check']['cases']} "
-        "configurations exact against the NumPy oracle.",
+        f"Checked before: {checked(data['check'])}",
         "",
         "Each cell: median time, TFLOP/s (TOPS), and in brackets the speed-up over torch (cuBLAS, "
         "cuBLASLt) of the same format in the same run.",
@@ -83,7 +122,18 @@ def main() -> None:
     ]
     for name, rows in data.get("layers", {}).items():
         lines += ["", f"## Layers of {name}", "", *table(rows)]
-    (source.parent / "benchmarks.md").write_text("\n".join(lines) + "\n")
+    if "formats" in data:
+        lines += [
+            "",
+            "## Every format",
+            "",
+            "As `quantkit bench --shapes` prints it: one scale for the activations, one for each row or group of the "
+            "weight. `× name` is the speed-up over that peer on the same numbers; % roofline is of the data sheet's "
+            "bandwidth and tensor-core peak.",
+            "",
+            *formats_table(data["formats"]),
+        ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
