@@ -138,13 +138,20 @@ def _show(found: "Benchmark", plot: Path | None) -> None:
     refused = {(peer, reason): None for row in found.rows for peer, reason in row.refused.items()}
     lines = [note for note in notes if note]
     lines += [f"{peer} refused: {reason}" for peer, reason in list(refused)[:8]]
-    lines += [f"{x.op_type} {x.node}: not run, {x.reason}" for x in found.left[:8]]
-    if len(found.left) > 8:
-        lines.append(f"and {len(found.left) - 8} more that are no products (--json lists them)")
+    for (op_type, reason), nodes in _by_reason(found).items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        lines.append(f"not run: {op_type} {nodes[0]}{more}, {reason}")
     if plot is not None:
         lines.append(f"roofline: {plot}")
     if lines:
         typer.echo("\n" + "\n".join(lines))
+
+
+def _by_reason(found: "Benchmark") -> dict[tuple[str, str], list[str]]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for left in found.left:
+        groups.setdefault((left.op_type, left.reason), []).append(left.node)
+    return groups
 
 
 def parse_shapes(text: str) -> list[tuple[int, int, int]]:
