@@ -23,6 +23,7 @@ _QUANTIZED = frozenset(
     | {"QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger"}
 )
 # What a float model's layers are run in where nobody asks for others.
+AS_STORED = "as stored"
 DEFAULT_FORMATS = ("int8", "fp8")
 
 
@@ -30,6 +31,7 @@ DEFAULT_FORMATS = ("int8", "fp8")
 class Case:
     """A product to run: once, whatever number of layers have it.
 
+    asked: the format that was asked for, which a product may not have; "as stored" for a quantized file's own.
     operands: makes what it multiplies, when its turn has come.
     """
 
@@ -38,6 +40,7 @@ class Case:
     op_type: str
     batch: int | None
     calls: int
+    asked: str
     operands: Callable[[], Operands]
 
 
@@ -64,7 +67,15 @@ def cases_of_shapes(shapes: Sequence[tuple[int, int, int]], formats: Sequence[st
             )
     works = [Work(m=m, n=n, k=k, format=name) for m, n, k in shapes for name in names]
     found = tuple(
-        Case(work=work, layers=(), op_type="", batch=None, calls=1, operands=partial(random_operands, work))
+        Case(
+            work=work,
+            layers=(),
+            op_type="",
+            batch=None,
+            calls=1,
+            asked=work.format,
+            operands=partial(random_operands, work),
+        )
         for work in works
     )
     return Products(cases=found)
@@ -93,7 +104,7 @@ def cases_of_model(
     tensors = [t for layer in layers for t in (layer.activations.tensor, layer.weights.tensor) if t]
     captured = capture(graph, tensors, cache=cache, source=source, dims=dims)
     # Products that differ in what happens to their sums alone are run once, as the first of them.
-    grouped: dict[tuple[int, Work], list[tuple[Layer, int]]] = {}
+    grouped: dict[tuple[int, str, Work], list[tuple[Layer, int]]] = {}
     for batch in batches:
         for form in names or ([None] if quantized else DEFAULT_FORMATS):
             for layer in layers:
@@ -105,7 +116,7 @@ def cases_of_model(
                     format=_format(layer, form),
                     group=_group(layer, form),
                 )
-                grouped.setdefault((batch, work), []).append((layer, gemm.count))
+                grouped.setdefault((batch, form or AS_STORED, work), []).append((layer, gemm.count))
     cases = tuple(
         Case(
             work=_with_epilogue(work, found[0][0]),
@@ -113,9 +124,10 @@ def cases_of_model(
             op_type=found[0][0].op_type,
             batch=batch,
             calls=sum(count for _, count in found),
+            asked=asked,
             operands=partial(operands_of, _with_epilogue(work, found[0][0]), found[0][0], captured),
         )
-        for (batch, work), found in grouped.items()
+        for (batch, asked, work), found in grouped.items()
     )
     return Products(cases=cases, left=tuple(left), notes=_notes(captured))
 

@@ -29,6 +29,7 @@ class BenchRow:
         op_type: of the first.
         batch: samples at a time; None for shapes that were given.
         calls: how often one run of the model computes it.
+        asked: the format that was asked for; "as stored" for a quantized file's own.
         work: its shape and format.
         kernel, configuration: what was chosen, "" where no kernel takes it. tuned: it was timed once, not modelled.
         predicted_us: what the model of time says; None where no kernel takes it.
@@ -44,6 +45,7 @@ class BenchRow:
     op_type: str
     batch: int | None
     calls: int
+    asked: str
     work: Work
     kernel: str
     configuration: str
@@ -107,6 +109,7 @@ class BenchRow:
             "op_type": self.op_type,
             "batch": self.batch,
             "calls": self.calls,
+            "asked": self.asked,
             "m": work.m,
             "n": work.n,
             "k": work.k,
@@ -213,16 +216,16 @@ class Benchmark:
         ]
 
     def totals(self) -> dict[tuple[int | None, str], dict[str, float]]:
-        """Return, by batch and format, the time of one run of all products, and its speed-ups where known.
+        """Return, by batch and format asked for, the time of one run of all products, and its speed-ups where known.
 
         {"time_us", "speedup_over_cublas_bf16", "speedup_over_cublaslt_same_format"}: a speed-up is over the rows
         that the peer ran, each as often as the model calls it.
         """
         found = {}
-        for key in dict.fromkeys((row.batch, row.work.format) for row in self.rows):
-            part = [r for r in self.rows if (r.batch, r.work.format) == key and r.time_us is not None]
-            if not part:
-                continue
+        for key in dict.fromkeys((row.batch, row.asked) for row in self.rows):
+            part = [row for row in self.rows if (row.batch, row.asked) == key]
+            if any(row.time_us is None for row in part):
+                continue  # a sum without some of its parts would look fast
             told = {"time_us": math.fsum(r.calls * (r.time_us or 0) for r in part)}
             for name, ratio in (
                 ("speedup_over_cublas_bf16", BenchRow.vs_bf16),

@@ -191,6 +191,7 @@ def _row(case: Case, gpu: Gpu, found: tuple[Family, Prediction] | None, told: Ma
         op_type=case.op_type,
         batch=case.batch,
         calls=case.calls,
+        asked=case.asked,
         work=case.work,
         kernel="" if prediction is None else prediction.kernel,
         configuration="" if prediction is None else prediction.words,

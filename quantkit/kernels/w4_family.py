@@ -23,6 +23,8 @@ from quantkit.kernels.work import FORMATS, Work
 
 # By format: the codes of the packed weight, and what its scales are stored in.
 _STORED = {"int4": ("int4", "bfloat16"), "nvfp4": ("fp4_e2m1", "e4m3"), "mxfp4": ("fp4_e2m1", "e8m0")}
+# What a launch takes besides its work, as the models of the other kernels have it.
+_LAUNCH_US = 2.0
 _OUTPUTS = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 
 
@@ -48,7 +50,7 @@ class W4Family(Family):
             kernel=self.name,
             configuration=tile,
             words=self.describe(tile),
-            time_us=max(estimate_us(problem, tile, gpu.time_model()), work.roofline(gpu)[0]),
+            time_us=max(estimate_us(problem, tile, gpu.time_model()), _LAUNCH_US + work.roofline(gpu)[0]),
         )
 
     def ranked(self, work: Work, gpu: Gpu) -> Sequence[W4Tile]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ def row(
         op_type="MatMul",
         batch=batch,
         calls=calls,
+        asked=form,
         work=work,
         kernel="gemm_sm90",
         configuration="64x64 swap",
@@ -90,6 +92,18 @@ def test_totals_of_batches_and_formats_are_apart() -> None:
         (1, "fp8"): 2.0,
         (64, "int8"): 4.0,
     }
+
+
+def test_a_sum_that_lacks_a_part_is_not_told() -> None:
+    missing = replace(row(None), predicted_us=None, kernel="")
+    assert result(row(1.0), missing, row(2.0, form="fp8")).totals().keys() == {(1, "fp8")}
+
+
+def test_what_a_format_leaves_to_another_counts_in_its_sum() -> None:
+    attention = replace(row(3.0, form="bf16"), asked="int4")
+    weights = replace(row(1.0, form="int4"), asked="int4")
+    ((key, told),) = result(attention, weights).totals().items()
+    assert (key, told["time_us"]) == ((1, "int4"), 4.0)
 
 
 def test_the_table_shows_what_its_mode_has_figures_for() -> None:
