@@ -98,9 +98,14 @@ class Tile:
         return -(-first // (self.tile_m * self.cluster)), -(-second // self.tile_n)
 
     def clusters(self, problem: Problem, multiprocessors: int) -> int:
-        """Return how many clusters are launched: no more than there is room for, or work."""
+        """Return how many clusters are launched: no more than there is room for, or work.
+
+        The blocks of a cluster share one of the chip's partitions, each of 16 multiprocessors and some of 18: larger
+        clusters than pairs leave the odd ones over.
+        """
         along_first, along_second = self.tiles(problem)
-        return min(along_first * along_second, max(1, multiprocessors // self.blocks))
+        usable = multiprocessors if self.blocks <= 2 else max(self.blocks, multiprocessors // 16 * 16)
+        return min(along_first * along_second, max(1, usable // self.blocks))
 
 
 def _deepest(**shape: int | bool) -> Tile | None:
@@ -115,7 +120,7 @@ def _deepest(**shape: int | bool) -> Tile | None:
 
 def candidates(problem: Problem) -> Iterator[Tile]:
     """Yield every configuration of gemm_sm90.cu that can run `problem`."""
-    wide = 64 if OUTPUT_BYTES[problem.output] == 2 else 32
+    wide = 32 if OUTPUT_BYTES[problem.output] == 4 else 64
     shapes: list[dict[str, int | bool]] = []
     for cluster in (1, 2):
         shapes += [{"blocks_of_64": 1, "tile_n": n, "cluster": cluster} for n in (64, 128, 192, 256)]
@@ -146,12 +151,12 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
 
     Clusters take tiles in waves. A step of a tile (128 bytes of K) takes the longest of its products, its reads from
     L2 at a multiprocessor's share, and its latency over the stages in flight; a tile ends with an epilogue that
-    ping-pong hides. Device memory bounds the whole.
+    ping-pong hides, and before which the blocks of a split exchange their partial sums. Device memory bounds the whole.
     """
     along_first, along_second = tile.tiles(problem)
     clusters = tile.clusters(problem, device.multiprocessors)
     waves = -(-along_first * along_second // clusters)
-    steps = -(-problem.row_bytes // _ROW)
+    steps = -(-problem.row_bytes // (_ROW * tile.split))
     products = tile.tile_m * tile.tile_n * _ROW / device.macs_per_cycle / device.cycles_per_us
     # What each shape was seen to reach of the best one's rate: narrow instructions read a byte of shared memory for
     # fewer products.
@@ -161,12 +166,14 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
         products *= 1.08 * (1 + 0.4 / waves)  # at first and at last one consumer works alone
     elif tile.tile_n < 256:
         products *= 1.015 if tile.tile_m == 256 and tile.tile_n == 128 else 1.1
-    blocks = clusters * tile.cluster
+    blocks = clusters * tile.blocks
     loads = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW / min(device.l2_bytes_per_us / blocks, 1.2e5)
     latency = 1.0 / tile.stages
     step = max(products, loads, latency)
     output = tile.tile_m * tile.tile_n * OUTPUT_BYTES[problem.output]
     epilogue = 0.5 + output / 1.9e4
+    if tile.split > 1:  # partial sums change places, then each block finishes its columns
+        epilogue = 1.5 + output / 1.9e4 / tile.split + tile.tile_m * tile.tile_n * 4 / 8e4
     if tile.pingpong and waves > 1:
         epilogue /= waves  # all but the last hide behind products
     moved = (problem.m + problem.n) * problem.row_bytes + problem.m * problem.n * OUTPUT_BYTES[problem.output]

@@ -52,8 +52,13 @@ constexpr int STAGED_ROW = ELEMENT_BYTES == 1 ? 64 : 128;
 constexpr int WIDEST = SWAP ? (ELEMENT_BYTES == 4 ? 32 : 64) : STAGED_ROW / ELEMENT_BYTES;
 constexpr int PIECE = OWNED < WIDEST ? OWNED : WIDEST;
 constexpr int PIECES = OWNED / PIECE;
+// What a thread holds of factors and residuals at a time: those of a piece, or of a half of it where there are many and
+// the accumulators leave little room.
+constexpr bool MANY = RESIDUAL != RESIDUAL_NONE || ZERO_POINT != SCALE_NONE;
+constexpr int SPAN = MANY && MI * TILE_N >= 192 && PIECE > 32 ? 32 : PIECE;
+constexpr int SPANS = PIECE / SPAN;
 // Narrow tiles have registers to hold their factors through the products, and are too short to wait for them after.
-constexpr bool FETCH_EARLY = MI * OWNED <= 64;
+constexpr bool FETCH_EARLY = MI * TILE_N <= 64;
 static_assert(OWNED % PIECE == 0 && OWNED * OWNERS == TILE_N, "TILE_N is a whole number of pieces");
 static_assert(SWAP || !TMA_STORE || PIECE == WIDEST, "a stored row is whole");
 static_assert(PIECE % 16 == 0, "stmatrix writes 16 columns");
@@ -191,13 +196,13 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       // Row 16 warp + lane / 4 + 8 h, columns 8 j + 2 (lane % 4) + e of the accumulators are this thread's.
       const int down = warp * 16 + lane / 4, across = lane % 4 * 2;
       const int owned = second + (SPLIT > 1 && owner ? rank * OWNED : 0);  // the first column that is finished here
-      // Factors of a piece's columns are fetched while the piece before is on its way.
-      constexpr int EACH = PIECE / 4;
+      // Factors of a span's columns are fetched while the span before is on its way.
+      constexpr int EACH = SPAN / 4;
       Across columns[EACH];
       Down rows[MI][2];
-      auto fetch = [&](int piece) {
+      auto fetch = [&](int span) {
         QK_UNROLL for (int j = 0; j < EACH; j += 2)
-          fetch_pair(output, owned + piece * PIECE + j * 4 + across, columns[j], columns[j + 1]);
+          fetch_pair(output, owned + span * SPAN + j * 4 + across, columns[j], columns[j + 1]);
       };
       auto fetch_first = [&] {
         fetch(0);
@@ -241,50 +246,56 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
         round++;
       }
 
-      if (!FETCH_EARLY) fetch_first();
+      if (!FETCH_EARLY && SPLIT == 1) fetch_first();
       wgmma_wait<0>();
+      QK_UNROLL for (int i = 0; i < MI; i++) wgmma_settle(sum[i]);
       release(previous);
 
       // Finish what this block owns of the tile; `value(i, at)` is register `at` of the owned columns of rows 64 i.
       auto finish_tile = [&](auto value) {
-        QK_UNROLL for (int turn = 0; turn < MI * PIECES; turn++) {
-          const int i = turn / PIECES, piece = turn % PIECES, start = piece * PIECE * 4 / 8;
-          const int r = first + i * 64, c = owned + piece * PIECE;
-          if (!TMA_STORE) {
-            QK_UNROLL for (int j = 0; j < PIECE / 8; j++)
-              QK_UNROLL for (int e = 0; e < 4; e++)
-                store_one(output, d, value(i, start + j * 4 + e), rows[i][e / 2], columns[j * 2 + e % 2],
-                          r + down + e / 2 * 8, c + j * 8 + across + e % 2);
-            if (turn + 1 < MI * PIECES) fetch((turn + 1) % PIECES);
-            continue;
-          }
-          float residual[PIECE / 8][2][2];
-          if (RESIDUAL != RESIDUAL_NONE) {
-            QK_UNROLL for (int j = 0; j < PIECE / 8; j++)
+        QK_UNROLL for (int turn = 0; turn < MI * PIECES * SPANS; turn++) {
+          const int i = turn / (PIECES * SPANS), within = turn % (PIECES * SPANS);
+          const int piece = within / SPANS, span = within % SPANS;
+          const int r = first + i * 64, c = owned + within * SPAN;
+          ResidualPair held[SPAN / 8][2];
+          if (RESIDUAL != RESIDUAL_NONE && TMA_STORE) {
+            QK_UNROLL for (int j = 0; j < SPAN / 8; j++)
               QK_UNROLL for (int h = 0; h < 2; h++)
-                fetch_residuals(output, r + down + h * 8, c + j * 8 + across, residual[j][h]);
+                held[j][h] = fetch_residuals(output, r + down + h * 8, c + j * 8 + across);
           }
           const uint32_t to = own_buffers + buffer * BUFFER_BYTES;
-          if (thread == 0) store_wait_read<1>();  // the store before last has left this buffer
-          barrier_sync(1 + consumer, 128);
-          QK_UNROLL for (int j = 0; j < PIECE / 8; j += 2) {
+          if (TMA_STORE && span == 0) {
+            if (thread == 0) store_wait_read<1>();  // the store before last has left this buffer
+            barrier_sync(1 + consumer, 128);
+          }
+          QK_UNROLL for (int j = 0; j < SPAN / 8; j += 2) {
             Pair pairs[4];  // columns 8 j with rows h = 0, 1, then columns 8 (j + 1)
             QK_UNROLL for (int q = 0; q < 4; q++) {
-              const int h = q % 2, block = j + q / 2, at = start + block * 4 + h * 2;
-              pairs[q] = finish_pair(output, value(i, at), value(i, at + 1), rows[i][h], columns[block * 2],
-                                     columns[block * 2 + 1], residual[block][h]);
+              const int h = q % 2, block = j + q / 2, at = within * (SPAN / 2) + block * 4 + h * 2;
+              if (TMA_STORE) {
+                float residual[2] = {0.0f, 0.0f};
+                if (RESIDUAL != RESIDUAL_NONE) residual_values(output, held[block][h], residual);
+                pairs[q] = finish_pair(output, value(i, at), value(i, at + 1), rows[i][h], columns[block * 2],
+                                       columns[block * 2 + 1], residual);
+              } else {
+                QK_UNROLL for (int e = 0; e < 2; e++)
+                  store_one(output, d, value(i, at + e), rows[i][h], columns[block * 2 + e], r + down + h * 8,
+                            c + block * 8 + across + e);
+              }
             }
-            stage(to, warp, lane, j, pairs);
+            if (TMA_STORE) stage(to, warp, lane, span * (SPAN / 8) + j, pairs);
           }
-          if (turn + 1 < MI * PIECES) fetch((turn + 1) % PIECES);
+          if (turn + 1 < MI * PIECES * SPANS) fetch((turn + 1) % (PIECES * SPANS));
+          if (!TMA_STORE || span + 1 < SPANS) continue;
           fence_proxy_async();
           barrier_sync(1 + consumer, 128);
           if (thread == 0) {
+            const int start = owned + piece * PIECE;
             if (!SWAP) {
-              tma_store(&map_d, to, {c, r});
+              tma_store(&map_d, to, {start, r});
             } else {
-              tma_store(&map_d, to, {r, c});
-              if (ELEMENT_BYTES == 4) tma_store(&map_d, to + PIECE * STAGED_ROW, {r + 32, c});
+              tma_store(&map_d, to, {r, start});
+              if (ELEMENT_BYTES == 4) tma_store(&map_d, to + PIECE * STAGED_ROW, {r + 32, start});
             }
             store_commit();
           }
@@ -296,30 +307,39 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
         finish_tile([&](int i, int at) { return sum[i][at]; });
       } else {
         if (exchanges == 0) cluster_wait();  // the other blocks run, and their barriers are ready
-        // Register `at` of the columns that block `rank` owns; registers have no addresses, so it is picked.
-        Accumulator total[HELD];
-        QK_UNROLL for (int at = 0; at < HELD; at++) {
-          total[at] = sum[at / (OWNED / 2)][at % (OWNED / 2)];
-          QK_UNROLL for (int o = 1; o < OWNERS; o++)
-            if (rank == o) total[at] = sum[at / (OWNED / 2)][o * (OWNED / 2) + at % (OWNED / 2)];
+        // Partial sums leave as bits. Were bits taken of `sum` itself, the compiler would keep bits there, and convert
+        // them before and after every wgmma.
+        Registers<Accumulator, TILE_N / 2> part_sum[MI];
+        QK_UNROLL for (int i = 0; i < MI; i++) {
+          QK_UNROLL for (int at = 0; at < TILE_N / 2; at++) part_sum[i][at] = sum[i][at];
+          wgmma_settle(part_sum[i]);
         }
+        // Register `at` of the columns that block `o` owns. Registers have no addresses: one's own are picked.
+        auto of_owner = [&](int o, int at) { return part_sum[at / (OWNED / 2)][o * (OWNED / 2) + at % (OWNED / 2)]; };
+        auto of_mine = [&](int at) {
+          Accumulator picked = of_owner(0, at);
+          QK_UNROLL for (int o = 1; o < OWNERS; o++)
+            if (rank == o) picked = of_owner(o, at);
+          return picked;
+        };
+        Accumulator total[HELD];
         QK_UNROLL for (int part = 0; part < ROUNDS; part++) {
           if (!owner || OWNERS > 1) mbarrier_wait(room + 8 * consumer, (exchanges & 1) ^ 1);
           QK_UNROLL for (int o = 0; o < OWNERS; o++) {
             if (o == rank) continue;
             const int slot = rank < o ? rank : rank - 1;
             const uint32_t to = map_to_rank(own_buffers + slot * ROUND * 512 + thread * 4, o);
-            QK_UNROLL for (int q = 0; q < ROUND; q++) {
-              const int at = part * ROUND + q;
-              st_cluster(to + q * 512, bits_of(sum[at / (OWNED / 2)][o * (OWNED / 2) + at % (OWNED / 2)]));
-            }
+            QK_UNROLL for (int q = 0; q < ROUND; q++)
+              st_cluster(to + q * 512, bits_of(of_owner(o, part * ROUND + q)));
             warp_sync();
             if (lane == 0) mbarrier_arrive_remote(map_to_rank(partials + 8 * consumer, o));
           }
           if (owner) {
+            // Not before: there are registers for factors once those of this block's partial sums are free.
+            if (!FETCH_EARLY && part + 1 == ROUNDS) fetch_first();
             mbarrier_wait(partials + 8 * consumer, exchanges & 1);
             QK_UNROLL for (int q = 0; q < ROUND; q++) {
-              const Accumulator own = total[part * ROUND + q];
+              const Accumulator own = of_mine(part * ROUND + q);
               Accumulator added = 0;
               QK_UNROLL for (int source = 0; source < SPLIT; source++) {
                 const int slot = source < rank ? source : source - 1;

@@ -153,49 +153,48 @@ QK_FUNCTION void column_factor_pair(const Output& output, int column, ColumnFact
   }
 }
 
+// Codes of two residuals, held until they are needed.
+using ResidualCode = Words<bytes_of(RESIDUAL_TYPE)>::Code;
+using ResidualPair = Words<bytes_of(RESIDUAL_TYPE)>::Pair;
+
+QK_FUNCTION ResidualCode residual_code(const Output& output, int row, int column) {
+  return ld_global(static_cast<const ResidualCode*>(output.residual) + (int64_t(row) * output.n_size + column));
+}
+// Of two neighbours of a row inside D, the first in an even column, where n_size is even.
+QK_FUNCTION ResidualPair residual_pair(const Output& output, int row, int column) {
+  return ld_global(static_cast<const ResidualPair*>(output.residual) + (int64_t(row) * output.n_size + column) / 2);
+}
+QK_PURE U32x2 joined(uint32_t low, uint32_t high) { return {low, high}; }
+QK_PURE uint32_t joined(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
+QK_PURE uint16_t joined(uint8_t low, uint8_t high) { return static_cast<uint16_t>(low | high << 8); }
+
+QK_FUNCTION void residual_values(const Output&, U32x2 pair, float (&values)[2]) {
+  values[0] = portable::bits_float(pair.x);
+  values[1] = portable::bits_float(pair.y);
+}
+QK_FUNCTION void residual_values(const Output&, uint32_t pair, float (&values)[2]) {
+  values[0] = RESIDUAL_TYPE == OUTPUT_BF16 ? bf16_low(pair) : f16_low(pair);
+  values[1] = RESIDUAL_TYPE == OUTPUT_BF16 ? bf16_high(pair) : f16_high(pair);
+}
+QK_FUNCTION void residual_values(const Output& output, uint16_t pair, float (&values)[2]) {
+  if (RESIDUAL_TYPE == OUTPUT_S8) {
+    values[0] = static_cast<float>(static_cast<int8_t>(pair & 0xff));
+    values[1] = static_cast<float>(static_cast<int8_t>(pair >> 8));
+  } else {
+    const uint32_t halves = e4m3_to_f16(pair);
+    values[0] = f16_low(halves);
+    values[1] = f16_high(halves);
+  }
+  for (float& value : values)
+    value = (value - output.numbers.residual_zero_point) * output.numbers.residual_scale;
+}
+
 // The residual at a place inside D; 0 without one.
 QK_FUNCTION float residual_at(const Output& output, int row, int column) {
   if (RESIDUAL == RESIDUAL_NONE) return 0.0f;
-  const int64_t at = int64_t(row) * output.n_size + column;
-  if (RESIDUAL_TYPE == OUTPUT_F32) return ld_global(static_cast<const float*>(output.residual) + at);
-  if (bytes_of(RESIDUAL_TYPE) == 2) {
-    const uint32_t code = ld_global(static_cast<const uint16_t*>(output.residual) + at);
-    return RESIDUAL_TYPE == OUTPUT_BF16 ? bf16_low(code) : f16_low(code);
-  }
-  const uint8_t code = ld_global(static_cast<const uint8_t*>(output.residual) + at);
-  const float value = RESIDUAL_TYPE == OUTPUT_S8 ? static_cast<float>(static_cast<int8_t>(code))
-                                                 : f16_low(e4m3_to_f16(code));
-  return (value - output.numbers.residual_zero_point) * output.numbers.residual_scale;
-}
-
-// The residuals of two neighbours of a row inside D, the first in an even column, where n_size is even.
-QK_FUNCTION void residual_pair_at(const Output& output, int row, int column, float& low, float& high) {
-  low = high = 0.0f;
-  if (RESIDUAL == RESIDUAL_NONE) return;
-  const int64_t at = (int64_t(row) * output.n_size + column) / 2;
-  if (RESIDUAL_TYPE == OUTPUT_F32) {
-    const U32x2 pair = ld_global(static_cast<const U32x2*>(output.residual) + at);
-    low = portable::bits_float(pair.x);
-    high = portable::bits_float(pair.y);
-    return;
-  }
-  if (bytes_of(RESIDUAL_TYPE) == 2) {
-    const uint32_t pair = ld_global(static_cast<const uint32_t*>(output.residual) + at);
-    low = RESIDUAL_TYPE == OUTPUT_BF16 ? bf16_low(pair) : f16_low(pair);
-    high = RESIDUAL_TYPE == OUTPUT_BF16 ? bf16_high(pair) : f16_high(pair);
-    return;
-  }
-  const uint16_t pair = ld_global(static_cast<const uint16_t*>(output.residual) + at);
-  if (RESIDUAL_TYPE == OUTPUT_S8) {
-    low = static_cast<float>(static_cast<int8_t>(pair & 0xff));
-    high = static_cast<float>(static_cast<int8_t>(pair >> 8));
-  } else {
-    const uint32_t halves = e4m3_to_f16(pair);
-    low = f16_low(halves);
-    high = f16_high(halves);
-  }
-  low = (low - output.numbers.residual_zero_point) * output.numbers.residual_scale;
-  high = (high - output.numbers.residual_zero_point) * output.numbers.residual_scale;
+  float values[2];
+  residual_values(output, joined(residual_code(output, row, column), ResidualCode(0)), values);
+  return values[0];
 }
 
 // 1 / (1 + e^-x).

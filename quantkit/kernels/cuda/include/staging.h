@@ -53,17 +53,13 @@ QK_FUNCTION void store_one(const Output& output, void* d, Accumulator sum, Colum
                            int c) {
   store_element(output, d, sum, across, down, c, r);
 }
-// Of the sums at row r and columns c and c + 1 of the accumulators, if they lie inside D.
-QK_FUNCTION void fetch_residuals(const Output& output, int r, int c, float (&residual)[2]) {
-  residual[0] = residual[1] = 0.0f;
-  if (RESIDUAL == RESIDUAL_NONE) return;
-  if (SWAP) {
-    if (r >= output.n_size) return;
-    if (c < output.m_size) residual[0] = residual_at(output, c, r);
-    if (c + 1 < output.m_size) residual[1] = residual_at(output, c + 1, r);
-  } else if (r < output.m_size && c < output.n_size) {
-    residual_pair_at(output, r, c, residual[0], residual[1]);
-  }
+// The residuals of the sums at row r and columns c and c + 1, if they lie inside D.
+QK_FUNCTION ResidualPair fetch_residuals(const Output& output, int r, int c) {
+  if (!SWAP) return r < output.m_size && c < output.n_size ? residual_pair(output, r, c) : ResidualPair{};
+  const bool inside = r < output.n_size;
+  const ResidualCode low = inside && c < output.m_size ? residual_code(output, c, r) : ResidualCode(0);
+  const ResidualCode high = inside && c + 1 < output.m_size ? residual_code(output, c + 1, r) : ResidualCode(0);
+  return joined(low, high);
 }
 
 // Four finished pairs into the buffer at `to`: columns 8 j of the accumulators with rows h = 0, 1, then 8 (j + 1).
@@ -101,5 +97,8 @@ QK_FUNCTION void stage(uint32_t to, int warp, int lane, int j, const uint16_t (&
 }
 
 // The bits of a partial sum.
-QK_FUNCTION uint32_t bits_of(float x) { return portable::float_bits(x); }
-QK_FUNCTION uint32_t bits_of(int32_t x) { return static_cast<uint32_t>(x); }
+QK_FUNCTION uint32_t bits_of(Accumulator x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
