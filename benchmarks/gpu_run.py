@@ -32,7 +32,7 @@ from quantkit.bench import bench_model
 from quantkit.bench.cases import cases_of_shapes
 from quantkit.bench.measuring import as_numpy, compile_ahead
 from quantkit.bench.operands import exact_operands, random_operands
-from quantkit.bench.result import relative_error
+from quantkit.bench.row import relative_error
 from quantkit.bench.tune import tune_case
 from quantkit.kernels import device as gpu
 from quantkit.kernels import tuning

@@ -6,7 +6,8 @@ feeding.py       families.py     peers.py            plot.py
 operands.py                      or the emulator
 """
 
-from quantkit.bench.result import Benchmark, BenchRow
+from quantkit.bench.result import Benchmark
+from quantkit.bench.row import BenchRow
 from quantkit.bench.run import bench_model
 
 __all__ = ["BenchRow", "Benchmark", "bench_model"]

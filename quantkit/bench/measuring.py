@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from quantkit.bench.cases import Case
 from quantkit.bench.operands import taken
 from quantkit.bench.peers import facts_of_peers, peers_of
-from quantkit.bench.result import relative_error
+from quantkit.bench.row import relative_error
 from quantkit.errors import KernelError
 from quantkit.kernels import device
 from quantkit.kernels.build import Job, build_all

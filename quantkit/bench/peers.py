@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.bench.row import BASELINE
 from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.kernels.family import Operands
 from quantkit.kernels.timing import Contender
 from quantkit.kernels.work import FORMATS, Work
 
-BASELINE = "cuBLAS bf16"
 Calls = dict[str, Callable[[], Any]]
 
 

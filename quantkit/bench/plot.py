@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from quantkit.bench.result import Benchmark, BenchRow
+from quantkit.bench.result import Benchmark
+from quantkit.bench.row import BenchRow
 from quantkit.errors import FileError
 from quantkit.files import atomic_write
 from quantkit.kernels.work import FORMATS

@@ -8,7 +8,8 @@ from quantkit.bench.cases import Case, Products, cases_of_model, cases_of_shapes
 from quantkit.bench.measuring import compile_ahead, facts, measured
 from quantkit.bench.operands import cropped
 from quantkit.bench.peers import missing_peers
-from quantkit.bench.result import Benchmark, BenchRow, relative_error
+from quantkit.bench.result import Benchmark
+from quantkit.bench.row import BenchRow, relative_error
 from quantkit.cache import CalibrationCache, find_cache
 from quantkit.data import ImagePreprocessing, SampleSource, open_data
 from quantkit.errors import CacheError, SpecError

@@ -16,6 +16,7 @@ from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.heuristics import Problem
 from quantkit.kernels.reference import gemm_reference
 from quantkit.kernels.timing import Timing
+from quantkit.kernels.timing_table import Entry, key_of
 from quantkit.kernels.work import Work
 
 FORMATS = {"int8": "int8", "fp8": "float8_e4m3fn", "bf16": "bfloat16"}
@@ -37,13 +38,13 @@ class DenseFamily(Family):
         """Return the modelled time with a tile."""
 
     @abstractmethod
-    def tile_of(self, entry: tuning.Entry, problem: Problem, gpu: Gpu) -> Any:
+    def tile_of(self, entry: Entry, problem: Problem, gpu: Gpu) -> Any:
         """Return the tile of an entry of the timing cache; None where the kernel no longer has it."""
 
     def predict(self, work: Work, gpu: Gpu) -> Prediction:
         """Return the tile that was timed fastest, where one was, else the one modelled fastest."""
         problem = problem_of(work)
-        key = tuning.key_of(self.name, problem, kind_of(work))
+        key = key_of(self.name, problem, kind_of(work))
         entry = tuning.table(gpu.name, local=tuning.environment()).find(key)
         tile = None if entry is None else self.tile_of(entry, problem, gpu)
         if entry is not None and tile is not None:

@@ -14,6 +14,7 @@ from quantkit.kernels.family import Operands
 from quantkit.kernels.gemm_launch import KERNEL, SOURCE, launch_of
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.heuristics import Problem, Tile, estimate_us, rank
+from quantkit.kernels.timing_table import Entry
 from quantkit.kernels.work import Work
 
 
@@ -36,7 +37,7 @@ class GemmFamily(DenseFamily):
         """Return the modelled time with a tile."""
         return estimate_us(problem, tile, gpu.time_model())
 
-    def tile_of(self, entry: tuning.Entry, problem: Problem, gpu: Gpu) -> Tile | None:
+    def tile_of(self, entry: Entry, problem: Problem, gpu: Gpu) -> Tile | None:
         """Return the tile of an entry."""
         return tuning.tile_of(entry, problem)
 

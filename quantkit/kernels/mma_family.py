@@ -19,6 +19,7 @@ from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.heuristics import Problem
 from quantkit.kernels.mma_heuristics import MmaDevice, MmaTile, mma_device, mma_estimate_us, mma_rank
 from quantkit.kernels.mma_launch import KERNEL, SOURCE, launch_of
+from quantkit.kernels.timing_table import Entry
 from quantkit.kernels.work import Work
 
 _EMULATED_ARCH = "sm_80"
@@ -38,7 +39,7 @@ class MmaFamily(DenseFamily):
         """Return the modelled time with a tile."""
         return mma_estimate_us(problem, tile, _device(gpu))
 
-    def tile_of(self, entry: tuning.Entry, problem: Problem, gpu: Gpu) -> MmaTile | None:
+    def tile_of(self, entry: Entry, problem: Problem, gpu: Gpu) -> MmaTile | None:
         """Return the tile of an entry."""
         return tuning.mma_tile_of(entry, problem, _device(gpu))
 

@@ -6,7 +6,7 @@ import pytest
 from quantkit.bench import measuring
 from quantkit.bench.cases import Case, cases_of_shapes
 from quantkit.bench.measuring import measured
-from quantkit.bench.result import relative_error
+from quantkit.bench.row import relative_error
 from quantkit.bench.tune import tune_case
 from quantkit.errors import KernelError
 from quantkit.kernels.gpus import get_gpu

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from quantkit.bench.plot import save_roofline
-from quantkit.bench.result import Benchmark, BenchRow
+from quantkit.bench.result import Benchmark
+from quantkit.bench.row import BenchRow
 from quantkit.errors import FileError
 from quantkit.graph import LeftAlone
 from quantkit.kernels.gpus import get_gpu

@@ -16,7 +16,7 @@ from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.gpus import GPUS
 from quantkit.kernels.heuristics import Problem, candidates, choose
 from quantkit.kernels.timing import Timing
-from quantkit.kernels.tuning import Entry, TimingTable, bucket, key_of
+from quantkit.kernels.timing_table import Entry, TimingTable, bucket, key_of
 
 PROBLEM = Problem(m=64, n=8192, k=8192, format="int8", output="bfloat16")
 KIND = EpilogueKind(row_scale="one", column_scale="each")
