@@ -12,11 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.bench.row import BASELINE
 from quantkit.formats.quantize import QTensor, dequantize
+from quantkit.kernels.cublas import cublas_bf16
 from quantkit.kernels.family import Operands
 from quantkit.kernels.timing import Contender
 from quantkit.kernels.work import FORMATS, Work
@@ -107,7 +109,9 @@ def peers_of(work: Work, operands: Operands) -> tuple[dict[str, Contender], dict
     found: dict[str, Contender] = {}
     refused: dict[str, str] = {}
     if find_spec("torch") is None:
-        return found, refused
+        # The baseline that every row is held against needs no torch.
+        values = bf16_values(operands)
+        return {BASELINE: Contender(run=cublas_bf16(*values, work.m))}, refused
     shared = TorchOperands(work, operands)
     for peer in PEERS:
         if find_spec(peer.module) is None:
@@ -122,6 +126,15 @@ def peers_of(work: Work, operands: Operands) -> tuple[dict[str, Contender], dict
             continue
         found |= {name: Contender(run=call, framework="torch") for name, call in calls.items()}
     return found, refused
+
+
+def bf16_values(operands: Operands) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the values of activations and weight, bfloat16."""
+    a = operands.activations.astype(np.float32)
+    a = a if operands.scale is None else a * operands.scale.reshape(-1, 1)
+    held = operands.weight
+    w = dequantize(held) if isinstance(held, QTensor) else held
+    return a.astype(ml_dtypes.bfloat16), w.astype(ml_dtypes.bfloat16)
 
 
 def missing_peers() -> list[str]:
