@@ -62,14 +62,14 @@ def divide_grams(
         views.setdefault(linear.view, linear)
     budget = max_memory or DEFAULT_GRAM_MEMORY
     first, _ = peek(source)
-    sizes = tensor_bytes(graph, first, sorted({v.input for v in views.values()}))
+    sizes = tensor_bytes(graph, first, sorted({v.tensor for v in views.values()}))
     # A quarter for tensors, of which a piece stands in memory twice more, as patches of float64.
     largest = max(sizes.values(), default=1)
     size = fixed_batch_size(graph.inputs) or batch_size or fitting_batch(largest, budget // 4)
     passes: list[list[str]] = []
     filled = most = 0
     for view, linear in views.items():
-        needed = gram_bytes(linear.size, linear.groups) + size * sizes[linear.input]
+        needed = gram_bytes(linear.size, linear.groups) + size * sizes[linear.tensor]
         if not passes or filled + needed > budget:
             passes.append([])
             filled = 0
@@ -111,7 +111,7 @@ def observe_grams(
         grams = {view: GramMatrix(work.views[view].size, work.views[view].groups) for view in part}
         readers: dict[str, list[str]] = {}
         for view in part:
-            readers.setdefault(work.views[view].input, []).append(view)
+            readers.setdefault(work.views[view].tensor, []).append(view)
         fetched = [name for name in readers if name not in fed]
         # As calibration runs it: with all optimizations.
         session = Session(graph.model, outputs=fetched) if fetched else None

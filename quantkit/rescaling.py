@@ -56,11 +56,11 @@ class Rescaled:
         """
         if linear.view not in grams:
             raise CacheError(
-                f"{linear.node}: no Gram matrix of {linear.input} in the cache; "
+                f"{linear.node}: no Gram matrix of {linear.tensor} in the cache; "
                 "calibrate again with `--collect gram`."
             )
         gram = grams[linear.view]
-        scale = self.scales.get(linear.input)
+        scale = self.scales.get(linear.tensor)
         return gram if scale is None else gram.divided(_spread(scale, linear))
 
 

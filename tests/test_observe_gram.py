@@ -25,13 +25,13 @@ def test_vectors_times_the_weight_are_what_the_layer_computes(tiny: TinyModel):
     linears = find_linears(graph)
     feeds = tiny.feeds(1)[0]
     values = {
-        v for linear in linears.values() for v in (linear.input, graph.node(linear.node).outputs[0].name)
+        v for linear in linears.values() for v in (linear.tensor, graph.node(linear.node).outputs[0].name)
     }
     fed = {spec.name for spec in graph.inputs}
     wanted = sorted(values - fed)
     found = {**feeds, **(Session(graph.model, outputs=wanted).run(feeds) if wanted else {})}
     for linear in linears.values():
-        x, w = found[linear.input].astype(np.float64), graph.array(linear.weight).astype(np.float64)
+        x, w = found[linear.tensor].astype(np.float64), graph.array(linear.weight).astype(np.float64)
         y = found[str(graph.node(linear.node).outputs[0].name)].astype(np.float64)
         rows = np.concatenate(list(vectors(x, linear)), axis=1)
         assert rows.shape[2] == linear.size

@@ -48,7 +48,7 @@ def find_groups(graph: Graph, *, unclipped: Collection[str] = ()) -> list[Linear
     readers: dict[tuple[str, int, int], list[Linear]] = {}
     for linear in linears.values():
         axis = linear.input_axis if linear.window is None else linear.output_axis
-        readers.setdefault((linear.input, axis, linear.channels), []).append(linear)
+        readers.setdefault((linear.tensor, axis, linear.channels), []).append(linear)
     groups = []
     for (tensor, axis, channels), members in readers.items():
         fold, reason = None, ""

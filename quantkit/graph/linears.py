@@ -30,7 +30,7 @@ class Linear:
     Attributes:
         node: the name of the node.
         op_type: its operator.
-        input, input_index: the tensor that it reads, and as which of its inputs.
+        tensor, input_index: the tensor that it reads, and as which of its inputs.
         input_axis: the axis of that tensor which is contracted (a convolution: of its channels).
         weight, weight_index: the weight's name, and which input it is.
         out_axis: the weight's axis of output channels.
@@ -43,7 +43,7 @@ class Linear:
 
     node: str
     op_type: str
-    input: str
+    tensor: str
     input_index: int
     input_axis: int
     weight: str
@@ -71,14 +71,14 @@ class Linear:
     def view(self) -> str:
         """A name for the vectors that it multiplies: linears of one view share a Gram matrix."""
         if self.window is None:
-            return f"{self.input} axis {self.input_axis}"
+            return f"{self.tensor} axis {self.input_axis}"
         w = self.window
         words = [
             f"{name} {'x'.join(map(str, values))}"
             for name, values in (("kernel", w.kernel), ("strides", w.strides), ("dilations", w.dilations))
         ]
         pads = w.auto_pad if w.pads is None else "x".join(map(str, w.pads))
-        return f"{self.input} {' '.join(words)} pads {pads} groups {w.groups}"
+        return f"{self.tensor} {' '.join(words)} pads {pads} groups {w.groups}"
 
 
 def find_linears(graph: Graph) -> dict[str, Linear]:
@@ -120,7 +120,7 @@ def _convolution(node: ir.Node) -> Linear | None:
     return Linear(
         node=str(node.name),
         op_type=node.op_type,
-        input=str(data.name),
+        tensor=str(data.name),
         input_index=0,
         input_axis=1,
         weight=str(weight.name),
@@ -151,7 +151,7 @@ def _product(node: ir.Node, weight_index: int) -> Linear | None:
     return Linear(
         node=str(node.name),
         op_type=node.op_type,
-        input=str(data.name),
+        tensor=str(data.name),
         input_index=1 - weight_index,
         input_axis=-1 if weight_index == 1 else -2,
         weight=str(weight.name),

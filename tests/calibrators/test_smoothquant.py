@@ -91,7 +91,7 @@ def test_tied_channels_have_one_scale():
 def test_what_cannot_be_smoothed_is_refused():
     x = correlated(20, 8)
     layers = layers_of(x, weights(8, 4))
-    with pytest.raises(SpecError, match="alpha 1.5; give a number from 0 to 1"):
+    with pytest.raises(SpecError, match=r"alpha 1\.5; give a number from 0 to 1"):
         smooth_scale(stats_of(x), layers, 1.5)
     with pytest.raises(SpecError, match="never seen"):
         smooth_scale(ChannelStats(-1), layers)
