@@ -97,7 +97,7 @@ class W4Tile:
         piece, width = self.piece(problem), OUTPUT_BYTES[problem.output]
         buffers = 2 if self.blocks_of_64 * self.tile_n > piece else 1
         output = self.consumers * buffers * piece * 64 * width
-        return self.stages * (self.stage_bytes(problem) + 16) + output + 4 * self.consumers
+        return self.stages * (self.stage_bytes(problem) + 16) + output + 8 * self.consumers
 
     def steps(self, problem: W4Problem) -> int:
         """Return the stages that a tile's K fills."""
@@ -107,6 +107,54 @@ class W4Tile:
         """Return the number of tiles of D."""
         along_w = -(-problem.blocks // (self.blocks_of_64 * self.consumers))
         return along_w * -(-problem.m // self.tile_n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class W4Few:
+    """A configuration of gemm_w4_few.cu, whose head says what each part does.
+
+    Attributes:
+        tile_n: rows of A in a tile, 8 or 16.
+        warps_w, groups: warps side by side along W, and groups of 16 rows that each has. warps_k: sets that share K.
+        slabs: of 64 of K in a stage. stages: of the ring.
+    """
+
+    tile_n: int
+    warps_w: int
+    warps_k: int = 1
+    groups: int = 1
+    slabs: int = 2
+    stages: int = 4
+
+    @property
+    def tile(self) -> int:
+        """Groups of 16 rows of W in a tile."""
+        return self.warps_w * self.groups
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * (self.warps_w * self.warps_k + 1)
+
+    def blocks(self, problem: W4Problem) -> tuple[int, int]:
+        """Return the blocks along W and along A."""
+        return -(-problem.blocks * 4 // self.tile), -(-problem.m // self.tile_n)
+
+    def stage_bytes(self, problem: W4Problem) -> int:
+        """Return the bytes of a stage: rows of A, codes, scales and zero points."""
+        group = problem.group
+        groups = 1 if group is None or group >= 64 else 64 // group
+        span = self.slabs if group is None else max(1, group // 64)
+        sides = 1 if span >= self.slabs else self.slabs // span
+        scales = self.tile * 8 * groups * 2 * _SCALE_BYTES[problem.scales]
+        zeros = (self.tile + 3) // 2 * 16 * groups if problem.zeros else 0
+        used = self.slabs * (self.tile_n * _ROW + self.tile * 512) + sides * (scales + zeros)
+        return -(-used // 1024) * 1024
+
+    def shared_bytes(self, problem: W4Problem) -> int:
+        """Return the shared memory of a block: the ring and its barriers, or the sums that sets of warps exchange."""
+        sums = (self.warps_k - 1) * self.tile * (self.tile_n // 8) * 512
+        return max(self.stages * (self.stage_bytes(problem) + 16), sums)
 
 
 def schedule_of(problem: W4Problem, tile: W4Tile, multiprocessors: int) -> tuple[int, int]:

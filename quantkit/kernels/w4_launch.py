@@ -1,4 +1,4 @@
-"""How gemm_w4_sm90.cu is launched for a product and a tile: macros, sizes, schedule and workspace, as plain values.
+"""How gemm_w4_sm90.cu and gemm_w4_few.cu are launched for a product and a tile: macros, sizes, schedule, workspace.
 
 The CuPy launcher and the emulator's tests both launch from this, so what the tests run is what a GPU runs.
 """
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
-from quantkit.kernels.w4_heuristics import W4Problem, W4Tile, schedule_of
+from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, schedule_of
 
 SOURCE = Path(__file__).parent / "cuda" / "gemm_w4_sm90.cu"
 KERNEL = "gemm_w4_sm90"
+FEW_SOURCE = Path(__file__).parent / "cuda" / "gemm_w4_few.cu"
+FEW_KERNEL = "gemm_w4_few"
 
 _TYPES = {"bfloat16": "BF16", "float16": "F16"}
 _CODES = {"int4": "CODES_INT4", "uint4": "CODES_INT4", "fp4_e2m1": "CODES_E2M1"}
@@ -64,11 +66,7 @@ def w4_launch_of(problem: W4Problem, tile: W4Tile, kind: EpilogueKind, multiproc
     share, extra = divmod(cut * tile.steps(problem), grid)
     return W4Launch(
         defines={
-            "TYPE": _TYPES[problem.activations],
-            "CODES": _CODES[problem.codes],
-            "SCALES": _SCALES[problem.scales],
-            "GROUP": problem.group or 0,
-            "ZEROS": int(problem.zeros),
+            **_decoding(problem),
             "CONSUMERS": tile.consumers,
             "MI": tile.blocks_of_64,
             "TILE_N": tile.tile_n,
@@ -91,3 +89,45 @@ def w4_launch_of(problem: W4Problem, tile: W4Tile, kind: EpilogueKind, multiproc
         partials_bytes=2 * grid * tile.tile_w * tile.tile_n * 4 if cut else 16,
         arrivals=max(1, cut * tile.consumers),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class W4FewLaunch:
+    """One launch of gemm_w4_few: macros, sizes, rows and columns of A's tensor map."""
+
+    defines: dict[str, str | int]
+    grid: tuple[int, int]
+    block: int
+    shared_bytes: int
+    box: tuple[int, int]
+
+
+def w4_few_launch_of(problem: W4Problem, tile: W4Few, kind: EpilogueKind) -> W4FewLaunch:
+    """Return the launch that computes `problem` with `tile`; `kind` as in `w4_launch_of`."""
+    return W4FewLaunch(
+        defines={
+            **_decoding(problem),
+            "WARPS_W": tile.warps_w,
+            "WARPS_K": tile.warps_k,
+            "MI": tile.groups,
+            "TILE_N": tile.tile_n,
+            "SLABS": tile.slabs,
+            "STAGES": tile.stages,
+            **kind.defines(problem.output),
+        },
+        grid=tile.blocks(problem),
+        block=tile.threads,
+        shared_bytes=tile.shared_bytes(problem),
+        box=(tile.tile_n, 64),
+    )
+
+
+def _decoding(problem: W4Problem) -> dict[str, str | int]:
+    """The macros of w4_decode.h."""
+    return {
+        "TYPE": _TYPES[problem.activations],
+        "CODES": _CODES[problem.codes],
+        "SCALES": _SCALES[problem.scales],
+        "GROUP": problem.group or 0,
+        "ZEROS": int(problem.zeros),
+    }

@@ -1,5 +1,6 @@
 """gemm_w4_sm90.cu on a test's machine, and weights for it."""
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -12,8 +13,8 @@ from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.emulator import Swizzle, TensorMap
 from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
-from quantkit.kernels.w4_heuristics import W4Problem, W4Tile
-from quantkit.kernels.w4_launch import KERNEL, SOURCE, w4_launch_of
+from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile
+from quantkit.kernels.w4_launch import FEW_KERNEL, FEW_SOURCE, KERNEL, SOURCE, w4_few_launch_of, w4_launch_of
 from quantkit.kernels.w4_layout import Packed4
 
 DTYPES = {
@@ -76,15 +77,15 @@ def run_w4(
     machine: Any,
     a: np.ndarray,
     packed: Packed4,
-    tile: W4Tile,
+    tile: W4Tile | W4Few,
     *,
     output: str = "float32",
     row_scale: np.ndarray | None = None,
     bias: np.ndarray | None = None,
     activation: str = "none",
-    source=SOURCE,
+    source: Path | None = None,
 ) -> np.ndarray:
-    """D of the kernel; the output held rubbish before."""
+    """D of the kernel that the tile is of; the output held rubbish before."""
     m, k = a.shape
     form = packed.layout
     problem = problem_of(packed, m, str(a.dtype), output)
@@ -94,34 +95,45 @@ def run_w4(
         bias=bias is not None,
         activation=activation,
     )
-    launch = w4_launch_of(problem, tile, kind, MULTIPROCESSORS)
     padded = np.zeros((m, -(-k // 8) * 8), a.dtype)
     padded[:, :k] = a
     d = np.full((m, form.n), 77, DTYPES[output])
-    map_a = TensorMap(
-        array=padded, box=launch.box, swizzle=Swizzle.BYTES_128, shape=(m, k), strides_bytes=padded.strides
-    )
-    map_d = TensorMap(array=d, box=launch.output_box, swizzle=Swizzle.BYTES_128) if launch.tma_store else map_a
     unused = np.zeros(16, np.float32)
-    arrivals = np.zeros(launch.arrivals, np.uint32)
-    machine.launch(
-        source,
-        KERNEL,
-        map_a,
-        map_d,
-        packed.codes,
-        unused if packed.scales is None else packed.scales,
-        unused if packed.zeros is None else packed.zeros,
-        d,
+    weights = [unused if part is None else part for part in (packed.codes, packed.scales, packed.zeros)]
+    epilogue = [
         unused if row_scale is None else row_scale,
         packed.channel_scale,
         unused if bias is None else bias,
-        unused,
-        unused,
-        unused,
+        *[unused] * 3,
         EpilogueValues().packed(),
         np.int32(m),
         np.int32(form.n),
+    ]
+
+    def map_of(box: tuple[int, int]) -> TensorMap:
+        return TensorMap(
+            array=padded, box=box, swizzle=Swizzle.BYTES_128, shape=(m, k), strides_bytes=padded.strides
+        )
+
+    if isinstance(tile, W4Few):
+        few = w4_few_launch_of(problem, tile, kind)
+        machine.launch(
+            source or FEW_SOURCE, FEW_KERNEL, map_of(few.box), *weights, d, *epilogue, np.int32(form.slabs),
+            defines=few.defines, grid=few.grid, block=few.block, shared_bytes=few.shared_bytes,
+        )  # fmt: skip
+        return d
+    launch = w4_launch_of(problem, tile, kind, MULTIPROCESSORS)
+    map_a = map_of(launch.box)
+    map_d = TensorMap(array=d, box=launch.output_box, swizzle=Swizzle.BYTES_128) if launch.tma_store else map_a
+    arrivals = np.zeros(launch.arrivals, np.uint32)
+    machine.launch(
+        source or SOURCE,
+        KERNEL,
+        map_a,
+        map_d,
+        *weights,
+        d,
+        *epilogue,
         np.zeros(launch.partials_bytes, np.uint8),
         arrivals,
         np.int32(form.slabs),

@@ -1,0 +1,170 @@
+// D[m, n] = A[m, k] @ W[n, k].T for few rows of A (8 or 16 at a time): W of four bits is read once, as fast as memory
+// gives it. For Hopper.
+//
+//   producer warp: bulk copies and TMA  ->  ring of STAGES in shared memory  ->  consumer warps: decode, mma.sync
+//
+// wgmma takes as long for 8 rows of A as for 64, so that it would bind before memory does; mma.sync does not. A warp
+// multiplies MI groups of 16 rows of W (mma's M, from registers) by TILE_N rows of A (its N). WARPS_W warps lie side by
+// side along W; WARPS_K sets of them share the slabs of a stage, and add up their sums through shared memory at the end.
+//
+// A block has one tile: 16 * WARPS_W * MI rows of W and all of K. That is chosen so that there are just as many blocks as
+// multiprocessors, or little fewer; then nobody waits for another block.
+#include "epilogue.h"
+#include "w4_decode.h"
+
+using namespace qk;
+using namespace qk::w4;
+
+constexpr int WARPS = WARPS_W * WARPS_K, THREADS = 32 * (WARPS + 1);
+constexpr int TILE = WARPS_W * MI;       // groups of 16 rows of W
+constexpr int ROW = 128;                 // bytes of a slab's row of A
+constexpr int GROUP_BYTES = 512;         // codes of 16 rows of a slab
+constexpr int OWN = SLABS / WARPS_K;     // slabs of a stage that a warp multiplies
+static_assert(SLABS % WARPS_K == 0 && SLABS <= 32, "warps have the same number of slabs, the producer a lane for each");
+
+constexpr int SIDES = GROUP_SLABS >= SLABS ? 1 : SLABS / GROUP_SLABS;  // of scales that a stage holds
+static_assert(GROUP_SLABS % SLABS == 0 || SLABS % GROUP_SLABS == 0, "stages and groups begin together");
+constexpr int CODES_AT = SLABS * TILE_N * ROW;
+constexpr int SCALES_AT = CODES_AT + SLABS * TILE * GROUP_BYTES;
+constexpr int SCALES_SIZE = TILE * 8 * PAIR_BYTES;
+constexpr int ZEROS_AT = SCALES_AT + SIDES * SCALES_SIZE;
+// Zero points are copied from an even group on: copies move 16 bytes.
+constexpr int ZEROS_SIZE = ZEROS ? (TILE + 3) / 2 * 16 * GROUPS : 0;
+constexpr int STAGE_BYTES = (ZEROS_AT + SIDES * ZEROS_SIZE + 1023) / 1024 * 1024;
+
+QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^ (row & 7)) << 4); }
+
+QK_KERNEL(THREADS, 1)
+gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros,
+            uint8_t* d, EPILOGUE_PARAMETERS, int slabs) {
+  const uint32_t base = shared_base(), full = base + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
+  const int tid = threadIdx.x, lane = tid % 32;
+  const int warp = shuffle(tid / 32, 0);  // the compiler sees that a warp's threads agree
+  const int groups = (n_size + 63) / 64 * 4, first = blockIdx.x * TILE;
+  const int count = groups - first < TILE ? groups - first : TILE;
+  const int steps = (slabs + SLABS - 1) / SLABS, m0 = blockIdx.y * TILE_N;
+
+  if (tid == THREADS - 1) {
+    prefetch_tensor_map(&map_a);
+    for (int s = 0; s < STAGES; s++) {
+      mbarrier_init(full + 8 * s, 1);
+      mbarrier_init(empty + 8 * s, WARPS);
+    }
+    fence_mbarrier_init();
+  }
+  block_sync();
+
+  int s = 0;
+  if (warp == WARPS) {
+    uint32_t parity = 1;  // the first round finds every stage empty
+    const int even = first & ~1, zero_groups = ((first + count + 1) & ~1) - even;
+    QK_ROLLED for (int step = 0; step < steps; step++) {
+      const uint32_t stage = base + s * STAGE_BYTES, barrier = full + 8 * s;
+      mbarrier_wait_ring(empty + 8 * s, parity);
+      if (lane == 0)
+        mbarrier_arrive_expect(barrier, CODES_AT + count * (SLABS * GROUP_BYTES + SIDES * 8 * PAIR_BYTES) +
+                                            (ZEROS ? SIDES * zero_groups * 8 * GROUPS : 0));
+      warp_sync();
+      if (lane < SLABS) {
+        // Beyond K lie zeros of A: any codes and scales will do.
+        const int slab = step * SLABS + lane, inside = slab < slabs ? slab : slabs - 1;
+        bulk_load(stage + CODES_AT + lane * TILE * GROUP_BYTES, codes + (int64_t(inside) * groups + first) * GROUP_BYTES,
+                  count * GROUP_BYTES, barrier);
+        tma_load(stage + lane * TILE_N * ROW, &map_a, barrier, {slab * 64, m0});
+        if (lane < SIDES && (SCALES != SCALES_NONE || ZEROS)) {
+          const int of_side = step * SLABS + lane * (SLABS / SIDES), last = slabs - 1;
+          const int64_t side = (of_side < last ? of_side : last) / GROUP_SLABS;
+          if (SCALES != SCALES_NONE)
+            bulk_load(stage + SCALES_AT + lane * SCALES_SIZE, scales + (side * groups + first) * (8 * PAIR_BYTES),
+                      count * 8 * PAIR_BYTES, barrier);
+          if (ZEROS)
+            bulk_load(stage + ZEROS_AT + lane * ZEROS_SIZE, zeros + (side * groups + even) * (8 * GROUPS),
+                      zero_groups * 8 * GROUPS, barrier);
+        }
+      }
+      if (++s == STAGES) {
+        s = 0;
+        parity ^= 1;
+      }
+    }
+  } else {
+    const int along_w = warp % WARPS_W, along_k = warp / WARPS_W;
+    const epilogue::Output output = EPILOGUE_OUTPUT;
+    // Sums 4 j + 2 h + e are row 8 j + 2 (lane % 4) + e of D, column lane / 4 + 8 h of the group.
+    const int n0 = (first + along_w * MI) * 16 + lane / 4, across = lane % 4 * 2;
+    epilogue::ColumnFactors columns[MI][2];
+    QK_UNROLL for (int i = 0; i < MI; i++)
+      QK_UNROLL for (int h = 0; h < 2; h++) columns[i][h] = epilogue::column_factors(output, n0 + i * 16 + 8 * h);
+    float sum[MI][TILE_N / 8][4];
+    QK_UNROLL for (int i = 0; i < MI; i++)
+      QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
+        QK_UNROLL for (int e = 0; e < 4; e++) sum[i][j][e] = 0.0f;
+    uint32_t parity = 0;
+    QK_ROLLED for (int step = 0; step < steps; step++) {
+      mbarrier_wait_ring(full + 8 * s, parity);
+      const uint32_t stage = base + s * STAGE_BYTES;
+      QK_UNROLL for (int o = 0; o < OWN; o++) {
+        const int slab = along_k * OWN + o, side = SIDES > 1 ? slab / (SLABS / SIDES) : 0;
+        U32x4 words[MI];
+        uint32_t raw[MI][PAIR_WORDS + 1], zero[MI][GROUPS];
+        QK_UNROLL for (int i = 0; i < MI; i++) {
+          const int group = along_w * MI + i, pair = group * 8 + lane / 4;
+          words[i] = ld_shared<U32x4>(stage + CODES_AT + (slab * TILE + group) * GROUP_BYTES + lane * 16);
+          load_pair(raw[i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES);
+          if constexpr (ZEROS)
+            QK_UNROLL for (int g = 0; g < GROUPS; g++)
+              zero[i][g] = ld_shared<uint8_t>(stage + ZEROS_AT + side * ZEROS_SIZE + (pair + first % 2 * 8) * GROUPS + g);
+        }
+        QK_UNROLL for (int half = 0; half < 2; half++) {
+          uint32_t of_a[TILE_N / 8][4];  // 32 of K of eight rows of A
+          QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
+            ldmatrix_x4(of_a[j][0], of_a[j][1], of_a[j][2], of_a[j][3],
+                        stage + slab * TILE_N * ROW + swizzled(j * 8 + lane % 8, half * 4 + lane / 8));
+          QK_UNROLL for (int k = 0; k < 2; k++)
+            QK_UNROLL for (int i = 0; i < MI; i++) {
+              Registers<uint32_t, 4> fragment;
+              decode_word(words[i], half * 2 + k, raw[i], zero[i], fragment);
+              QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
+                mma<Type>(sum[i][j], fragment.value, {of_a[j][k * 2], of_a[j][k * 2 + 1]});
+            }
+        }
+      }
+      if (lane == 0) mbarrier_arrive_ring(empty + 8 * s);
+      if (++s == STAGES) {
+        s = 0;
+        parity ^= 1;
+      }
+    }
+
+    if constexpr (WARPS_K > 1) {
+      constexpr int VECTORS = MI * (TILE_N / 8);
+      barrier_sync(1, 32 * WARPS);  // everyone has read all of the ring
+      const uint32_t at = base + (along_w * VECTORS * 32 + lane) * 16;
+      if (along_k > 0)
+        QK_UNROLL for (int v = 0; v < VECTORS; v++) {
+          U32x4 four;
+          memcpy(&four, sum[v / (TILE_N / 8)][v % (TILE_N / 8)], 16);
+          st_shared(at + ((along_k - 1) * WARPS_W * VECTORS + v) * 512, four);
+        }
+      barrier_sync(1, 32 * WARPS);
+      if (along_k > 0) return;
+      QK_UNROLL for (int other = 0; other < WARPS_K - 1; other++)
+        QK_UNROLL for (int v = 0; v < VECTORS; v++) {
+          const U32x4 four = ld_shared<U32x4>(at + (other * WARPS_W * VECTORS + v) * 512);
+          float part[4];
+          memcpy(part, &four, 16);
+          QK_UNROLL for (int e = 0; e < 4; e++) sum[v / (TILE_N / 8)][v % (TILE_N / 8)][e] += part[e];
+        }
+    }
+    QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
+      QK_UNROLL for (int e = 0; e < 2; e++) {
+        const int row = m0 + j * 8 + across + e;
+        const epilogue::RowFactors of_row = epilogue::row_factors(output, row);
+        QK_UNROLL for (int i = 0; i < MI; i++)
+          QK_UNROLL for (int h = 0; h < 2; h++)
+            epilogue::store_element(output, d, sum[i][j][h * 2 + e] * REBASE, of_row, columns[i][h], row,
+                                    n0 + i * 16 + 8 * h);
+      }
+  }
+}
+QK_EXPORT(gemm_w4_few)

@@ -1,0 +1,159 @@
+// Weights of four bits, as w4_layout.py packs them, decoded into the registers of a matrix instruction's A operand.
+//
+// For every 64 of K ("slab") and every 64 rows, 16 bytes a thread, of which word j holds
+// the thread's eight codes of the j-th 16 of K: those of registers 0 … 3 of wgmma's A fragment, two each (register r
+// is row g + 8 (r % 2), columns 2 t + 8 (r / 2) and the next, with g = lane / 4, t = lane % 4).
+//
+// Integers: the two codes of register r are nibble r of either half-word, q + 8 for signed ones.
+//   bf16: q as a subnormal is q 2^-133. Symmetric: q S - 8 S by one fused multiply-add with S = scale 2^126, so that
+//         w = (q - 8) scale rounds once. With zero points: (q - zero) exactly, then times S, which rounds once.
+//   fp16: 1024 + q and 64 + q are numbers whose low bits are q; (q - zero) exactly, then times the scale, rounds once.
+//   Scales of another type than A's are split into two parts of A's type; the product is off by 2^-16 of itself at most
+//   before it rounds.
+// e2m1: its sign, exponent and mantissa are moved to bf16's sign and lowest exponent and highest mantissa bit (fp16's):
+//   that is the value times 2^-126 (2^-14). Times the scale as a power of two times e4m3's value or e8m0's: exact.
+// Sums are float32; REBASE takes the powers of two back.
+#pragma once
+
+#include "instructions.h"
+
+#define CODES_INT4 0
+#define CODES_E2M1 1
+// How scales of groups are stored; NONE: one a row, left to the epilogue.
+#define SCALES_NONE 0
+#define SCALES_BF16 1
+#define SCALES_F16 2
+#define SCALES_F32 3
+#define SCALES_E4M3 4  // as exponent + 3 (five bits) and mantissa: no subnormals
+#define SCALES_E8M0 5  // less the row's largest, + 254
+
+namespace qk {
+namespace w4 {
+
+using Type = TYPE;
+constexpr bool BF = Type::code == BF16::code;
+
+// What a pair of rows g, g + 8 has of scales and zero points in a slab: [row][group], in bytes; zero points two to one.
+constexpr int SCALE_BYTES = SCALES == SCALES_NONE ? 0 : SCALES == SCALES_F32 ? 4 : SCALES >= SCALES_E4M3 ? 1 : 2;
+constexpr int GROUPS = GROUP == 0 || GROUP >= 64 ? 1 : 64 / GROUP;  // of a slab
+constexpr int PAIR_BYTES = 2 * GROUPS * SCALE_BYTES;
+constexpr int PAIR_WORDS = PAIR_BYTES / 4;
+constexpr int GROUP_SLABS = GROUP == 0 ? 1 << 30 : GROUP < 64 ? 1 : GROUP / 64;
+static_assert(PAIR_BYTES % 4 == 0, "scales are read in words");
+
+// Both halves of a register the same.
+QK_PURE constexpr uint32_t both(uint32_t half) { return half * 0x10001u; }
+constexpr uint32_t MINUS_ZERO = 0x80008000u;
+constexpr uint32_t ONE = BF ? 0x3f803f80u : 0x3c003c00u;
+QK_FUNCTION uint32_t multiply(uint32_t a, uint32_t b) { return fma_pair<Type>(a, b, MINUS_ZERO); }
+QK_FUNCTION uint32_t add(uint32_t a, uint32_t b) { return fma_pair<Type>(a, ONE, b); }
+QK_FUNCTION uint32_t pack_twice(float x) { return BF ? pack_bf16(x, x) : pack_f16(x, x); }
+QK_FUNCTION float unpacked(uint32_t pair) { return BF ? bf16_low(pair) : f16_low(pair); }
+
+// Scales in A's type need no second part.
+constexpr bool SPLIT = SCALES == SCALES_F32 || SCALES == (BF ? SCALES_F16 : SCALES_BF16);
+// What sums of decoded weights are multiplied by: the power of two that decoding left out.
+constexpr float REBASE = CODES == CODES_E2M1 ? (SCALES == SCALES_E8M0   ? 0.5f
+                                                : SCALES == SCALES_E4M3 ? 0x1p7f
+                                                : BF                    ? 1.0f
+                                                                        : 0x1p14f)
+                         : BF                ? (SCALES == SCALES_F16 ? 0x1p22f : 0x1p7f)
+                         : SCALES == SCALES_NONE ? 1.0f
+                         : SCALES == SCALES_F16  ? 0x1p4f
+                                                 : 0x1p-11f;
+
+// What codes of one row and group are decoded with; each in both halves.
+struct Factor { uint32_t scale, rest, offset; };
+
+// The scales of a pair of rows, from shared memory.
+QK_FUNCTION void load_pair(uint32_t (&raw)[PAIR_WORDS + 1], uint32_t at) {
+  if constexpr (PAIR_WORDS == 1) {
+    raw[0] = ld_shared<uint32_t>(at);
+  } else if constexpr (PAIR_WORDS == 2) {
+    const U32x2 two = ld_shared<U32x2>(at);
+    raw[0] = two.x, raw[PAIR_WORDS - 1] = two.y;
+  } else if constexpr (PAIR_WORDS == 4) {
+    const U32x4 four = ld_shared<U32x4>(at);
+    raw[0] = four.x, raw[1] = four.y, raw[PAIR_WORDS - 2] = four.z, raw[PAIR_WORDS - 1] = four.w;
+  }
+}
+// Scale `i` of a pair's words.
+QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
+  Factor f{0, 0, 0};
+  if constexpr (SCALES == SCALES_NONE) {
+    f.scale = BF ? both(0x7e80) : ONE;  // 2^126
+  } else if constexpr (SCALES == SCALES_E4M3) {
+    const uint32_t code = prmt(raw[i / 4], 0, 0x4040 + i % 4 * 0x0101);
+    f.scale = BF ? code * 16 + both(0x7600) : code * 128 + both(0x3000);
+  } else if constexpr (SCALES == SCALES_E8M0) {
+    if (BF) {
+      f.scale = prmt(raw[i / 4], 0, 0x4040 + i % 4 * 0x0101) * 128;
+    } else {
+      const int exponent = static_cast<int>(raw[i / 4] >> i % 4 * 8 & 0xff) - 224;
+      f.scale = both(exponent < 0 ? 0 : exponent << 10);
+    }
+  } else if constexpr (!SPLIT) {
+    const uint32_t scale = prmt(raw[i / 2], 0, i % 2 ? 0x3232 : 0x1010);
+    f.scale = multiply(scale, BF ? both(0x7e80) : both(0x2c00));  // 2^126; 2^-4
+  } else {
+    float scale;
+    if (SCALES == SCALES_F32) scale = portable::bits_float(raw[i]) * (BF ? 0x1p126f : 2048.0f);
+    else if (BF) scale = (i % 2 ? f16_high(raw[i / 2]) : f16_low(raw[i / 2])) * 0x1p111f;
+    else scale = (i % 2 ? bf16_high(raw[i / 2]) : bf16_low(raw[i / 2])) * 2048.0f;
+    f.scale = pack_twice(scale);
+    f.rest = pack_twice(scale - unpacked(f.scale));
+  }
+  return f;
+}
+// With the zero point, or 8.
+QK_FUNCTION void set_zero(Factor& f, uint32_t zero, int row) {
+  if (CODES != CODES_INT4) return;
+  if (BF && !ZEROS && !SPLIT) f.offset = multiply(f.scale, both(0x8008));  // -8 S 2^-133
+  else if (BF) f.offset = both(0x8000 + zero);
+  else f.offset = row == 0 ? both(0xe400 + zero) : both(0xd400 + zero * 16);  // -(1024 + zero), -(64 + zero)
+}
+
+// Eight codes to the four registers of wgmma's A fragment.
+QK_FUNCTION void decode(uint32_t word, const Factor& upper, const Factor& lower, Registers<uint32_t, 4>& to) {
+  QK_UNROLL for (int r = 0; r < 4; r++) {
+    const Factor& f = r % 2 ? lower : upper;
+    if constexpr (CODES == CODES_INT4) {
+      uint32_t value;
+      if constexpr (BF) {
+        const uint32_t code = word >> 4 * r & both(0x000f);
+        if constexpr (!ZEROS && !SPLIT) {
+          to[r] = fma_pair<Type>(code, f.scale, f.offset);
+          continue;
+        }
+        value = add(code, f.offset);
+      } else {
+        const uint32_t near = r < 2 ? word : word >> 8;
+        if (r % 2 == 0) value = add(lop3<(0xf0 & 0xcc) | 0xaa>(near, both(0x000f), both(0x6400)), f.offset);
+        else value = fma_pair<Type>(lop3<(0xf0 & 0xcc) | 0xaa>(near, both(0x00f0), both(0x6400)), both(0x2c00), f.offset);
+      }
+      if constexpr (SPLIT) to[r] = fma_pair<Type>(value, f.scale, multiply(value, f.rest));
+      else if constexpr (!BF && SCALES == SCALES_NONE) to[r] = value;
+      else to[r] = multiply(value, f.scale);
+    } else {
+      // Sign and magnitude of codes 0 … 2 lie three bits apart, in the distance that bf16 wants; of code 3 in the gaps.
+      uint32_t bits;
+      if (r < 3) bits = (word << 3 * r) & both(0x81c0);
+      else bits = ((word << 1) & both(0x8000)) | ((word >> 5) & both(0x0100)) | ((word >> 4) & both(0x00c0));
+      if (!BF) bits = (bits & both(0x8000)) | (bits & both(0x01c0)) << 3;
+      to[r] = multiply(bits, f.scale);
+    }
+  }
+}
+
+// Word `word` (0 … 3) of a thread's codes of a slab, with the pair's scales and zero points there.
+QK_FUNCTION void decode_word(const U32x4& words, int word, const uint32_t (&raw)[PAIR_WORDS + 1],
+                             const uint32_t (&zeros)[GROUPS], Registers<uint32_t, 4>& to) {
+  const int group = GROUPS > 1 ? word * GROUPS / 4 : 0;
+  Factor upper = factor_of(raw, group), lower = factor_of(raw, GROUPS + group);
+  set_zero(upper, ZEROS ? zeros[group] & 15 : 8, 0);
+  set_zero(lower, ZEROS ? zeros[group] >> 4 : 8, 1);
+  decode(word == 0 ? words.x : word == 1 ? words.y : word == 2 ? words.z : words.w, upper, lower, to);
+}
+
+}  // namespace w4
+}  // namespace qk
