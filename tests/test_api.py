@@ -25,7 +25,7 @@ HOUSE = (
     ("bench", "evaluate", "observe", "observe_gram", "solve"),
     ("export", "kernels", "cache", "diagnose", "placement", "recipe", "rescaling"),
     ("decode", "simulate", "cache_merge", "evaluation"),
-    ("calibrators", "memory", "plan", "presets"),
+    ("calibrators", "gram_file", "memory", "plan", "presets"),
     ("statistics", "graph", "metrics", "runtime", "cache_file", "cache_identity"),
     ("data", "class_metrics", "files", "formats", "model_files", "tables"),
     ("plugins",),
