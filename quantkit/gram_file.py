@@ -26,7 +26,11 @@ from quantkit.statistics import GramMatrix
 SCHEMA = 1
 _KEY, _KIND, _CHECKSUM = "quantkit", "gram", "sha256"
 _PARTS = ("count", "products", "sums")
-_DTYPES = {"count": "I64", "products": "F64", "sums": "F64"}
+_TYPES = {
+    "count": ("I64", np.dtype("<i8")),
+    "products": ("F64", np.dtype("<f8")),
+    "sums": ("F64", np.dtype("<f8")),
+}
 
 
 def write_grams(
@@ -57,10 +61,7 @@ def write_grams(
             )
             digest = hashlib.sha256()
             for part in _PARTS:
-                content = np.ascontiguousarray(
-                    gram.to_arrays()[part], _DTYPES[part].lower().replace("64", "8")
-                )
-                content = content.astype(content.dtype.newbyteorder("<"), copy=False)
+                content = np.ascontiguousarray(gram.to_arrays()[part], _TYPES[part][1])
                 digest.update(content.data)
                 file.write(content.data)
             digests.append(digest.digest())
@@ -157,7 +158,7 @@ def _header(text: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]) -> by
     for view, (groups, size) in sizes.items():
         shapes = {"count": (1,), "products": (groups, size, size), "sums": (groups, size)}
         for part in _PARTS:
-            enter(f"{view}/{part}", _DTYPES[part], shapes[part], 8)
+            enter(f"{view}/{part}", _TYPES[part][0], shapes[part], 8)
     enter(_CHECKSUM, "U8", (len(sizes), hashlib.sha256().digest_size), 1)
     content = json.dumps(header, separators=(",", ":")).encode()
     # Arrays of float64 begin where their size divides the place.
