@@ -30,10 +30,9 @@ from quantkit.formats.spec import QuantSpec
 from quantkit.kernels import device as gpu
 from quantkit.kernels.compile import compile_kernel
 from quantkit.kernels.epilogue import EpilogueKind
-from quantkit.kernels.heuristics import SHARED_LIMIT
 from quantkit.kernels.w4 import PackedWeight4, matmul_w4, pack_weight4
-from quantkit.kernels.w4_heuristics import W4Problem, W4Tile, w4_choose
-from quantkit.kernels.w4_launch import SOURCE, w4_launch_of
+from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, deepest, deepest_few, few_shapes, w4_choose
+from quantkit.kernels.w4_launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
 from quantkit.kernels.w4_layout import Layout4
 
 KIND = EpilogueKind(column_scale="each")
@@ -50,51 +49,62 @@ def problem_of(m: int, n: int, k: int, form: str, output: str = "bfloat16") -> W
     return W4Problem(m=m, n=n, k=k, activations="bfloat16", output=output, **FORMS[form])
 
 
-def deepest(problem: W4Problem, **shape: Any) -> W4Tile | None:
-    one, two = (W4Tile(stages=stages, **shape) for stages in (1, 2))
-    step = two.shared_bytes(problem) - one.shared_bytes(problem)
-    stages = min(20, 1 + (SHARED_LIMIT - one.shared_bytes(problem)) // step)
-    return W4Tile(stages=stages, **shape) if stages >= 2 else None
-
-
-def candidates(problem: W4Problem) -> list[W4Tile]:
+def candidates(problem: W4Problem) -> list[W4Tile | W4Few]:
     m = problem.m
+    found: list[W4Tile | W4Few] = []
+    if m <= 16:
+        for shape in few_shapes(problem, 132):
+            if shape["warps_w"] * shape["warps_k"] < 7:
+                continue
+            for each in (1, 2, 4):
+                slabs = each * shape["warps_k"]
+                if slabs > 16 or (problem.group and problem.group >= 64 and max(slabs * 64, problem.group) % min(slabs * 64, problem.group)):
+                    continue
+                found.append(deepest_few(problem, tile_n=8 if m <= 8 else 16, slabs=slabs, **shape))
+        return [t for t in found if t.stages >= 2]
     shapes: list[dict[str, Any]] = []
     if m <= 64:
-        tile_n = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
-        for (c, mi), (slabs, grain) in itertools.product(
-            [(4, 1), (2, 2), (2, 1), (3, 1), (4, 2), (3, 2)], [(2, 4), (1, 2), (4, 4), (2, 2)]
+        tile_n = 32 if m <= 32 else 64
+        for (c, mi), (slabs, grain), cluster in itertools.product(
+            [(4, 1), (2, 2), (3, 2)], [(2, 4), (1, 2), (2, 2)], [1, 2]
         ):
-            shapes.append({"tile_n": tile_n, "consumers": c, "blocks_of_64": mi, "slabs": slabs, "grain": grain})
+            shapes.append({"tile_n": tile_n, "consumers": c, "blocks_of_64": mi, "slabs": slabs, "grain": grain, "cluster": cluster})
     else:
-        for n, c, mi in [(256, 2, 1), (128, 2, 2), (128, 4, 1), (128, 2, 1), (192, 2, 1), (64, 4, 1), (64, 2, 2), (128, 3, 1), (64, 4, 2)]:
+        for n, c, mi in [(256, 2, 1), (128, 2, 2), (128, 2, 1), (64, 2, 2), (64, 4, 1)]:
             if n > 2 * m:
                 continue
-            for slabs, grain in [(1, 2), (2, 2), (2, 4)]:
+            for (slabs, grain), cluster in itertools.product([(1, 2), (2, 2), (2, 4)], [1, 2]):
                 for order in (8,) if m <= 512 else (4, 16):
-                    shapes.append({"tile_n": n, "consumers": c, "blocks_of_64": mi, "slabs": slabs, "grain": grain, "order": order})
+                    shapes.append({"tile_n": n, "consumers": c, "blocks_of_64": mi, "slabs": slabs, "grain": grain, "order": order, "cluster": cluster})
     if problem.group and problem.group > 64:
         shapes = [s for s in shapes if problem.group % (64 * s["slabs"]) == 0]
-    found = [deepest(problem, **shape) for shape in shapes]
-    return [tile for tile in found if tile is not None]
+    return [t for t in (deepest(problem, **shape) for shape in shapes) if t.stages >= 2]
 
 
-def _compile(defines: dict[str, Any]) -> tuple[int, int, str]:
+def words(t: W4Tile | W4Few) -> str:
+    if isinstance(t, W4Few):
+        return f"few n{t.tile_n} w{t.warps_w}x{t.groups} k{t.warps_k} slabs{t.slabs} stages{t.stages}"
+    return f"n{t.tile_n} c{t.consumers} mi{t.blocks_of_64} slabs{t.slabs} grain{t.grain} stages{t.stages} order{t.order} cluster{t.cluster}"
+
+
+def _compile(job: tuple[bool, dict[str, Any]]) -> tuple[int, int, str]:
     try:
-        built = compile_kernel(SOURCE, arch="sm_90a", defines=defines)
+        built = compile_kernel(FEW_SOURCE if job[0] else SOURCE, arch="sm_90a", defines=job[1])
     except Exception as error:
         return 0, 0, str(error)
     return built.registers, built.spill_bytes, " ".join(w for w in built.warnings if "C7" in w)
 
 
-def compile_all(launches: list[dict[str, Any]]) -> dict[tuple, tuple[int, int, str]]:
-    unique = list({tuple(sorted(d.items())) for d in launches})
+def key_of(problem: W4Problem, tile: W4Tile | W4Few) -> tuple[bool, tuple[Any, ...]]:
+    few = isinstance(tile, W4Few)
+    launch = w4_few_launch_of(problem, tile, KIND) if few else w4_launch_of(problem, tile, KIND, 132)
+    return few, tuple(sorted(launch.defines.items()))
+
+
+def compile_all(keys: list[Any]) -> dict[Any, tuple[int, int, str]]:
+    unique = list(set(keys))
     with ProcessPoolExecutor(16) as pool:
-        return dict(zip(unique, pool.map(_compile, [dict(d) for d in unique]), strict=True))
-
-
-def key_of(problem: W4Problem, tile: W4Tile) -> tuple:
-    return tuple(sorted(w4_launch_of(problem, tile, KIND, 132).defines.items()))
+        return dict(zip(unique, pool.map(_compile, [(few, dict(d)) for few, d in unique]), strict=True))
 
 
 # ---- correctness -------------------------------------------------------------------------------------------------
@@ -136,7 +146,7 @@ def check() -> dict[str, Any]:
         tiles = candidates(problem)
         picked = {w4_choose(problem), *(tiles[(5 * number + 7 * i) % len(tiles)] for i in range(2))}
         jobs.append((problem, weight, packed, picked))
-    info = compile_all([w4_launch_of(p, t, KIND, 132).defines for p, _, _, tiles in jobs for t in tiles])
+    info = compile_all([key_of(p, t) for p, _, _, tiles in jobs for t in tiles])
     wrong, count = [], 0
     for problem, weight, packed, tiles in jobs:
         m, n, k = problem.m, problem.n, problem.k
@@ -222,7 +232,7 @@ class Operands:
             self.weights[form] = PackedWeight4(layout=f, codes=codes, scales=scales, zeros=zeros, channel_scale=cupy.full(self.n, 1e-2, np.float32), arch="sm_90a")
         return self.weights[form]
 
-    def ours(self, m: int, form: str, tile: W4Tile | None = None) -> Any:
+    def ours(self, m: int, form: str, tile: W4Tile | W4Few | None = None) -> Any:
         a, weight = cupy.asarray(self.a[:m].view(torch.int16)).view(np.uint16), self.weight(form)
         return lambda: matmul_w4(a, weight, out=self.out[:m], tile=tile)
 
@@ -234,7 +244,7 @@ class Operands:
 def tune(timer: Timer, jobs: list[tuple[int, int, int, str]], repeats: int) -> list[dict[str, Any]]:
     problems = [problem_of(*job) for job in jobs]
     tiles = [candidates(p) for p in problems]
-    info = compile_all([w4_launch_of(p, t, KIND, 132).defines for p, ts in zip(problems, tiles, strict=True) for t in ts])
+    info = compile_all([key_of(p, t) for p, ts in zip(problems, tiles, strict=True) for t in ts])
     rows, operands = [], None
     for (m, n, k, form), problem, several in zip(jobs, problems, tiles, strict=True):
         if operands is None or (operands.n, operands.k) != (n, k):
@@ -252,12 +262,12 @@ def tune(timer: Timer, jobs: list[tuple[int, int, int, str]], repeats: int) -> l
         for name in order[:6]:
             t = good[int(name)]
             us = found[name]
-            print(f"   {us:7.1f} us x{base / us:.2f} {problem.weight_bytes / us / 1e6:.2f} TB/s {2e-6 * m * n * k / us:.0f} TF  n{t.tile_n} c{t.consumers} mi{t.blocks_of_64} slabs{t.slabs} grain{t.grain} stages{t.stages} order{t.order}", flush=True)
+            print(f"   {us:7.1f} us x{base / us:.2f} {problem.weight_bytes / us / 1e6:.2f} TB/s {2e-6 * m * n * k / us:.0f} TF  {words(t)}", flush=True)
     return rows
 
 
 def compare(timer: Timer, jobs: list[tuple[int, int, int, str]], repeats: int) -> list[dict[str, Any]]:
-    compile_all([w4_launch_of(problem_of(*job), w4_choose(problem_of(*job)), KIND, 132).defines for job in jobs])
+    compile_all([key_of(problem_of(*job), w4_choose(problem_of(*job))) for job in jobs])
     rows, operands = [], None
     for (m, n, k), group in itertools.groupby(jobs, key=lambda job: job[:3]):
         forms = [job[3] for job in group]
@@ -265,8 +275,8 @@ def compare(timer: Timer, jobs: list[tuple[int, int, int, str]], repeats: int) -
             operands = None
             operands = Operands(n, k, 8192)
         found = timer.medians({"torch": operands.torch(m)} | {form: operands.ours(m, form) for form in forms}, repeats)
-        words = [f"{form} {found[form]:.1f} x{found['torch'] / found[form]:.2f}" for form in forms]
-        print(f"{m}x{n}x{k}: torch {found['torch']:.1f} | " + " | ".join(words), flush=True)
+        parts = [f"{form} {found[form]:.1f} x{found['torch'] / found[form]:.2f}" for form in forms]
+        print(f"{m}x{n}x{k}: torch {found['torch']:.1f} | " + " | ".join(parts), flush=True)
         rows.append({"m": m, "n": n, "k": k, "us": found})
     return rows
 

@@ -18,8 +18,18 @@ from quantkit.kernels import device as gpu
 from quantkit.kernels.compile import compile_kernel
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind, EpilogueValues
 from quantkit.kernels.gemm import Epilogue
-from quantkit.kernels.w4_heuristics import W4Problem, W4Tile, w4_choose
-from quantkit.kernels.w4_launch import KERNEL, SOURCE, W4Launch, w4_launch_of
+from quantkit.kernels.heuristics import Device
+from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, w4_choose
+from quantkit.kernels.w4_launch import (
+    FEW_KERNEL,
+    FEW_SOURCE,
+    KERNEL,
+    SOURCE,
+    W4FewLaunch,
+    W4Launch,
+    w4_few_launch_of,
+    w4_launch_of,
+)
 from quantkit.kernels.w4_layout import Layout4, Packed4, pack4
 
 _ACTIVATIONS = {"bfloat16": "bfloat16", "uint16": "bfloat16", "float16": "float16"}
@@ -81,7 +91,7 @@ def matmul_w4(
     epilogue: Epilogue | None = None,
     out_dtype: str = "bfloat16",
     out: Any = None,
-    tile: W4Tile | None = None,
+    tile: W4Tile | W4Few | None = None,
 ) -> Any:
     """Return D = a @ weight.T on the current stream, without waiting for it.
 
@@ -121,52 +131,56 @@ def matmul_w4(
     )  # fmt: skip
     launch = _planned(problem, tile, kind, gpu.multiprocessors(device))
     map_a = gpu.tensor_map(rows.data.ptr, activations, (m, k), pitch, launch.box)
-    map_d = map_a
-    if launch.tma_store:
-        map_d = gpu.tensor_map(
-            out.data.ptr, out_dtype, (m, n), n * OUTPUT_BYTES[out_dtype], launch.output_box
-        )
-    partials, arrivals = _workspace(device, cupy.cuda.get_current_stream().ptr, launch)
     pointers = [
         0 if array is None else array.data.ptr for array in (row_scale, weight.channel_scale, epilogue.bias)
     ]
     held = [0 if array is None else array.data.ptr for array in (weight.codes, weight.scales, weight.zeros)]
-    _function(device, tuple(sorted(launch.defines.items())), launch.shared_bytes)(
-        (launch.grid,),
-        (launch.block,),
-        (
-            map_a,
-            map_d,
-            *map(np.uint64, held),
-            np.uint64(out.data.ptr),
-            *map(np.uint64, pointers),
-            np.uint64(0),
-            np.uint64(0),
-            np.uint64(0),
-            EpilogueValues().packed(),
-            np.int32(m),
-            np.int32(n),
-            np.uint64(partials.data.ptr),
-            np.uint64(arrivals.data.ptr),
-            np.int32(form.slabs),
-            np.int32(launch.whole),
-            np.int32(launch.share),
-            np.int32(launch.extra),
-        ),
-        shared_mem=launch.shared_bytes,
+    common = (
+        *map(np.uint64, held),
+        np.uint64(out.data.ptr),
+        *map(np.uint64, pointers),
+        np.uint64(0),
+        np.uint64(0),
+        np.uint64(0),
+        EpilogueValues().packed(),
+        np.int32(m),
+        np.int32(n),
     )
+    if isinstance(launch, W4FewLaunch):
+        grid: tuple[int, ...] = launch.grid
+        arguments: tuple[Any, ...] = (map_a, *common, np.int32(form.slabs))
+    else:
+        grid = (launch.grid,)
+        map_d = map_a
+        if launch.tma_store:
+            width = OUTPUT_BYTES[out_dtype]
+            map_d = gpu.tensor_map(out.data.ptr, out_dtype, (m, n), n * width, launch.output_box)
+        partials, arrivals = _workspace(device, cupy.cuda.get_current_stream().ptr, launch)
+        pieces = np.uint64(partials.data.ptr), np.uint64(arrivals.data.ptr)
+        shares = launch.whole, launch.share, launch.extra
+        arguments = (map_a, map_d, *common, *pieces, np.int32(form.slabs), *map(np.int32, shares))
+    function = _function(
+        device, isinstance(launch, W4FewLaunch), tuple(sorted(launch.defines.items())), launch.shared_bytes
+    )
+    function(grid, (launch.block,), arguments, shared_mem=launch.shared_bytes)
     return out
 
 
 @lru_cache(maxsize=4096)
-def _planned(problem: W4Problem, tile: W4Tile | None, kind: EpilogueKind, multiprocessors: int) -> W4Launch:
-    return w4_launch_of(problem, tile or w4_choose(problem), kind, multiprocessors)
+def _planned(
+    problem: W4Problem, tile: W4Tile | W4Few | None, kind: EpilogueKind, multiprocessors: int
+) -> W4Launch | W4FewLaunch:
+    tile = tile or w4_choose(problem, Device(multiprocessors=multiprocessors))
+    if isinstance(tile, W4Few):
+        return w4_few_launch_of(problem, tile, kind)
+    return w4_launch_of(problem, tile, kind, multiprocessors)
 
 
 @lru_cache(maxsize=1024)
-def _function(device: int, defines: tuple[tuple[str, str | int], ...], shared_bytes: int) -> Any:
-    built = compile_kernel(SOURCE, arch=gpu.architecture(device), defines=dict(defines))
-    function = gpu.cupy().RawModule(path=str(built.cubin)).get_function(KERNEL)
+def _function(device: int, few: bool, defines: tuple[tuple[str, str | int], ...], shared_bytes: int) -> Any:
+    source = FEW_SOURCE if few else SOURCE
+    built = compile_kernel(source, arch=gpu.architecture(device), defines=dict(defines))
+    function = gpu.cupy().RawModule(path=str(built.cubin)).get_function(FEW_KERNEL if few else KERNEL)
     function.max_dynamic_shared_size_bytes = shared_bytes
     return function
 

@@ -55,7 +55,7 @@ class W4Tile:
         tile_n: rows of A in a tile.
         blocks_of_64: blocks of 64 rows of W that a consumer has. consumers: warpgroups that decode and multiply.
         slabs: of 64 of K in a stage. grain: instructions deep that a granule is.
-        stages: of the ring. order: tiles along W before the next along A.
+        cluster: blocks, 1 or 2, that share rows of A. stages: of the ring. order: tiles along W before the next along A.
         stream: tiles are cut along K where they would not fill the GPU evenly.
     """
 
@@ -66,6 +66,7 @@ class W4Tile:
     grain: int = 4
     stages: int = 6
     order: int = 8
+    cluster: int = 1
     stream: bool = True
 
     @property
@@ -104,8 +105,8 @@ class W4Tile:
         return -(-problem.slabs // self.slabs)
 
     def tiles(self, problem: W4Problem) -> int:
-        """Return the number of tiles of D."""
-        along_w = -(-problem.blocks // (self.blocks_of_64 * self.consumers))
+        """Return the number of tiles of D, a cluster's counted as one."""
+        along_w = -(-problem.blocks // (self.blocks_of_64 * self.consumers * self.cluster))
         return along_w * -(-problem.m // self.tile_n)
 
 
@@ -157,43 +158,58 @@ class W4Few:
         return max(self.stages * (self.stage_bytes(problem) + 16), sums)
 
 
+# Of the multiprocessors' time, what whole tiles must fill at least; below that tiles are cut.
+_FILLED = 0.9
+
+
 def schedule_of(problem: W4Problem, tile: W4Tile, multiprocessors: int) -> tuple[int, int]:
-    """Return how many blocks are launched, and how many tiles they take whole before they share the rest.
-
-    A block's share of the rest is at least two steps of K, so that its sums are worth their way through memory.
-    """
+    """Return how many clusters are launched, and how many tiles they take whole before they share the rest."""
     tiles, steps = tile.tiles(problem), tile.steps(problem)
-    if not tile.stream or tiles % multiprocessors == 0:
-        return min(tiles, multiprocessors), tiles
+    room = max(1, multiprocessors // tile.cluster)
+    waves = -(-tiles // room)
+    if not tile.stream or tiles >= _FILLED * waves * room:
+        return min(tiles, room), tiles
     # The last wave and one before it are cut together: pieces are then as long as tiles, or longer.
-    waves = tiles // multiprocessors
-    whole = max(0, waves - 1) * multiprocessors
+    whole = max(0, tiles // room - 1) * room
     units = (tiles - whole) * steps
-    grid = min(multiprocessors, max(1, units // 2)) if whole == 0 else multiprocessors
-    return grid, whole
+    # A share is at least two steps of K, so that its sums are worth their way through memory.
+    return (min(room, max(1, units // 2)) if whole == 0 else room), whole
 
 
-def estimate_us(problem: W4Problem, tile: W4Tile, device: Device = H200) -> float:
-    """Return the modelled time of `problem` with `tile`, in microseconds (a placeholder until it is measured)."""
-    return problem.weight_bytes / device.dram_bytes_per_us
+def few_shapes(problem: W4Problem, multiprocessors: int) -> list[dict[str, int]]:
+    """Return arrangements of warps of gemm_w4_few.cu that give each multiprocessor one tile, or nearly."""
+    share = -(-(-(-problem.n // 16)) // multiprocessors)  # groups of 16 rows that a block must take
+    shapes = []
+    for groups in (1, 2, 3, 4):
+        warps_w = -(-share // groups)
+        for warps_k in (1, 2, 4, 8, 16):
+            if warps_w * warps_k <= 28 and (warps_w * warps_k >= 4 or warps_k == 16):
+                shapes.append({"warps_w": warps_w, "groups": groups, "warps_k": warps_k})
+    return shapes
 
 
-def w4_choose(problem: W4Problem, device: Device = H200) -> W4Tile:
+def w4_choose(problem: W4Problem, device: Device = H200) -> W4Tile | W4Few:
     """Return the configuration for a problem."""
     m = problem.m
-    for tile_n, shape in (
-        (8, {}),
-        (16, {}),
-        (32, {}),
-        (64, {}),
-    ):
+    if m <= 16:
+        shapes = few_shapes(problem, device.multiprocessors)
+        shape = max(shapes, key=lambda s: (s["warps_w"] * s["warps_k"] <= 16, s["warps_w"] * s["warps_k"], -s["groups"]))
+        return deepest_few(problem, tile_n=8 if m <= 8 else 16, slabs=max(2, shape["warps_k"]), **shape)
+    for tile_n in (32, 64):
         if m <= tile_n:
-            return _deepest(problem, tile_n=tile_n, **shape)
-    return _deepest(problem, tile_n=256 if m > 128 else 128, consumers=2, slabs=1, grain=2)
+            return deepest(problem, tile_n=tile_n, consumers=2, blocks_of_64=2)
+    return deepest(problem, tile_n=256 if m > 128 else 128, consumers=2, slabs=1, grain=2)
 
 
-def _deepest(problem: W4Problem, **shape: int) -> W4Tile:
-    one, two = (W4Tile(stages=stages, **shape) for stages in (1, 2))
+def deepest(problem: W4Problem, **shape: int) -> W4Tile:
+    """Return the tile with as many stages as fit."""
+    one, two = (W4Tile(stages=stages, **shape) for stages in (1, 2))  # type: ignore[arg-type]
     stage = two.shared_bytes(problem) - one.shared_bytes(problem)
     stages = min(16, 1 + (SHARED_LIMIT - one.shared_bytes(problem)) // stage)
-    return W4Tile(stages=stages, **shape)
+    return W4Tile(stages=stages, **shape)  # type: ignore[arg-type]
+
+
+def deepest_few(problem: W4Problem, **shape: int) -> W4Few:
+    """The same of gemm_w4_few.cu."""
+    stage = W4Few(stages=1, **shape).stage_bytes(problem) + 16
+    return W4Few(stages=min(16, SHARED_LIMIT // stage), **shape)

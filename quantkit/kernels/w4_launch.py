@@ -31,7 +31,7 @@ class W4Launch:
     """One launch of gemm_w4_sm90.
 
     Attributes:
-        defines: its macros. grid, block, shared_bytes: its sizes.
+        defines: its macros. grid, block, cluster, shared_bytes: its sizes.
         box: rows and columns of A's tensor map. output_box: of D's, whose rows are whole 16 bytes if `tma_store`.
         whole: tiles that blocks take whole; the steps of the others are cut into a `share` for each block, and one more
             for the first `extra` of them.
@@ -42,6 +42,7 @@ class W4Launch:
     defines: dict[str, str | int]
     grid: int
     block: int
+    cluster: int
     shared_bytes: int
     box: tuple[int, int]
     output_box: tuple[int, int]
@@ -60,10 +61,10 @@ def w4_launch_of(problem: W4Problem, tile: W4Tile, kind: EpilogueKind, multiproc
     """
     width = OUTPUT_BYTES[problem.output]
     tma_store = width >= 2 and problem.n * width % 16 == 0 and tile.tile_n >= 16
-    grid, whole = schedule_of(problem, tile, multiprocessors)
+    clusters, whole = schedule_of(problem, tile, multiprocessors)
     tiles = tile.tiles(problem)
     cut = tiles - whole
-    share, extra = divmod(cut * tile.steps(problem), grid)
+    share, extra = divmod(cut * tile.steps(problem), clusters)
     return W4Launch(
         defines={
             **_decoding(problem),
@@ -74,20 +75,22 @@ def w4_launch_of(problem: W4Problem, tile: W4Tile, kind: EpilogueKind, multiproc
             "GRAIN": tile.grain,
             "STAGES": tile.stages,
             "ORDER": tile.order,
+            "CLUSTER": tile.cluster,
             "TMA_STORE": int(tma_store),
             **kind.defines(problem.output),
         },
-        grid=grid,
+        grid=clusters * tile.cluster,
         block=tile.threads,
+        cluster=tile.cluster,
         shared_bytes=tile.shared_bytes(problem),
-        box=(tile.tile_n, 64),
+        box=(tile.tile_n // tile.cluster, 64),
         output_box=(tile.piece(problem), 128 // max(width, 2)),
         tma_store=tma_store,
         whole=whole,
         share=share,
         extra=extra,
-        partials_bytes=2 * grid * tile.tile_w * tile.tile_n * 4 if cut else 16,
-        arrivals=max(1, cut * tile.consumers),
+        partials_bytes=2 * clusters * tile.cluster * tile.tile_w * tile.tile_n * 4 if cut else 16,
+        arrivals=max(1, cut * tile.cluster * tile.consumers),
     )
 
 

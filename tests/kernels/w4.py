@@ -143,6 +143,7 @@ def run_w4(
         defines=launch.defines,
         grid=launch.grid,
         block=launch.block,
+        cluster=launch.cluster,
         shared_bytes=launch.shared_bytes,
         multiprocessors=MULTIPROCESSORS,
     )

@@ -11,7 +11,8 @@
 //
 // Work: the first `whole` tiles are dealt out one by one; the rest of the tiles, laid end to end along K, is cut into
 // one equal piece a block (stream-K). Pieces of one tile leave their sums in `partials`; the consumer that arrives last
-// adds them in the order of K, so the result does not depend on who that is.
+// adds them in the order of K, so the result does not depend on who that is. With CLUSTER 2 two blocks take neighbouring
+// tiles along W together, fetch half of A's rows each and multicast them to both; "block" is a cluster then.
 #include "epilogue.h"
 #include "w4_decode.h"
 
@@ -58,11 +59,11 @@ struct Shares {
     return unit < longer ? unit / (s.share + 1) : s.extra + (unit - longer) / s.share;
   }
 };
-struct Schedule { int whole, steps, tile, at, end; };
+struct Schedule { int whole, steps, tile, stride, at, end; };
 QK_FUNCTION bool take(Schedule& s, Segment& segment) {
   if (s.tile < s.whole) {
     segment = {s.tile, 0, s.steps};
-    s.tile += gridDim.x;
+    s.tile += s.stride;
     return true;
   }
   if (s.at >= s.end) return false;
@@ -91,7 +92,7 @@ QK_FUNCTION uint32_t second_word(U32x2 pair) { return pair.y; }
 
 QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^ (row & 7)) << 4); }
 
-QK_KERNEL(THREADS, 1)
+QK_CLUSTER_KERNEL(THREADS, 1, CLUSTER)
 gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT TensorMap map_d, const uint8_t* codes,
              const uint8_t* scales, const uint8_t* zeros, uint8_t* d, EPILOGUE_PARAMETERS, U32x4* partials,
              uint32_t* arrivals, int slabs, int whole, int share, int extra) {
@@ -101,22 +102,28 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
   const int tid = threadIdx.x;
   const int warpgroup = shuffle(tid / 128, 0);  // the compiler sees that a warp's threads agree
   const int blocks = (n_size + 63) / 64, steps = (slabs + SLABS - 1) / SLABS;
-  const int tiles_w = (blocks + BLOCKS - 1) / BLOCKS, tiles_a = (m_size + TILE_N - 1) / TILE_N;
+  const int rank = CLUSTER > 1 ? cluster_rank() : 0, cluster = blockIdx.x / CLUSTER;
+  const int tiles_w = (blocks + BLOCKS * CLUSTER - 1) / (BLOCKS * CLUSTER), tiles_a = (m_size + TILE_N - 1) / TILE_N;
 
   if (tid == 0) {
     prefetch_tensor_map(&map_a);
     if (TMA_STORE) prefetch_tensor_map(&map_d);
     for (int s = 0; s < STAGES; s++) {
       mbarrier_init(full + 8 * s, 1);
-      mbarrier_init(empty + 8 * s, CONSUMERS * 4);
+      mbarrier_init(empty + 8 * s, CONSUMERS * 4 * CLUSTER);
     }
     fence_mbarrier_init();
   }
-  block_sync();
+  if (CLUSTER > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    block_sync();
+  }
 
   const Shares shares{share, extra};
-  Schedule schedule{whole, steps, static_cast<int>(blockIdx.x), Shares::start_of(shares, blockIdx.x),
-                    Shares::start_of(shares, blockIdx.x + 1)};
+  Schedule schedule{whole, steps, cluster, static_cast<int>(gridDim.x) / CLUSTER, Shares::start_of(shares, cluster),
+                    Shares::start_of(shares, cluster + 1)};
   Segment segment;
   if (warpgroup == CONSUMERS) {
     if (RAISED) decrease_registers<56>();
@@ -125,7 +132,8 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
       uint32_t parity = 1;  // the first round finds every stage empty
       QK_ROLLED while (take(schedule, segment)) {
         const Place place = place_of(segment.tile, tiles_w, tiles_a);
-        const int first = place.w * BLOCKS, count = blocks - first < BLOCKS ? blocks - first : BLOCKS;
+        const int first = (place.w * CLUSTER + rank) * BLOCKS, left = blocks - first;
+        const int count = left < 0 ? 0 : left < BLOCKS ? left : BLOCKS;
         QK_ROLLED for (int step = segment.begin; step < segment.end; step++) {
           const uint32_t stage = base + s * STAGE_BYTES, barrier = full + 8 * s;
           mbarrier_wait_ring(empty + 8 * s, parity);
@@ -134,9 +142,16 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
           QK_UNROLL for (int i = 0; i < SLABS; i++) {
             // Beyond K lie zeros of A: any codes and scales will do.
             const int slab = step * SLABS + i, inside = slab < slabs ? slab : slabs - 1;
+            if (CLUSTER == 1) {
+              tma_load(stage + i * TILE_N * ROW, &map_a, barrier, {slab * 64, place.a * TILE_N});
+            } else {
+              const int part = TILE_N / CLUSTER * rank;
+              tma_load_multicast(stage + (i * TILE_N + part) * ROW, &map_a, barrier, (1 << CLUSTER) - 1,
+                                 {slab * 64, place.a * TILE_N + part});
+            }
+            if (CLUSTER > 1 && count == 0) continue;
             bulk_load(stage + CODES_AT + i * BLOCKS * BLOCK_BYTES,
                       codes + (int64_t(inside) * blocks + first) * BLOCK_BYTES, count * BLOCK_BYTES, barrier);
-            tma_load(stage + i * TILE_N * ROW, &map_a, barrier, {slab * 64, place.a * TILE_N});
             if (i < SIDES) {
               const int64_t side = (GROUP == 0 ? 0 : int64_t(inside / GROUP_SLABS) * blocks) + first;
               if (SCALES != SCALES_NONE)
@@ -158,7 +173,10 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
     const int consumer = warpgroup, thread = tid % 128, warp = thread / 32, lane = tid % 32;
     const epilogue::Output output = EPILOGUE_OUTPUT;
     auto release = [&](int s) {
-      if (lane == 0) mbarrier_arrive_ring(empty + 8 * s);
+      if (lane < CLUSTER) {  // the multicast of every block of the cluster writes here, and waits for all of them
+        if (CLUSTER == 1) mbarrier_arrive_ring(empty + 8 * s);
+        else mbarrier_arrive_ring(map_to_rank(empty + 8 * s, lane));
+      }
     };
     const int down = warp * 16 + lane / 4, across = lane % 4 * 2;
     epilogue::ColumnFactors columns[MI][2];
@@ -186,7 +204,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
                 const int first_unit = (pieces[p] - whole) * steps;
                 const uint32_t others =
                     Shares::owner_of(shares, first_unit + steps - 1) - Shares::owner_of(shares, first_unit);
-                uint32_t* const counter = arrivals + (pieces[p] - whole) * CONSUMERS + consumer;
+                uint32_t* const counter = arrivals + ((pieces[p] - whole) * CLUSTER + rank) * CONSUMERS + consumer;
                 const bool is_last = atomic_add_acq_rel(counter, 1) == others;
                 if (is_last) st_global(counter, 0u);  // for the next launch
                 st_shared<uint32_t>(flags + 8 * consumer + 4 * p, is_last);
@@ -199,12 +217,12 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
         if (segment.tile < 0 || !ld_shared<uint32_t>(flags + 8 * consumer + 4 * told)) continue;
       }
       const Place place = place_of(segment.tile, tiles_w, tiles_a);
-      const int m0 = place.a * TILE_N, n0 = (place.w * BLOCKS + consumer * MI) * 64;
+      const int m0 = place.a * TILE_N, n0 = ((place.w * CLUSTER + rank) * BLOCKS + consumer * MI) * 64;
       if (FETCH_EARLY) fetch_columns(n0);
       constexpr int VECTORS = MI * (TILE_N / 8);  // of a thread's sums
       const int first_unit = (segment.tile - whole) * steps;
       auto slot_of = [&](int block) {
-        const int64_t slot = int64_t(block) * 2 + (Shares::start_of(shares, block) < first_unit);
+        const int64_t slot = (int64_t(block) * 2 + (Shares::start_of(shares, block) < first_unit)) * CLUSTER + rank;
         return partials + slot * (VECTORS * CONSUMER_THREADS) + tid;
       };
       if (more) {
@@ -257,7 +275,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
       QK_UNROLL for (int i = 0; i < MI; i++) wgmma_settle(sum[i]);
       release(previous);
       if (segment.begin > 0 || segment.end < steps) {
-        U32x4* const mine = slot_of(blockIdx.x);
+        U32x4* const mine = slot_of(cluster);
         QK_UNROLL for (int v = 0; v < VECTORS; v++) {
           const auto& of = sum[v / (TILE_N / 8)];
           const int i = v % (TILE_N / 8) * 4;
@@ -348,6 +366,10 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
       }
     }
     if (TMA_STORE && thread == 0) store_wait_read<0>();  // shared memory lasts as long as the block
+  }
+  if (CLUSTER > 1) {  // no block leaves while another may still arrive on its barriers
+    cluster_arrive();
+    cluster_wait();
   }
 }
 QK_EXPORT(gemm_w4_sm90)
