@@ -87,7 +87,7 @@ def _draw(axes: Any, benchmark: Benchmark, rows: list[BenchRow]) -> None:
             marker = {"cuBLAS bf16": "s", "Triton": "^", "nvmath": "v", "Humming": "D"}.get(peer, "o")
             axes.scatter(
                 *zip(*points, strict=True), s=18, marker=marker, facecolors="none", edgecolors=colours[name],
-                linewidths=0.8, label=f"{peer} ({name})",
+                linewidths=0.8, label=f"{peer}, beside {name}",
             )  # fmt: skip
     axes.set(
         xscale="log",
@@ -95,7 +95,7 @@ def _draw(axes: Any, benchmark: Benchmark, rows: list[BenchRow]) -> None:
         xlim=(lowest, highest),
         xlabel="operations per byte that must move",
         ylabel="TFLOP/s" if benchmark.mode == "measured" else "TFLOP/s, by the model of time",
-        title=f"{benchmark.model or 'products'} on {gpu.name}, {gpu.dram_gb_per_s / 1e3:g} TB/s",
+        title=f"{benchmark.model or 'products'} on {gpu.name.upper()}, {gpu.dram_gb_per_s / 1e3:g} TB/s",
     )
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=8, loc="lower right")
