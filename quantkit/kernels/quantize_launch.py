@@ -88,7 +88,8 @@ def launch_of(kind: QuantizeKind, rows: int, columns: int, *, vector: bool) -> Q
     threads = row_threads(columns, kind)
     each = _CHUNKS if kind.norm == "none" else _NORM_CHUNKS
     chunks = -(-columns // (CHUNK * threads))
-    if chunks > (_MOST_CHUNKS if kind.whole_rows and kind.norm == "none" else each):
+    plain = kind.norm == "none" and not kind.multiply
+    if chunks > (_MOST_CHUNKS if kind.whole_rows and plain else each):
         chunks = each
     span = threads * chunks * CHUNK
     together = max(1, 128 // threads)

@@ -84,10 +84,10 @@ MUTATIONS = {
         "every",
     ),
     "columns dealt out otherwise": ("(column & 6) * 2 + q * 2", "(column & 6) * 2 + (q ^ 1) * 2", "every"),
-    "operand steps added, not flipped": ("(from_a ^ k * 32)", "(from_a + k * 32)", "every"),
+    "operand steps added, not flipped": ("(fragment_a ^ k * 32)", "(fragment_a + k * 32)", "every"),
     "K tail without a limit": ("left < 0 ? 0 : left < 16 ? left : 16", "left < 0 ? 0 : 16", "every"),
-    "rows beyond the end are read": ("source_row < (is_a ? m_size : n_size) ? wanted : 0", "wanted", "every"),
-    "pitch of the other operand": ("(is_a ? pitch_a : pitch_b)", "(is_a ? pitch_b : pitch_a)", "every"),
+    "rows beyond the end are read": ("skip < (is_a ? rows_a : rows_b) ? wanted : 0", "wanted", "every"),
+    "pitch of the other operand": ("from_b + skip * pitch_b", "from_b + skip * pitch_a", "every"),
     "second half of A's rows": (
         "lane % 16, lane / 16);\n  const",
         "lane % 16, lane / 8 % 2);\n  const",

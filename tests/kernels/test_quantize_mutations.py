@@ -28,9 +28,9 @@ MUTATIONS = {
         "every",
     ),
     "no barrier before they are overwritten": ("block_sync();  // before", "// before", "some"),
-    "one correction of the quotient": (
-        "better = fused_multiply_add(fused_multiply_add(-better, by.scale, x), by.reciprocal, better);",
-        "better = q;",
+    "quotients not corrected": (
+        "float better = corrected(q, x, by.scale, by.reciprocal);",
+        "float better = q;",
         "every",
     ),
     "negative zeros lose their sign": (
@@ -43,7 +43,7 @@ MUTATIONS = {
         "((bits & 0x7fffffu) >= mantissa)",
         "every",
     ),
-    "NVFP4 scales rounded once": ("(beyond > 0x7fff8u && beyond < 0x80008u)", "false", "every"),
+    "NVFP4 scales rounded once": ("(beyond > 0x7fff0u && beyond < 0x80010u)", "false", "every"),
     "scale of a neighbouring block": ("+ column / BLOCK;", "+ column / CHUNK;", "every"),
     "half a block's amax": (
         "for (int mask = BLOCK / CHUNK / 2; mask > 0",
@@ -63,8 +63,8 @@ MUTATIONS = {
         "every",
     ),
     "zero point before rounding": (
-        "(q + to_integer) - to_integer : q) + zero",
-        "(q + zero + to_integer) - to_integer : q)",
+        "((q + to_integer) - to_integer) + zero",
+        "((q + zero + to_integer) - to_integer)",
         "every",
     ),
     "variance around zero": ("(value - mean) * (value - mean)", "value * value", "every"),

@@ -144,32 +144,35 @@ gemm_mma(const uint8_t* a, const uint8_t* b, uint8_t* d, EPILOGUE_PARAMETERS, U3
 
   // A thread copies the same chunk of a row every ROWS_AT_ONCE rows, first of A, then of B.
   const int copy_row = tid / CHUNKS, copy_chunk = tid % CHUNKS;
+  const int rows_a = m_size - m0 - copy_row, rows_b = n_size - n0 - copy_row;  // until the last one
+  const uint8_t* const from_a = a + (m0 + copy_row) * pitch_a + copy_chunk * 16;
+  const uint8_t* const from_b = b + (n0 + copy_row) * pitch_b + copy_chunk * 16;
   auto load = [&](int step) {
     const uint32_t stage = base + step % STAGES * STAGE_BYTES;
-    const int byte = (first_step + step) * ROW + copy_chunk * 16;
-    const int left = row_bytes - byte, wanted = left < 0 ? 0 : left < 16 ? left : 16;
+    const int start = (first_step + step) * ROW, left = row_bytes - start - copy_chunk * 16;
+    const int wanted = left < 0 ? 0 : left < 16 ? left : 16;
     QK_UNROLL for (int i = 0; i < LOADS; i++) {
       const bool is_a = i < LOADS_A;
-      const int row = copy_row + (is_a ? i : i - LOADS_A) * ROWS_AT_ONCE, source_row = (is_a ? m0 : n0) + row;
-      const int valid = source_row < (is_a ? m_size : n_size) ? wanted : 0;
-      const uint8_t* source = is_a ? a : b;
-      if (valid > 0) source += source_row * (is_a ? pitch_a : pitch_b) + byte;
-      cp_async16(stage + (is_a ? place_a(row, copy_chunk) : SECOND + place_b(row, copy_chunk)), source, valid);
+      const int skip = (is_a ? i : i - LOADS_A) * ROWS_AT_ONCE;
+      const int valid = skip < (is_a ? rows_a : rows_b) ? wanted : 0;
+      const uint8_t* source = is_a ? from_a + skip * pitch_a : from_b + skip * pitch_b;
+      const uint32_t to = is_a ? place_a(copy_row + skip, copy_chunk) : SECOND + place_b(copy_row + skip, copy_chunk);
+      cp_async16(stage + to, valid > 0 ? source + start : a, valid);
     }
   };
 
   // ldmatrix: lanes 0-7, 8-15, 16-23, 24-31 give the rows of four matrices of 8 rows x 16 bytes. Of A these are the
   // upper and lower rows of chunk 0, then of chunk 1; of B both chunks of one instruction, then of the other.
-  const uint32_t from_a = place_a(warp / WARPS_N * WARP_M + lane % 16, lane / 16);
-  const uint32_t from_b = SECOND + place_b(warp % WARPS_N * WARP_N + dealt(lane % 8, lane / 16), lane / 8 % 2);
+  const uint32_t fragment_a = place_a(warp / WARPS_N * WARP_M + lane % 16, lane / 16);
+  const uint32_t fragment_b = SECOND + place_b(warp % WARPS_N * WARP_N + dealt(lane % 8, lane / 16), lane / 8 % 2);
   Fragments fragments[2];
   auto fetch = [&](Fragments& to, int step, int k) {
     const uint32_t stage = base + step % STAGES * STAGE_BYTES;
     // Moving on by 32 bytes is flipping bits 5 and 6 of the address: rows are whole powers of two.
     QK_UNROLL for (int i = 0; i < MI; i++)
-      ldmatrix_x4(to.a[i][0], to.a[i][1], to.a[i][2], to.a[i][3], stage + (from_a ^ k * 32) + i * 16 * ROW);
+      ldmatrix_x4(to.a[i][0], to.a[i][1], to.a[i][2], to.a[i][3], stage + (fragment_a ^ k * 32) + i * 16 * ROW);
     QK_UNROLL for (int j = 0; j < NI; j += 2)
-      ldmatrix_x4(to.b[j][0], to.b[j][1], to.b[j + 1][0], to.b[j + 1][1], stage + (from_b ^ k * 32) + j * 8 * ROW);
+      ldmatrix_x4(to.b[j][0], to.b[j][1], to.b[j + 1][0], to.b[j + 1][1], stage + (fragment_b ^ k * 32) + j * 8 * ROW);
   };
 
   Accumulator sum[MI][NI][4];

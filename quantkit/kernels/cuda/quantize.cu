@@ -43,9 +43,10 @@ using portable::float_bits;
 constexpr int CHUNK = 8;
 constexpr int THREADS = ROW_THREADS * ROWS, WARPS = ROW_THREADS < 32 ? 1 : ROW_THREADS / 32;
 constexpr int SPAN = ROW_THREADS * CHUNK * CHUNKS;
-// Blocks that registers are shared out to: enough rows on their way to keep memory busy.
-constexpr int AT_ONCE = (CHUNKS > 4 || THREADS == 512 ? 512 : 768) / THREADS;
 constexpr bool WHOLE_ROWS = SHARING == TOKEN || NORM != NORM_NONE;  // a row is one block's
+constexpr bool TRANSFORMED = NORM != NORM_NONE || MULTIPLY;
+// Threads that registers are shared out to: as many rows on their way as can be without spilling.
+constexpr int AT_ONCE = CHUNKS > 4 ? 512 : !VECTOR || (MULTIPLY && NORM != NORM_RMS) ? 768 : 1024;
 constexpr float LARGEST = CODES == CODES_E4M3 ? 448.0f : CODES == CODES_E2M1 ? 6.0f : 127.0f;
 constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // the smallest normal number
 static_assert((ROW_THREADS & (ROW_THREADS - 1)) == 0 && THREADS % 32 == 0, "rows are whole parts of warps, or warps");
@@ -63,15 +64,21 @@ QK_FUNCTION Divisor divisor(float scale) {
   const uint32_t exponent = float_bits(scale) >> 23;
   const float mantissa = bits_float((float_bits(scale) & 0x7fffffu) | 0x3f800000u);
   const float power = bits_float(exponent < 254 ? (254 - exponent) << 23 : 0x400000u);
-  return {power, mantissa, 1.0f / mantissa};
+  // One step of Newton's from the hardware's estimate: the nearest float.
+  const float estimate = reciprocal_approx(mantissa);
+  return {power, mantissa, fused_multiply_add(fused_multiply_add(-mantissa, estimate, 1.0f), estimate, estimate)};
+}
+
+QK_FUNCTION float corrected(float quotient, float x, float scale, float reciprocal) {
+  const float better = fused_multiply_add(fused_multiply_add(-quotient, scale, x), reciprocal, quotient);
+  return fused_multiply_add(fused_multiply_add(-better, scale, x), reciprocal, better);
 }
 
 QK_FUNCTION float divided(float x, const Divisor& by) {
   if constexpr (SCALES == SCALES_E8M0) return x * by.power;
   x = x * by.power;
   const float q = x * by.reciprocal;
-  float better = fused_multiply_add(fused_multiply_add(-q, by.scale, x), by.reciprocal, q);
-  better = fused_multiply_add(fused_multiply_add(-better, by.scale, x), by.reciprocal, better);
+  float better = corrected(q, x, by.scale, by.reciprocal);
   // A negative zero has lost its sign to the remainder's positive one; float codes keep it.
   if (CODES == CODES_E4M3 || CODES == CODES_E2M1) better = bits_float(float_bits(better) | (float_bits(x) & 0x80000000u));
   // With a scale of its own no element leaves the codes' range. Else infinities must not become NaN.
@@ -82,7 +89,7 @@ QK_FUNCTION float divided(float x, const Divisor& by) {
 
 // amax / LARGEST; 1 where all is zero.
 QK_FUNCTION float float_scale(float amax) {
-  const float ratio = amax / LARGEST;
+  const float ratio = corrected(amax * (1.0f / LARGEST), amax, LARGEST, 1.0f / LARGEST);
   return amax == 0.0f ? 1.0f : ratio < SMALLEST_SCALE ? SMALLEST_SCALE : ratio;
 }
 
@@ -95,13 +102,14 @@ QK_FUNCTION uint32_t power_of_two_scale(float amax) {
   return amax == 0.0f ? 127u : static_cast<uint32_t>(exponent < 0 ? 0 : exponent);
 }
 
-// The e4m3 code nearest to amax / (LARGEST * global). The quotient's rounding to float32 decides only where that lies
-// next to the middle of two codes; there double precision, which holds the product exactly, repeats it.
-QK_FUNCTION uint32_t e4m3_scale(float amax, float global) {
+// The e4m3 code nearest to amax / (LARGEST * global), `reciprocal` being about 1 / (LARGEST * global). The quotient's
+// rounding to float32 decides only where that lies next to the middle of two codes; there, and of codes below normal
+// size, double precision, which holds the product exactly, divides.
+QK_FUNCTION uint32_t e4m3_scale(float amax, float global, float reciprocal) {
   if (amax == 0.0f) return 0x38u;
-  float ratio = amax / (LARGEST * global);
+  float ratio = amax * reciprocal;
   const uint32_t beyond = float_bits(ratio) & 0xfffffu;  // what a code of normal size does not hold
-  if (ratio < 0.015625f || (beyond > 0x7fff8u && beyond < 0x80008u))
+  if (ratio < 0.015625f || (beyond > 0x7fff0u && beyond < 0x80010u))
     ratio = static_cast<float>(static_cast<double>(amax) / (static_cast<double>(LARGEST) * static_cast<double>(global)));
   ratio = ratio < 0.001953125f ? 0.001953125f : ratio;
   return pack_e4m3(ratio, 0.0f) & 0xffu;
@@ -113,7 +121,7 @@ QK_FUNCTION uint32_t e4m3_scale(float amax, float global) {
 QK_FUNCTION uint32_t integer_code(float q, float zero) {
   if (ZERO) {
     const float to_integer = 12582912.0f;  // 1.5 * 2^23: from there on floats are whole
-    q = (q < 4096.0f && q > -4096.0f ? (q + to_integer) - to_integer : q) + zero;
+    q = ((q + to_integer) - to_integer) + zero;  // what is too large for that saturates whatever it is
   }
   return static_cast<uint8_t>(float_to_s8(q)) ^ (CODES == CODES_U8 ? 0x80u : 0u);
 }
@@ -128,9 +136,10 @@ QK_FUNCTION uint32_t e2m1_code(float q) {
   a = a < 6.0f ? a : 6.0f;
   uint32_t octave = float_bits(a) & 0x7f800000u;
   octave = octave < 0x3f800000u ? 0x3f800000u : octave;
-  const float magic = bits_float(octave + 0x0b400000u);  // times 1.5 * 2^22: from 1.0 to 1.5 the exponent stays
-  const uint32_t count = float_bits(a + magic) - float_bits(magic);
-  return sign | (count + ((octave - 0x3f800000u) >> 22));
+  // Times 1.5 * 2^22: the exponent of 1.5 is that of 1. The sum's own exponent then tells the octave again, and each
+  // octave has two codes.
+  const uint32_t sum = float_bits(a + bits_float(octave + 0x0b400000u));
+  return sign | ((sum & 7u) + (sum >> 22) - (0x4ac00000u >> 22));
 }
 #endif
 
@@ -153,27 +162,26 @@ QK_FUNCTION U32x2 encoded(const float (&q)[CHUNK], float zero) {
 
 // ---- rows ----------------------------------------------------------------------------------------------------
 
-struct Held { float value[CHUNKS][CHUNK]; };
+// A chunk as it lies in memory.
+constexpr int WORDS = INPUT == INPUT_F32 ? 8 : 4;
 
-QK_FUNCTION float widened(const void* x, int64_t at) {
-  if (INPUT == INPUT_F32) return ld_global(static_cast<const float*>(x) + at);
-  const uint32_t code = ld_global(static_cast<const uint16_t*>(x) + at);
-  return INPUT == INPUT_BF16 ? bf16_low(code) : f16_low(code);
+QK_FUNCTION void load_chunk(const void* x, int64_t at, uint32_t (&words)[WORDS]) {
+  constexpr int bytes = WORDS * 4 / CHUNK;
+  const U32x4* from = reinterpret_cast<const U32x4*>(static_cast<const uint8_t*>(x) + at * bytes);
+  QK_UNROLL for (int h = 0; h < WORDS / 4; h++) {
+    const U32x4 four = ld_global_once(from + h);
+    memcpy(words + h * 4, &four, 16);
+  }
 }
-
-QK_FUNCTION void widened_chunk(const void* x, int64_t at, float (&value)[CHUNK]) {
-  if constexpr (INPUT == INPUT_F32) {
-    QK_UNROLL for (int h = 0; h < 2; h++) {
-      const U32x4 four = ld_global_once(reinterpret_cast<const U32x4*>(static_cast<const float*>(x) + at) + h);
-      memcpy(value + h * 4, &four, 16);
-    }
-  } else {
-    const U32x4 eight = ld_global_once(reinterpret_cast<const U32x4*>(static_cast<const uint16_t*>(x) + at));
-    const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
-    QK_UNROLL for (int i = 0; i < 4; i++) {
-      value[2 * i] = INPUT == INPUT_BF16 ? bf16_low(pairs[i]) : f16_low(pairs[i]);
-      value[2 * i + 1] = INPUT == INPUT_BF16 ? bf16_high(pairs[i]) : f16_high(pairs[i]);
-    }
+QK_FUNCTION void load_element(const void* x, int64_t at, int i, uint32_t (&words)[WORDS]) {
+  if constexpr (INPUT == INPUT_F32) words[i] = ld_global(static_cast<const uint32_t*>(x) + at);
+  else words[i / 2] |= uint32_t(ld_global(static_cast<const uint16_t*>(x) + at)) << (i % 2 * 16);
+}
+QK_FUNCTION void widened(const uint32_t (&words)[WORDS], float (&value)[CHUNK]) {
+  QK_UNROLL for (int i = 0; i < CHUNK; i++) {
+    if constexpr (INPUT == INPUT_F32) value[i] = bits_float(words[i]);
+    else if (INPUT == INPUT_BF16) value[i] = i % 2 ? bf16_high(words[i / 2]) : bf16_low(words[i / 2]);
+    else value[i] = i % 2 ? f16_high(words[i / 2]) : f16_low(words[i / 2]);
   }
 }
 
@@ -213,7 +221,7 @@ QK_FUNCTION float amax_of_chunk(const float (&x)[CHUNK], float amax) {
   return amax;
 }
 
-QK_KERNEL(THREADS, AT_ONCE)
+QK_KERNEL(THREADS, AT_ONCE / THREADS)
 quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale, const float* global_scale,
          const float* norm_weight, const float* norm_bias, const float* multiplier, float zero, float epsilon, int rows,
          int columns, int64_t pitch_x, int64_t pitch_codes) {
@@ -222,19 +230,27 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
   const bool is_row = row < rows;  // threads of no row go along: shuffles and barriers count everyone
   const int spans = WHOLE_ROWS ? (columns + SPAN - 1) / SPAN : 1, first_span = WHOLE_ROWS ? 0 : blockIdx.y;
 
-  Held held;
+  uint32_t loaded[CHUNKS][WORDS];                  // of this thread, as they lie in memory: half the registers
+  float made[TRANSFORMED ? CHUNKS : 1][CHUNK];  // of them, by norm and multiplier
   auto column_of = [&](int span, int c) { return span * SPAN + (c * ROW_THREADS + thread) * CHUNK; };
   // Elements of no row and no column are zeros.
   auto load = [&](int span) {
     QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
       const int column = column_of(span, c);
-      QK_UNROLL for (int i = 0; i < CHUNK; i++) held.value[c][i] = 0.0f;
+      QK_UNROLL for (int w = 0; w < WORDS; w++) loaded[c][w] = 0;
       if (VECTOR) {
-        if (is_row && column < columns) widened_chunk(x, row * pitch_x + column, held.value[c]);
+        if (is_row && column < columns) load_chunk(x, row * pitch_x + column, loaded[c]);
       } else {
         QK_UNROLL for (int i = 0; i < CHUNK; i++)
-          if (is_row && column + i < columns) held.value[c][i] = widened(x, row * pitch_x + column + i);
+          if (is_row && column + i < columns) load_element(x, row * pitch_x + column + i, i, loaded[c]);
       }
+    }
+  };
+  auto elements = [&](int c, float (&value)[CHUNK]) {
+    if (TRANSFORMED) {
+      QK_UNROLL for (int i = 0; i < CHUNK; i++) value[i] = made[c][i];
+    } else {
+      widened(loaded[c], value);
     }
   };
 
@@ -242,7 +258,8 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
   auto transform = [&](int span) {
     QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
       const int column = column_of(span, c);
-      float (&y)[CHUNK] = held.value[c];
+      float (&y)[CHUNK] = made[c];
+      widened(loaded[c], y);
       QK_UNROLL for (int i = 0; i < CHUNK; i++) {
         if (NORM == NORM_LAYER) y[i] = y[i] - mean;
         if (NORM != NORM_NONE) y[i] = y[i] * normed;
@@ -265,13 +282,14 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
       }
     }
   };
-  // Calls visit(span) with the row's elements in `held`, as they are or transformed. A row of one span stays there.
+  // Calls visit(span) with the row's elements in `loaded`, and in `made` where they are to be transformed. A row of one
+  // span stays there.
   bool transformed = false;
   auto each_span = [&](bool want_transformed, auto visit) {
     for (int s = 0; s < spans; s++) {
       const int span = first_span + s;
       if (!RESIDENT) load(span);
-      if (want_transformed && !(RESIDENT && transformed)) transform(span);
+      if (TRANSFORMED && want_transformed && !(RESIDENT && transformed)) transform(span);
       visit(span);
     }
     transformed = want_transformed;
@@ -285,8 +303,9 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
         QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
           const int column = column_of(span, c);
           float terms[CHUNK];
+          widened(loaded[c], terms);
           QK_UNROLL for (int i = 0; i < CHUNK; i++)
-            terms[i] = VECTOR || column + i < columns ? term(held.value[c][i]) : 0.0f;
+            terms[i] = VECTOR || column + i < columns ? term(terms[i]) : 0.0f;
           sum = sum + (VECTOR && column >= columns ? 0.0f : sum_of_chunk(terms));
         }
       });
@@ -302,20 +321,27 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
   if (SHARING == TOKEN) {
     float amax = 0.0f;
     each_span(true, [&](int) {
-      QK_UNROLL for (int c = 0; c < CHUNKS; c++) amax = amax_of_chunk(held.value[c], amax);
+      QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
+        float value[CHUNK];
+        elements(c, value);
+        amax = amax_of_chunk(value, amax);
+      }
     });
     const float scale = float_scale(over_row(amax, scratch, [](float a, float b) { return max_magnitude(a, b); }));
     if (is_row && thread == 0) st_global(static_cast<float*>(scales) + row, scale);
     by = divisor(scale);
   }
   const float global = SCALES == SCALES_E4M3 ? ld_global(global_scale) : 1.0f;
+  const float reciprocal = 1.0f / (LARGEST * global);
 
   each_span(true, [&](int span) {
     QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
       const int column = column_of(span, c);
       const bool inside = is_row && column < columns;
+      float q[CHUNK];
+      elements(c, q);
       if (SHARING == BLOCKS) {
-        float amax = amax_of_chunk(held.value[c], 0.0f);
+        float amax = amax_of_chunk(q, 0.0f);
         QK_UNROLL for (int mask = BLOCK / CHUNK / 2; mask > 0; mask /= 2)
           amax = max_magnitude(amax, shuffle_xor(amax, mask));
         const int64_t at = row * int64_t((columns + BLOCK - 1) / BLOCK) + column / BLOCK;
@@ -329,13 +355,12 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
           if (writes) st_global(static_cast<uint8_t*>(scales) + at, static_cast<uint8_t>(code));
           by.power = bits_float(code < 254 ? (254 - code) << 23 : 0x400000u);  // 2^(127 - code)
         } else {
-          const uint32_t code = e4m3_scale(amax, global);
+          const uint32_t code = e4m3_scale(amax, global, reciprocal);
           if (writes) st_global(static_cast<uint8_t*>(scales) + at, static_cast<uint8_t>(code));
           by = divisor(f16_low(e4m3_to_f16(static_cast<uint16_t>(code))) * global);
         }
       }
-      float q[CHUNK];
-      QK_UNROLL for (int i = 0; i < CHUNK; i++) q[i] = divided(held.value[c][i], by);
+      QK_UNROLL for (int i = 0; i < CHUNK; i++) q[i] = divided(q[i], by);
       const U32x2 eight = encoded(q, zero);
       if (!inside) continue;
       if (CODES == CODES_E2M1) {
