@@ -113,7 +113,7 @@ def round_weight(
     if gram is None:
         return RoundedWeight(qtensor=found, bias=None, output_error=None)
     values = dequantize(found)
-    change = layer.layout.columns(values).astype(np.float64) - layer.layout.columns(layer.w)
+    change = layer.layout.columns(values).astype(np.float64) - layer.columns
     moment = gram.covariance if correct_bias else gram.second_moment
     return RoundedWeight(
         qtensor=found,
