@@ -48,7 +48,7 @@ class Operands:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a family would do with a work: its best configuration, in words too, and the modelled time.
+    """What a family would do with a work: its best configuration, in words too, and the modelled time, None without a model.
 
     tuned: the configuration was timed, not modelled, and so was the time.
     """
@@ -56,7 +56,7 @@ class Prediction:
     kernel: str
     configuration: Any
     words: str
-    time_us: float
+    time_us: float | None
     tuned: bool = False
 
 

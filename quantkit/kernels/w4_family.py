@@ -1,4 +1,4 @@
-"""gemm_w4_sm90.cu as a family: weights of four bits by bf16 activations on sm_90a."""
+"""gemm_w4_sm90.cu and gemm_w4_few.cu as a family: weights of four bits by bf16 activations on sm_90a."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +17,12 @@ from quantkit.kernels.gemm_operands import Epilogue
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.reference import gemm_reference
 from quantkit.kernels.w4 import matmul_w4, pack_weight4
-from quantkit.kernels.w4_heuristics import W4Problem, W4Tile, estimate_us, w4_choose
-from quantkit.kernels.w4_launch import KERNEL, SOURCE, w4_launch_of
+from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, w4_choose
+from quantkit.kernels.w4_launch import FEW_KERNEL, FEW_SOURCE, KERNEL, SOURCE, w4_few_launch_of, w4_launch_of
 from quantkit.kernels.work import FORMATS, Work
 
 # By format: the codes of the packed weight, and what its scales are stored in.
 _STORED = {"int4": ("int4", "bfloat16"), "nvfp4": ("fp4_e2m1", "e4m3"), "mxfp4": ("fp4_e2m1", "e8m0")}
-# What a launch takes besides its work, as the models of the other kernels have it.
-_LAUNCH_US = 2.0
 _OUTPUTS = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 
 
@@ -43,32 +41,36 @@ class W4Family(Family):
         return group & (group - 1) == 0 and group >= 16
 
     def predict(self, work: Work, gpu: Gpu) -> Prediction:
-        """Return the configuration that the model of bytes and instructions chooses."""
-        problem = _problem(work)
-        tile = w4_choose(problem, gpu.time_model())
+        """Return the configuration that is chosen; how long it takes is not modelled."""
+        tile = w4_choose(_problem(work), gpu.time_model())
         return Prediction(
-            kernel=self.name,
+            kernel=FEW_KERNEL if isinstance(tile, W4Few) else KERNEL,
             configuration=tile,
             words=self.describe(tile),
-            time_us=max(estimate_us(problem, tile, gpu.time_model()), _LAUNCH_US + work.roofline(gpu)[0]),
+            time_us=None,
         )
 
-    def ranked(self, work: Work, gpu: Gpu) -> Sequence[W4Tile]:
+    def ranked(self, work: Work, gpu: Gpu) -> Sequence[W4Tile | W4Few]:
         """Return the configuration that is chosen."""
         return [self.predict(work, gpu).configuration]
 
-    def describe(self, configuration: W4Tile) -> str:
-        """Return a tile as 256x16 s6 stream: rows of W by rows of A, stages, and whether K is cut."""
+    def describe(self, configuration: W4Tile | W4Few) -> str:
+        """Return a tile as 256x16 s6: rows of W by rows of A, and stages."""
         tile = configuration
-        return f"{tile.tile_w}x{tile.tile_n} s{tile.stages}{' stream' if tile.stream else ''}"
+        rows = 16 * tile.tile if isinstance(tile, W4Few) else tile.tile_w
+        return f"{rows}x{tile.tile_n} s{tile.stages}"
 
-    def source(self, work: Work, configuration: W4Tile, gpu: Gpu) -> tuple[Path, Mapping[str, str | int]]:
-        """Return gemm_w4_sm90.cu and its macros."""
-        launch = w4_launch_of(_problem(work), configuration, _kind(work), gpu.multiprocessors)
-        return SOURCE, launch.defines
+    def source(
+        self, work: Work, configuration: W4Tile | W4Few, gpu: Gpu
+    ) -> tuple[Path, Mapping[str, str | int]]:
+        """Return the file and its macros."""
+        problem, kind = _problem(work), _kind(work)
+        if isinstance(configuration, W4Few):
+            return FEW_SOURCE, w4_few_launch_of(problem, configuration, kind).defines
+        return SOURCE, w4_launch_of(problem, configuration, kind, gpu.multiprocessors).defines
 
     def prepare(
-        self, work: Work, operands: Operands, configuration: W4Tile | None = None
+        self, work: Work, operands: Operands, configuration: W4Tile | W4Few | None = None
     ) -> Callable[[], Any]:
         """Return a call of `matmul_w4` that writes into an array of its own."""
         cupy = device.cupy()

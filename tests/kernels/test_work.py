@@ -108,7 +108,7 @@ def test_no_family_is_predicted_to_be_faster_than_the_roofline(family) -> None:
                 work = Work(m=m, n=4096, k=4096, format=name)
                 if family.takes(work, gpu):
                     told = family.predict(work, gpu)
-                    assert told.time_us >= work.roofline(gpu)[0] or told.tuned
+                    assert told.time_us is None or told.time_us >= work.roofline(gpu)[0] or told.tuned
                     assert told.words
                     assert told.configuration == family.ranked(work, gpu)[0] or told.tuned
 
