@@ -48,7 +48,7 @@ class Operands:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a family would do with a work: its best configuration, in words too, and the modelled time, None without a model.
+    """What a family would do with a work: its best configuration, in words too, and the time, None without a model.
 
     tuned: the configuration was timed, not modelled, and so was the time.
     """
