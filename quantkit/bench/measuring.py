@@ -43,13 +43,17 @@ def measured(
     watch = stopwatch or GpuStopwatch()
 
     def run(case: Case, family: Family, prediction: Prediction) -> dict[str, Any]:
-        operands = case.operands()
-        call = family.prepare(case.work, operands, prediction.configuration)
+        watch.release()
+        work, operands = case.work, case.operands()
         try:
+            call = family.prepare(work, operands, prediction.configuration)
             error, checked = compared(call(), family, case, operands)
+        except MemoryError as failure:
+            raise KernelError(
+                f"{work.m}x{work.n}x{work.k} {work.format}: does not fit into the GPU's memory; give a smaller --batch."
+            ) from failure
         except RuntimeError as failure:
             # CuPy's errors of CUDA: a fault of the kernel, and what runs after it can tell nothing.
-            work = case.work
             raise KernelError(
                 f"{family.name} {prediction.words}: fails on {work.m}x{work.n}x{work.k} {work.format} "
                 f"({str(failure).splitlines()[0]}); report this."

@@ -145,6 +145,7 @@ def tune_case(
     stopwatch: Stopwatch,
 ) -> TunedProduct | None:
     """Time configurations of one product in turns and remember the fastest; None where not one of them runs."""
+    stopwatch.release()
     operands = case.operands()
     contenders = {
         str(i): Contender(run=family.prepare(case.work, operands, configuration))

@@ -9,6 +9,7 @@ into the board's power limit, and so does every contender.
 import importlib
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class Stopwatch(Protocol):
 
     def wait(self) -> None:
         """Wait until all that was enqueued is done."""
+
+    def release(self) -> None:
+        """Give back the memory of what was timed before."""
 
 
 def time_in_turns(
@@ -187,3 +191,10 @@ class GpuStopwatch:
     def wait(self) -> None:
         """Wait for the stream."""
         self._stream.synchronize()
+
+    def release(self) -> None:
+        """Give freed memory back to the driver: CuPy and torch each keep what they have, and starve each other."""
+        self._cupy.get_default_memory_pool().free_all_blocks()
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.cuda.empty_cache()

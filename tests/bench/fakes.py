@@ -30,6 +30,9 @@ class FakeClock:
     def elapsed_us(self, start: float, end: float) -> float:
         return end - start
 
+    def release(self) -> None:
+        pass
+
     def wait(self) -> None:
         pass
 

@@ -95,3 +95,14 @@ def test_the_error_is_relative_and_infinite_where_something_is_not_finite() -> N
     broken = want.copy()
     broken[1, 1] = np.nan
     assert relative_error(broken, want) == float("inf")
+
+
+def test_what_does_not_fit_into_memory_names_the_option_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FakeFamily(FakeClock(), [1.0])
+
+    def full(*given: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(family, "prepare", full)
+    with pytest.raises(KernelError, match=r"70x40x32 int8: does not fit .*give a smaller --batch"):
+        run(case_of(), family, {}, monkeypatch)

@@ -44,6 +44,9 @@ class FakeGpu:
     def elapsed_us(self, start: float, end: float) -> float:
         return end - start
 
+    def release(self) -> None:
+        pass
+
     def wait(self) -> None:
         self.log.append("wait")
 
