@@ -54,13 +54,15 @@ def candidates(problem: W4Problem) -> list[W4Tile | W4Few]:
     found: list[W4Tile | W4Few] = []
     if m <= 16:
         for shape in few_shapes(problem, 132):
-            if shape["warps_w"] * shape["warps_k"] < 7:
+            if shape["warps_w"] * shape["warps_k"] < 7 or shape["groups"] > 2:
                 continue
             for each in (1, 2, 4):
                 slabs = each * shape["warps_k"]
                 if slabs > 16 or (problem.group and problem.group >= 64 and max(slabs * 64, problem.group) % min(slabs * 64, problem.group)):
                     continue
-                found.append(deepest_few(problem, tile_n=8 if m <= 8 else 16, slabs=slabs, **shape))
+                for cluster in (1, 2, 4):
+                    if slabs >= cluster and slabs * 64 >= 128:
+                        found.append(deepest_few(problem, tile_n=8 if m <= 8 else 16, slabs=slabs, cluster=cluster, **shape))
         return [t for t in found if t.stages >= 2]
     shapes: list[dict[str, Any]] = []
     if m <= 64:
@@ -83,7 +85,7 @@ def candidates(problem: W4Problem) -> list[W4Tile | W4Few]:
 
 def words(t: W4Tile | W4Few) -> str:
     if isinstance(t, W4Few):
-        return f"few n{t.tile_n} w{t.warps_w}x{t.groups} k{t.warps_k} slabs{t.slabs} stages{t.stages}"
+        return f"few n{t.tile_n} w{t.warps_w}x{t.groups} k{t.warps_k} slabs{t.slabs} stages{t.stages} cluster{t.cluster}"
     return f"n{t.tile_n} c{t.consumers} mi{t.blocks_of_64} slabs{t.slabs} grain{t.grain} stages{t.stages} order{t.order} cluster{t.cluster}"
 
 
@@ -144,7 +146,7 @@ def check() -> dict[str, Any]:
         f = packed.layout
         problem = W4Problem(m=m, n=n, k=k, activations=act, output=out, codes=f.codes, group=f.group, scales=f.scales, zeros=f.zeros)
         tiles = candidates(problem)
-        picked = {w4_choose(problem), *(tiles[(5 * number + 7 * i) % len(tiles)] for i in range(2))}
+        picked = {w4_choose(problem), *(tiles[(5 * number + 7 * i) % len(tiles)] for i in range(1))}
         jobs.append((problem, weight, packed, picked))
     info = compile_all([key_of(p, t) for p, _, _, tiles in jobs for t in tiles])
     wrong, count = [], 0

@@ -117,7 +117,7 @@ class W4Few:
     Attributes:
         tile_n: rows of A in a tile, 8 or 16.
         warps_w, groups: warps side by side along W, and groups of 16 rows that each has. warps_k: sets that share K.
-        slabs: of 64 of K in a stage. stages: of the ring.
+        slabs: of 64 of K in a stage. stages: of the ring. cluster: blocks that fetch rows of A for each other.
     """
 
     tile_n: int
@@ -126,6 +126,7 @@ class W4Few:
     groups: int = 1
     slabs: int = 2
     stages: int = 4
+    cluster: int = 1
 
     @property
     def tile(self) -> int:
@@ -138,8 +139,9 @@ class W4Few:
         return 32 * (self.warps_w * self.warps_k + 1)
 
     def blocks(self, problem: W4Problem) -> tuple[int, int]:
-        """Return the blocks along W and along A."""
-        return -(-problem.blocks * 4 // self.tile), -(-problem.m // self.tile_n)
+        """Return the blocks along W, in whole clusters, and along A."""
+        along_w = -(-problem.blocks * 4 // (self.tile * self.cluster)) * self.cluster
+        return along_w, -(-problem.m // self.tile_n)
 
     def stage_bytes(self, problem: W4Problem) -> int:
         """Return the bytes of a stage: rows of A, codes, scales and zero points."""

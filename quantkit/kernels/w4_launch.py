@@ -101,6 +101,7 @@ class W4FewLaunch:
     defines: dict[str, str | int]
     grid: tuple[int, int]
     block: int
+    cluster: int
     shared_bytes: int
     box: tuple[int, int]
 
@@ -116,8 +117,10 @@ def w4_few_launch_of(problem: W4Problem, tile: W4Few, kind: EpilogueKind) -> W4F
             "TILE_N": tile.tile_n,
             "SLABS": tile.slabs,
             "STAGES": tile.stages,
+            "CLUSTER": tile.cluster,
             **kind.defines(problem.output),
         },
+        cluster=tile.cluster,
         grid=tile.blocks(problem),
         block=tile.threads,
         shared_bytes=tile.shared_bytes(problem),

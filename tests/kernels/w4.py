@@ -119,7 +119,8 @@ def run_w4(
         few = w4_few_launch_of(problem, tile, kind)
         machine.launch(
             source or FEW_SOURCE, FEW_KERNEL, map_of(few.box), *weights, d, *epilogue, np.int32(form.slabs),
-            defines=few.defines, grid=few.grid, block=few.block, shared_bytes=few.shared_bytes,
+            defines=few.defines, grid=few.grid, block=few.block, cluster=few.cluster, shared_bytes=few.shared_bytes,
+            multiprocessors=MULTIPROCESSORS,
         )  # fmt: skip
         return d
     launch = w4_launch_of(problem, tile, kind, MULTIPROCESSORS)

@@ -8,7 +8,8 @@
 // side along W; WARPS_K sets of them share the slabs of a stage, and add up their sums through shared memory at the end.
 //
 // A block has one tile: 16 * WARPS_W * MI rows of W and all of K. That is chosen so that there are just as many blocks as
-// multiprocessors, or little fewer; then nobody waits for another block.
+// multiprocessors, or little fewer; then nobody waits for another block. The blocks of a CLUSTER fetch A's slabs in turn
+// and multicast them to each other.
 #include "epilogue.h"
 #include "w4_decode.h"
 
@@ -20,7 +21,7 @@ constexpr int TILE = WARPS_W * MI;       // groups of 16 rows of W
 constexpr int ROW = 128;                 // bytes of a slab's row of A
 constexpr int GROUP_BYTES = 512;         // codes of 16 rows of a slab
 constexpr int OWN = SLABS / WARPS_K;     // slabs of a stage that a warp multiplies
-static_assert(SLABS % WARPS_K == 0 && SLABS <= 32, "warps have the same number of slabs, the producer a lane for each");
+static_assert(SLABS % WARPS_K == 0, "warps have the same number of slabs");
 
 constexpr int SIDES = GROUP_SLABS >= SLABS ? 1 : SLABS / GROUP_SLABS;  // of scales that a stage holds
 static_assert(GROUP_SLABS % SLABS == 0 || SLABS % GROUP_SLABS == 0, "stages and groups begin together");
@@ -34,57 +35,67 @@ constexpr int STAGE_BYTES = (ZEROS_AT + SIDES * ZEROS_SIZE + 1023) / 1024 * 1024
 
 QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^ (row & 7)) << 4); }
 
-QK_KERNEL(THREADS, 1)
+QK_CLUSTER_KERNEL(THREADS, 1, CLUSTER)
 gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros,
             uint8_t* d, EPILOGUE_PARAMETERS, int slabs) {
   const uint32_t base = shared_base(), full = base + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
   const int tid = threadIdx.x, lane = tid % 32;
   const int warp = shuffle(tid / 32, 0);  // the compiler sees that a warp's threads agree
   const int groups = (n_size + 63) / 64 * 4, first = blockIdx.x * TILE;
-  const int count = groups - first < TILE ? groups - first : TILE;
+  const int left = groups - first, count = left < 0 ? 0 : left < TILE ? left : TILE;
+  const int rank = CLUSTER > 1 ? cluster_rank() : 0;
   const int steps = (slabs + SLABS - 1) / SLABS, m0 = blockIdx.y * TILE_N;
 
   if (tid == THREADS - 1) {
     prefetch_tensor_map(&map_a);
     for (int s = 0; s < STAGES; s++) {
       mbarrier_init(full + 8 * s, 1);
-      mbarrier_init(empty + 8 * s, WARPS);
+      mbarrier_init(empty + 8 * s, WARPS * CLUSTER);
     }
     fence_mbarrier_init();
   }
-  block_sync();
+  if (CLUSTER > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    block_sync();
+  }
 
   int s = 0;
   if (warp == WARPS) {
-    uint32_t parity = 1;  // the first round finds every stage empty
-    const int even = first & ~1, zero_groups = ((first + count + 1) & ~1) - even;
-    QK_ROLLED for (int step = 0; step < steps; step++) {
-      const uint32_t stage = base + s * STAGE_BYTES, barrier = full + 8 * s;
-      mbarrier_wait_ring(empty + 8 * s, parity);
-      if (lane == 0)
+    if (elect_one()) {  // one thread, and the compiler knows: copies then need no loop over lanes
+      uint32_t parity = 1;  // the first round finds every stage empty
+      const int even = first & ~1, zero_groups = ((first + count + 1) & ~1) - even;
+      QK_ROLLED for (int step = 0; step < steps; step++) {
+        const uint32_t stage = base + s * STAGE_BYTES, barrier = full + 8 * s;
+        mbarrier_wait_ring(empty + 8 * s, parity);
         mbarrier_arrive_expect(barrier, CODES_AT + count * (SLABS * GROUP_BYTES + SIDES * 8 * PAIR_BYTES) +
                                             (ZEROS ? SIDES * zero_groups * 8 * GROUPS : 0));
-      warp_sync();
-      if (lane < SLABS) {
-        // Beyond K lie zeros of A: any codes and scales will do.
-        const int slab = step * SLABS + lane, inside = slab < slabs ? slab : slabs - 1;
-        bulk_load(stage + CODES_AT + lane * TILE * GROUP_BYTES, codes + (int64_t(inside) * groups + first) * GROUP_BYTES,
-                  count * GROUP_BYTES, barrier);
-        tma_load(stage + lane * TILE_N * ROW, &map_a, barrier, {slab * 64, m0});
-        if (lane < SIDES && (SCALES != SCALES_NONE || ZEROS)) {
-          const int of_side = step * SLABS + lane * (SLABS / SIDES), last = slabs - 1;
-          const int64_t side = (of_side < last ? of_side : last) / GROUP_SLABS;
-          if (SCALES != SCALES_NONE)
-            bulk_load(stage + SCALES_AT + lane * SCALES_SIZE, scales + (side * groups + first) * (8 * PAIR_BYTES),
-                      count * 8 * PAIR_BYTES, barrier);
-          if (ZEROS)
-            bulk_load(stage + ZEROS_AT + lane * ZEROS_SIZE, zeros + (side * groups + even) * (8 * GROUPS),
-                      zero_groups * 8 * GROUPS, barrier);
+        QK_UNROLL for (int i = 0; i < SLABS; i++) {
+          // Beyond K lie zeros of A: any codes and scales will do.
+          const int slab = step * SLABS + i, inside = slab < slabs ? slab : slabs - 1;
+          if (CLUSTER == 1)
+            tma_load(stage + i * TILE_N * ROW, &map_a, barrier, {slab * 64, m0});
+          else if (i % CLUSTER == rank)
+            tma_load_multicast(stage + i * TILE_N * ROW, &map_a, barrier, (1 << CLUSTER) - 1, {slab * 64, m0});
+          if (CLUSTER > 1 && count == 0) continue;
+          bulk_load(stage + CODES_AT + i * TILE * GROUP_BYTES, codes + (int64_t(inside) * groups + first) * GROUP_BYTES,
+                    count * GROUP_BYTES, barrier);
+          if (i % (SLABS / SIDES) == 0 && (SCALES != SCALES_NONE || ZEROS)) {
+            const int number = i / (SLABS / SIDES);
+            const int64_t side = inside / GROUP_SLABS;
+            if (SCALES != SCALES_NONE)
+              bulk_load(stage + SCALES_AT + number * SCALES_SIZE, scales + (side * groups + first) * (8 * PAIR_BYTES),
+                        count * 8 * PAIR_BYTES, barrier);
+            if (ZEROS)
+              bulk_load(stage + ZEROS_AT + number * ZEROS_SIZE, zeros + (side * groups + even) * (8 * GROUPS),
+                        zero_groups * 8 * GROUPS, barrier);
+          }
         }
-      }
-      if (++s == STAGES) {
-        s = 0;
-        parity ^= 1;
+        if (++s == STAGES) {
+          s = 0;
+          parity ^= 1;
+        }
       }
     }
   } else {
@@ -129,7 +140,10 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
             }
         }
       }
-      if (lane == 0) mbarrier_arrive_ring(empty + 8 * s);
+      if (lane < CLUSTER) {  // the multicast of every block of the cluster writes here, and waits for all of them
+        if (CLUSTER == 1) mbarrier_arrive_ring(empty + 8 * s);
+        else mbarrier_arrive_ring(map_to_rank(empty + 8 * s, lane));
+      }
       if (++s == STAGES) {
         s = 0;
         parity ^= 1;
@@ -147,8 +161,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
           st_shared(at + ((along_k - 1) * WARPS_W * VECTORS + v) * 512, four);
         }
       barrier_sync(1, 32 * WARPS);
-      if (along_k > 0) return;
-      QK_UNROLL for (int other = 0; other < WARPS_K - 1; other++)
+      QK_UNROLL for (int other = 0; other < (along_k > 0 ? 0 : WARPS_K - 1); other++)
         QK_UNROLL for (int v = 0; v < VECTORS; v++) {
           const U32x4 four = ld_shared<U32x4>(at + (other * WARPS_W * VECTORS + v) * 512);
           float part[4];
@@ -156,7 +169,8 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
           QK_UNROLL for (int e = 0; e < 4; e++) sum[v / (TILE_N / 8)][v % (TILE_N / 8)][e] += part[e];
         }
     }
-    QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
+    if (along_k == 0)
+      QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
       QK_UNROLL for (int e = 0; e < 2; e++) {
         const int row = m0 + j * 8 + across + e;
         const epilogue::RowFactors of_row = epilogue::row_factors(output, row);
@@ -165,6 +179,10 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
             epilogue::store_element(output, d, sum[i][j][h * 2 + e] * REBASE, of_row, columns[i][h], row,
                                     n0 + i * 16 + 8 * h);
       }
+  }
+  if (CLUSTER > 1) {  // no block leaves while another may still arrive on its barriers
+    cluster_arrive();
+    cluster_wait();
   }
 }
 QK_EXPORT(gemm_w4_few)

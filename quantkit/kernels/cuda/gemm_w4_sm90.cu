@@ -127,7 +127,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
   Segment segment;
   if (warpgroup == CONSUMERS) {
     if (RAISED) decrease_registers<56>();
-    if (tid == CONSUMER_THREADS) {
+    if (shuffle(tid / 32, 0) == CONSUMERS * 4 && elect_one()) {  // the compiler knows that it is one thread
       int s = 0;
       uint32_t parity = 1;  // the first round finds every stage empty
       QK_ROLLED while (take(schedule, segment)) {
