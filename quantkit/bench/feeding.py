@@ -98,9 +98,23 @@ def _real(
     if source is not None:
         batch = next(iter(batches(source, inputs, _SAMPLES)))
         return batch, _name_of(source)
-    if cache is not None and {s.name for s in inputs} == set(cache.probe):
+    if cache is not None and fits(cache.probe, inputs):
         return fill_batch(dict(cache.probe), inputs), "the sample that the cache keeps"
     return None
+
+
+def fits(sample: Mapping[str, NDArray[Any]], inputs: Sequence[InputSpec]) -> bool:
+    """Return whether a sample is one that these inputs take: names, types, ranks, and sizes beside the batch."""
+    axes = batch_axes(inputs)
+    return {spec.name for spec in inputs} == set(sample) and all(
+        sample[spec.name].dtype == spec.dtype
+        and sample[spec.name].ndim == len(spec.shape)
+        and all(
+            not isinstance(dim, int) or axis == axes[spec.name] or dim == size
+            for axis, (dim, size) in enumerate(zip(spec.shape, sample[spec.name].shape, strict=True))
+        )
+        for spec in inputs
+    )
 
 
 def _name_of(source: SampleSource) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quantkit.bench.cases import Case, Products, cases_of_model, cases_of_shapes
+from quantkit.bench.feeding import fits
 from quantkit.bench.measuring import compile_ahead, facts, measured
 from quantkit.bench.operands import cropped
 from quantkit.bench.peers import missing_peers
@@ -176,8 +177,8 @@ def _cache_here(graph: Graph) -> CalibrationCache | None:
     except CacheError:
         # Real activations are a gift: without a cache, or with several, they are drawn otherwise, and that is told.
         return None
-    same = held.model.fingerprint == graph.fingerprint or {s.name for s in graph.inputs} == set(held.probe)
-    return held if same else None
+    same = held.model.fingerprint == graph.fingerprint
+    return held if same or fits(held.probe, graph.inputs) else None
 
 
 def _choose(case: Case, gpu: Gpu) -> tuple[Family, Prediction] | None:

@@ -9,8 +9,10 @@ import pytest
 
 import quantkit
 from quantkit.bench import run
+from quantkit.bench.feeding import fits
 from quantkit.bench.tune import tune_model
 from quantkit.cache import CalibrationCache
+from quantkit.data import InputSpec
 from quantkit.errors import CacheError, DataError, KernelError, SpecError, UnknownNameError
 from quantkit.kernels.emulator import find_compiler
 from tests.bench.quantized import BUILDERS
@@ -60,6 +62,15 @@ def test_a_cache_of_another_model_lends_nothing(folder: Path) -> None:
     path = MODELS["matmul"].save(folder)
     found = quantkit.bench_model(path, batches=[1], dims={"S": 4, "T": 4})
     assert "random numbers" in found.notes[1]
+
+
+def test_a_sample_fits_inputs_of_its_names_types_and_sizes() -> None:
+    inputs = [InputSpec(name="x", dtype=np.float32, shape=("N", 3, "H"))]
+    sample = {"x": np.zeros((1, 3, 7), np.float32)}
+    assert fits(sample, inputs)
+    assert fits(sample, [replace(inputs[0], shape=(8, 3, 7))])
+    for other in ({"name": "y"}, {"dtype": np.int64}, {"shape": ("N", 3)}, {"shape": ("N", 4, "H")}):
+        assert not fits(sample, [replace(inputs[0], **other)])
 
 
 def test_a_quantized_file_is_run_in_its_own_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from quantkit.errors import FileError
 from quantkit.kernels import tuning
 from quantkit.kernels.epilogue import EpilogueKind
+from quantkit.kernels.families import FAMILIES
 from quantkit.kernels.gpus import GPUS
 from quantkit.kernels.heuristics import Problem, candidates, choose
 from quantkit.kernels.timing import Timing
 from quantkit.kernels.timing_table import Entry, TimingTable, bucket, key_of
+from quantkit.kernels.work import Work
 
 PROBLEM = Problem(m=64, n=8192, k=8192, format="int8", output="bfloat16")
 KIND = EpilogueKind(row_scale="one", column_scale="each")
@@ -37,7 +39,7 @@ def found(cache: Path, problem: Problem = PROBLEM, kind: EpilogueKind = KIND) ->
     return table.find(key_of("gemm_sm90", problem, kind))
 
 
-def remember(cache: Path, problem: Problem = PROBLEM, kind: EpilogueKind = KIND, **options: object) -> Path:
+def remember(cache: Path, problem: Problem = PROBLEM, kind: EpilogueKind = KIND) -> Path:
     tiles = list(candidates(problem))
     timed = {tiles[0]: timing(30.0), tiles[3]: timing(20.0), tiles[5]: timing(25.0)}
     return tuning.remember("test gpu", "gemm_sm90", problem, kind, timed, local="driver-1", cache=cache)
@@ -174,3 +176,36 @@ def test_a_table_survives_its_file() -> None:
     entry = Entry(configuration={"tile_n": 64}, time_us=1.5, q1_us=1.0, q3_us=2.0, m=60, source="abc")
     table = TimingTable({key_of("gemm_sm90", PROBLEM, KIND): entry})
     assert TimingTable.from_json(table.to_json({"gpu": "h200"})).entries == table.entries
+
+
+def test_a_shipped_table_answers_on_any_driver_until_this_machine_was_timed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = remember(cache)
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "test-gpu.json").write_text(path.read_text().replace('"time_us": 20.0', '"time_us": 33.0'))
+    path.unlink()
+    monkeypatch.setattr(tuning, "SHIPPED", shipped)
+    # What ships holds for kernels that have changed a little since.
+    monkeypatch.setattr(tuning, "source_hash", lambda kernel: "another")
+    tuning.forget()
+    entry = found(cache)
+    assert entry is not None
+    assert entry.time_us == 33.0
+    remember(cache)
+    own = found(cache)
+    assert own is not None
+    assert own.time_us == 20.0
+    tuning.forget()
+
+
+def test_predictions_take_what_was_timed(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    tile = list(candidates(PROBLEM))[3]
+    entry = Entry(configuration=asdict(tile), time_us=20.0, q1_us=19.0, q3_us=21.0, m=50, source="")
+    table = TimingTable({key_of("gemm_sm90", PROBLEM, KIND): entry})
+    monkeypatch.setattr(tuning, "table", lambda gpu, local: table)
+    family = FAMILIES[0]
+    told = family.predict(Work(m=60, n=8192, k=8192, format="int8", bias=True), GPUS["h200"])
+    assert (told.configuration, told.tuned) == (tile, True)
+    assert told.time_us == pytest.approx(20.0 * 60 / 50)
