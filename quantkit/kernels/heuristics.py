@@ -130,10 +130,16 @@ def candidates(problem: Problem) -> Iterator[Tile]:
             for i, n in ((1, 128), (1, 192), (1, 256), (2, 128))
         ]
     shapes += [
-        {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True, "split": split}
+        {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True}
         for n in (16, 32, 64, 128, 256)
         for c in (1, 2)
-        for split in (1, 2, 4, 8)
+    ]
+    shapes += [{"blocks_of_64": 1, "tile_n": n, "cluster": 2, "swap": True} for n in (128, 256)]
+    shapes += [
+        {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True, "split": split}
+        for n in (16, 32, 64, 128)
+        for c in (1, 2)
+        for split in (2, 4, 8)
     ]
     steps = -(-problem.row_bytes // _ROW)
     for shape in shapes:

@@ -196,13 +196,15 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       // Row 16 warp + lane / 4 + 8 h, columns 8 j + 2 (lane % 4) + e of the accumulators are this thread's.
       const int down = warp * 16 + lane / 4, across = lane % 4 * 2;
       const int owned = second + (SPLIT > 1 && owner ? rank * OWNED : 0);  // the first column that is finished here
-      // Factors of a span's columns are fetched while the span before is on its way.
+      // Factors of a span's columns are on their way while the span before is finished; where they are many, only
+      // while it is stored.
       constexpr int EACH = SPAN / 4;
-      Across columns[EACH];
+      Across columns[2][EACH];
       Down rows[MI][2];
       auto fetch = [&](int span) {
         QK_UNROLL for (int j = 0; j < EACH; j += 2)
-          fetch_pair(output, owned + span * SPAN + j * 4 + across, columns[j], columns[j + 1]);
+          fetch_pair(output, owned + span % (PIECES * SPANS) * SPAN + j * 4 + across, columns[span % 2][j],
+                     columns[span % 2][j + 1]);
       };
       auto fetch_first = [&] {
         fetch(0);
@@ -257,6 +259,8 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
           const int i = turn / (PIECES * SPANS), within = turn % (PIECES * SPANS);
           const int piece = within / SPANS, span = within % SPANS;
           const int r = first + i * 64, c = owned + within * SPAN;
+          const Across(&of_columns)[EACH] = columns[turn % 2];
+          if (!MANY && turn + 1 < MI * PIECES * SPANS) fetch(turn + 1);
           ResidualPair held[SPAN / 8][2];
           if (RESIDUAL != RESIDUAL_NONE && TMA_STORE) {
             QK_UNROLL for (int j = 0; j < SPAN / 8; j++)
@@ -275,17 +279,17 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
               if (TMA_STORE) {
                 float residual[2] = {0.0f, 0.0f};
                 if (RESIDUAL != RESIDUAL_NONE) residual_values(output, held[block][h], residual);
-                pairs[q] = finish_pair(output, value(i, at), value(i, at + 1), rows[i][h], columns[block * 2],
-                                       columns[block * 2 + 1], residual);
+                pairs[q] = finish_pair(output, value(i, at), value(i, at + 1), rows[i][h], of_columns[block * 2],
+                                       of_columns[block * 2 + 1], residual);
               } else {
                 QK_UNROLL for (int e = 0; e < 2; e++)
-                  store_one(output, d, value(i, at + e), rows[i][h], columns[block * 2 + e], r + down + h * 8,
+                  store_one(output, d, value(i, at + e), rows[i][h], of_columns[block * 2 + e], r + down + h * 8,
                             c + block * 8 + across + e);
               }
             }
             if (TMA_STORE) stage(to, warp, lane, span * (SPAN / 8) + j, pairs);
           }
-          if (turn + 1 < MI * PIECES * SPANS) fetch((turn + 1) % (PIECES * SPANS));
+          if (MANY && turn + 1 < MI * PIECES * SPANS) fetch(turn + 1);
           if (!TMA_STORE || span + 1 < SPANS) continue;
           fence_proxy_async();
           barrier_sync(1 + consumer, 128);
