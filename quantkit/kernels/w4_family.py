@@ -1,6 +1,7 @@
 """gemm_w4_sm90.cu and gemm_w4_few.cu as a family: weights of four bits by bf16 activations on sm_90a."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from quantkit.errors import KernelError
 from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.kernels import device
+from quantkit.kernels.emulated_w4 import emulated_w4
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.family import Family, Operands, Prediction
 from quantkit.kernels.gemm_operands import Epilogue
@@ -19,6 +21,7 @@ from quantkit.kernels.reference import gemm_reference
 from quantkit.kernels.w4 import matmul_w4, pack_weight4
 from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, w4_choose
 from quantkit.kernels.w4_launch import FEW_KERNEL, FEW_SOURCE, KERNEL, SOURCE, w4_few_launch_of, w4_launch_of
+from quantkit.kernels.w4_layout import pack4
 from quantkit.kernels.work import FORMATS, Work
 
 # By format: the codes of the packed weight, and what its scales are stored in.
@@ -85,6 +88,19 @@ class W4Family(Family):
         return lambda: matmul_w4(
             a, weight, epilogue=epilogue, out_dtype=work.output, out=out, tile=configuration
         )
+
+    def emulate(
+        self, work: Work, operands: Operands, configuration: W4Tile | W4Few | None = None
+    ) -> NDArray[Any]:
+        """Return D of the emulated kernel."""
+        packed = pack4(_weight(operands))
+        form = packed.layout
+        problem = replace(
+            _problem(work), codes=form.codes, group=form.group, scales=form.scales, zeros=form.zeros
+        )
+        tile = configuration or w4_choose(problem)
+        a = operands.rows(work.m)
+        return emulated_w4(a, packed, problem, tile, bias=operands.bias, relu=work.relu)
 
     def reference(self, work: Work, operands: Operands) -> NDArray[Any]:
         """Return D of the oracle: a weight's value is rounded once, to bf16, as the kernel decodes it."""

@@ -1,0 +1,100 @@
+"""gemm_w4_sm90.cu and gemm_w4_few.cu on the CPU: the launch that a GPU would get, in the emulator."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.kernels.emulator import Mode, Swizzle, TensorMap, load
+from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
+from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile
+from quantkit.kernels.w4_launch import (
+    FEW_KERNEL,
+    FEW_SOURCE,
+    KERNEL,
+    SOURCE,
+    w4_few_launch_of,
+    w4_launch_of,
+)
+from quantkit.kernels.w4_layout import Packed4
+
+_MULTIPROCESSORS = 4
+
+
+def emulated_w4(
+    a: NDArray[Any],
+    packed: Packed4,
+    problem: W4Problem,
+    tile: W4Tile | W4Few,
+    *,
+    bias: NDArray[np.float32] | None = None,
+    relu: bool = False,
+    mode: Mode = Mode.EAGER,
+) -> NDArray[Any]:
+    """Return D[m, n] = relu(a[m, k] @ W[n, k].T + bias) of the emulated kernel that the tile is of.
+
+    Raises:
+        KernelError: no C++ compiler here, or the kernel broke a rule.
+    """
+    m, k = a.shape
+    form = packed.layout
+    kind = EpilogueKind(column_scale="each", bias=bias is not None, activation="relu" if relu else "none")
+    padded = np.zeros((m, -(-k // 8) * 8), a.dtype)
+    padded[:, :k] = a
+    d: NDArray[Any] = np.empty(
+        (m, form.n), ml_dtypes.bfloat16 if problem.output == "bfloat16" else problem.output
+    )
+    unused = np.zeros(16, np.float32)
+    weights = [unused if part is None else part for part in (packed.codes, packed.scales, packed.zeros)]
+    epilogue = (
+        unused, packed.channel_scale, unused if bias is None else bias, unused, unused, unused,
+        EpilogueValues().packed(), np.int32(m), np.int32(form.n),
+    )  # fmt: skip
+
+    def map_of(box: tuple[int, int]) -> TensorMap:
+        return TensorMap(
+            array=padded, box=box, swizzle=Swizzle.BYTES_128, shape=(m, k), strides_bytes=padded.strides
+        )
+
+    if isinstance(tile, W4Few):
+        few = w4_few_launch_of(problem, tile, kind)
+        load(FEW_SOURCE, FEW_KERNEL, few.defines).launch(
+            map_of(few.box),
+            *weights,
+            d,
+            *epilogue,
+            np.int32(form.slabs),
+            grid=few.grid,
+            block=few.block,
+            cluster=few.cluster,
+            shared_bytes=few.shared_bytes,
+            mode=mode,
+            multiprocessors=_MULTIPROCESSORS,
+        )
+        return d
+    launch = w4_launch_of(problem, tile, kind, _MULTIPROCESSORS)
+    map_a = map_of(launch.box)
+    stored = (
+        TensorMap(array=d, box=launch.output_box, swizzle=Swizzle.BYTES_128) if launch.tma_store else map_a
+    )
+    load(SOURCE, KERNEL, launch.defines).launch(
+        map_a,
+        stored,
+        *weights,
+        d,
+        *epilogue,
+        np.zeros(max(launch.partials_bytes, 16), np.uint8),
+        np.zeros(max(launch.arrivals, 4), np.uint32),
+        np.int32(form.slabs),
+        np.int32(launch.whole),
+        np.int32(launch.share),
+        np.int32(launch.extra),
+        grid=launch.grid,
+        block=launch.block,
+        cluster=launch.cluster,
+        shared_bytes=launch.shared_bytes,
+        mode=mode,
+        multiprocessors=_MULTIPROCESSORS,
+    )
+    return d
