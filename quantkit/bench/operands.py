@@ -167,13 +167,10 @@ def _activation_codes(
 def _quantized(weight: NDArray[np.float32], work: Work) -> QTensor | NDArray[Any]:
     if work.format == "bf16":
         return weight.astype(ml_dtypes.bfloat16)
-    preset = _WEIGHTS.get(work.format, work.format)
-    own = FORMATS[work.format].group
-    size = (
-        work.group if own is not None and work.group != own and not preset.startswith(("mx", "nv")) else None
-    )
-    spec = weight_spec(preset, channel_axis=0, contraction_axis=1, block_size=size)
-    return quantize(weight, qparams_from_range(range_of(weight, spec), spec), spec)
+    spec = _weight_spec(work)
+    # Scales of groups are stored in as many bits as the format's bytes are counted with.
+    dtype = np.dtype(ml_dtypes.bfloat16) if FORMATS[work.format].scale_bits == 16 else None
+    return quantize(weight, qparams_from_range(range_of(weight, spec), spec, scale_dtype=dtype), spec)
 
 
 def _weight_spec(work: Work) -> QuantSpec:

@@ -78,6 +78,11 @@ class W4Family(Family):
         """Return a call of `matmul_w4` that writes into an array of its own."""
         cupy = device.cupy()
         weight = pack_weight4(_weight(operands))
+        form = weight.layout
+        stored = replace(
+            _problem(work), codes=form.codes, group=form.group, scales=form.scales, zeros=form.zeros
+        )
+        tile = configuration if stored == _problem(work) else None
         small = cupy.asarray(np.ascontiguousarray(operands.activations).view(np.uint16))
         a = small if len(small) == work.m else small[cupy.arange(work.m) % len(small)]
         epilogue = Epilogue(
@@ -85,9 +90,7 @@ class W4Family(Family):
             activation="relu" if work.relu else None,
         )
         out = cupy.empty((work.m, work.n), _OUTPUTS[work.output])
-        return lambda: matmul_w4(
-            a, weight, epilogue=epilogue, out_dtype=work.output, out=out, tile=configuration
-        )
+        return lambda: matmul_w4(a, weight, epilogue=epilogue, out_dtype=work.output, out=out, tile=tile)
 
     def emulate(
         self, work: Work, operands: Operands, configuration: W4Tile | W4Few | None = None
@@ -98,7 +101,8 @@ class W4Family(Family):
         problem = replace(
             _problem(work), codes=form.codes, group=form.group, scales=form.scales, zeros=form.zeros
         )
-        tile = configuration or w4_choose(problem)
+        # A tile fits the layout that it was chosen for.
+        tile = configuration if configuration and problem == _problem(work) else w4_choose(problem)
         a = operands.rows(work.m)
         return emulated_w4(a, packed, problem, tile, bias=operands.bias, relu=work.relu)
 

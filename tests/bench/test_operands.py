@@ -95,6 +95,13 @@ def test_every_format_has_operands_of_its_types(form: str) -> None:
     assert FORMATS[form].weight_bits <= bits
 
 
+def test_scales_of_groups_have_the_bits_that_are_counted() -> None:
+    weight = random_operands(Work(m=1, n=8, k=256, format="int4")).weight
+    assert isinstance(weight, QTensor)
+    scale = weight.qparams.scale
+    np.testing.assert_array_equal(scale.astype(ml_dtypes.bfloat16).astype(np.float32), scale)
+
+
 @pytest.mark.parametrize("form", ["int8", "fp8", "bf16"])
 def test_a_part_of_d_is_the_product_of_parts(form: str) -> None:
     """What makes comparing a corner with the oracle right."""
