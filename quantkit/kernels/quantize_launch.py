@@ -15,9 +15,8 @@ SOURCE = Path(__file__).parent / "cuda" / "quantize.cu"
 KERNEL = "quantize"
 
 CHUNK = 8  # neighbouring elements that a thread takes at a time
-# Chunks that a thread takes in a span, that it can hold where this keeps a long row in registers, and that it can
-# hold beside a norm's weights.
-_CHUNKS, _MOST_CHUNKS, _NORM_CHUNKS = 4, 8, 2
+# Chunks that a thread takes in a span, and that it can hold where this keeps a long row in registers.
+_CHUNKS, _MOST_CHUNKS = 4, 8
 
 INPUTS = {"float32": "INPUT_F32", "float16": "INPUT_F16", "bfloat16": "INPUT_BF16"}
 _CODES = {
@@ -65,10 +64,10 @@ class QuantizeLaunch:
 
 def row_threads(columns: int, kind: QuantizeKind) -> int:
     """Return how many threads share a row: it depends on nothing but the row, so neither do a norm's results."""
-    chunks, each = -(-columns // CHUNK), _CHUNKS if kind.norm == "none" else _NORM_CHUNKS
+    chunks = -(-columns // CHUNK)
     least = max(8, (kind.spec.block_size or 0) // CHUNK)
     most = 512 if kind.whole_rows else 256
-    wanted = 1 << (-(-chunks // each) - 1).bit_length()
+    wanted = 1 << (-(-chunks // _CHUNKS) - 1).bit_length()
     return min(max(wanted, least), most)
 
 
@@ -86,11 +85,10 @@ def launch_of(kind: QuantizeKind, rows: int, columns: int, *, vector: bool) -> Q
     """
     check_spec(kind.spec)
     threads = row_threads(columns, kind)
-    each = _CHUNKS if kind.norm == "none" else _NORM_CHUNKS
     chunks = -(-columns // (CHUNK * threads))
-    plain = kind.norm == "none" and not kind.multiply
-    if chunks > (_MOST_CHUNKS if kind.whole_rows and plain else each):
-        chunks = each
+    plain = kind.whole_rows and kind.norm == "none" and not kind.multiply
+    if chunks > (_MOST_CHUNKS if plain else _CHUNKS):
+        chunks = _CHUNKS
     span = threads * chunks * CHUNK
     together = max(1, 128 // threads)
     spans = -(-columns // span)
@@ -120,6 +118,7 @@ def launch_of(kind: QuantizeKind, rows: int, columns: int, *, vector: bool) -> Q
             "CHUNKS": chunks,
             "RESIDENT": int(not kind.whole_rows or spans == 1),
             "VECTOR": int(vector),
+            "FULL": int(columns % span == 0),
         },
         grid=(-(-rows // together), 1 if kind.whole_rows else spans),
         block=threads * together,

@@ -46,7 +46,8 @@ constexpr int SPAN = ROW_THREADS * CHUNK * CHUNKS;
 constexpr bool WHOLE_ROWS = SHARING == TOKEN || NORM != NORM_NONE;  // a row is one block's
 constexpr bool TRANSFORMED = NORM != NORM_NONE || MULTIPLY;
 // Threads that registers are shared out to: as many rows on their way as can be without spilling.
-constexpr int AT_ONCE = CHUNKS > 4 ? 512 : !VECTOR || (MULTIPLY && NORM != NORM_RMS) ? 768 : 1024;
+constexpr int SHARERS = CHUNKS > 4 || NORM == NORM_LAYER ? (VECTOR ? 512 : 256) : !VECTOR || TRANSFORMED ? 768 : 1024;
+constexpr int AT_ONCE = SHARERS < THREADS ? 1 : SHARERS / THREADS;
 constexpr float LARGEST = CODES == CODES_E4M3 ? 448.0f : CODES == CODES_E2M1 ? 6.0f : 127.0f;
 constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // the smallest normal number
 static_assert((ROW_THREADS & (ROW_THREADS - 1)) == 0 && THREADS % 32 == 0, "rows are whole parts of warps, or warps");
@@ -185,12 +186,12 @@ QK_FUNCTION void widened(const uint32_t (&words)[WORDS], float (&value)[CHUNK]) 
   }
 }
 
-// Eight of a vector with a float for each column; zeros beyond its end.
+// Eight of a vector with a float for each column; anything beyond its end.
 QK_FUNCTION void vector_chunk(const float* from, int column, int columns, float (&value)[CHUNK]) {
   if (VECTOR) {
+    from += FULL || column < columns ? column : 0;
     QK_UNROLL for (int h = 0; h < 2; h++) {
-      U32x4 four{0, 0, 0, 0};
-      if (column < columns) four = ld_global(reinterpret_cast<const U32x4*>(from + column) + h);
+      const U32x4 four = ld_global(reinterpret_cast<const U32x4*>(from) + h);
       memcpy(value + h * 4, &four, 16);
     }
   } else {
@@ -221,28 +222,29 @@ QK_FUNCTION float amax_of_chunk(const float (&x)[CHUNK], float amax) {
   return amax;
 }
 
-QK_KERNEL(THREADS, AT_ONCE / THREADS)
+QK_KERNEL(THREADS, AT_ONCE)
 quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale, const float* global_scale,
          const float* norm_weight, const float* norm_bias, const float* multiplier, float zero, float epsilon, int rows,
          int columns, int64_t pitch_x, int64_t pitch_codes) {
   const uint32_t scratch = shared_base();
   const int thread = threadIdx.x % ROW_THREADS, row = blockIdx.x * ROWS + threadIdx.x / ROW_THREADS;
-  const bool is_row = row < rows;  // threads of no row go along: shuffles and barriers count everyone
+  const bool is_row = ROWS == 1 || row < rows;  // threads of no row go along: shuffles and barriers count everyone
   const int spans = WHOLE_ROWS ? (columns + SPAN - 1) / SPAN : 1, first_span = WHOLE_ROWS ? 0 : blockIdx.y;
 
   uint32_t loaded[CHUNKS][WORDS];                  // of this thread, as they lie in memory: half the registers
   float made[TRANSFORMED ? CHUNKS : 1][CHUNK];  // of them, by norm and multiplier
   auto column_of = [&](int span, int c) { return span * SPAN + (c * ROW_THREADS + thread) * CHUNK; };
+  auto is_column = [&](int column) { return FULL || column < columns; };
   // Elements of no row and no column are zeros.
   auto load = [&](int span) {
     QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
       const int column = column_of(span, c);
       QK_UNROLL for (int w = 0; w < WORDS; w++) loaded[c][w] = 0;
       if (VECTOR) {
-        if (is_row && column < columns) load_chunk(x, row * pitch_x + column, loaded[c]);
+        if (is_row && is_column(column)) load_chunk(x, row * pitch_x + column, loaded[c]);
       } else {
         QK_UNROLL for (int i = 0; i < CHUNK; i++)
-          if (is_row && column + i < columns) load_element(x, row * pitch_x + column + i, i, loaded[c]);
+          if (is_row && is_column(column + i)) load_element(x, row * pitch_x + column + i, i, loaded[c]);
       }
     }
   };
@@ -277,8 +279,8 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
         vector_chunk(multiplier, column, columns, factor);
         QK_UNROLL for (int i = 0; i < CHUNK; i++) y[i] = y[i] * factor[i];
       }
-      if (NORM == NORM_LAYER) {  // what is no element has to stay zero
-        QK_UNROLL for (int i = 0; i < CHUNK; i++) y[i] = column + i < columns ? y[i] : 0.0f;
+      if (NORM == NORM_LAYER || NORM_BIAS) {  // what is no element has to stay zero
+        QK_UNROLL for (int i = 0; i < CHUNK; i++) y[i] = is_column(VECTOR ? column : column + i) ? y[i] : 0.0f;
       }
     }
   };
@@ -305,8 +307,8 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
           float terms[CHUNK];
           widened(loaded[c], terms);
           QK_UNROLL for (int i = 0; i < CHUNK; i++)
-            terms[i] = VECTOR || column + i < columns ? term(terms[i]) : 0.0f;
-          sum = sum + (VECTOR && column >= columns ? 0.0f : sum_of_chunk(terms));
+            terms[i] = VECTOR || is_column(column + i) ? term(terms[i]) : 0.0f;
+          sum = sum + (VECTOR && !is_column(column) ? 0.0f : sum_of_chunk(terms));
         }
       });
       return over_row(sum, scratch, [](float a, float b) { return a + b; }) / static_cast<float>(columns);
@@ -337,7 +339,7 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
   each_span(true, [&](int span) {
     QK_UNROLL for (int c = 0; c < CHUNKS; c++) {
       const int column = column_of(span, c);
-      const bool inside = is_row && column < columns;
+      const bool inside = is_row && is_column(column);
       float q[CHUNK];
       elements(c, q);
       if (SHARING == BLOCKS) {
