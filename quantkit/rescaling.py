@@ -165,6 +165,7 @@ def scale_for_awq(
     grams: Mapping[str, GramMatrix],
     *,
     folds: Folds = "all",
+    least_gain: float = 0.0,
     rescaled: Rescaled | None = None,
     xp: ModuleType = np,
 ) -> Rescaled:
@@ -172,6 +173,8 @@ def scale_for_awq(
 
     Args:
         graph, groups, specs, grams, folds, rescaled: as for `smooth`.
+        least_gain: the part of a group's error that must go for it to be scaled. Before GPTQ, which makes up for most
+            of the error itself, less than 1/4 is not worth it.
         xp: NumPy, or CuPy to work on a GPU.
 
     Raises:
@@ -189,8 +192,11 @@ def scale_for_awq(
             continue
         ties = None if group.fold is None or way else group.fold.ties
         best = awq_scale(layers, group.channels, ties=ties, xp=xp)
-        if best.ratio == 0:
-            found = replace(found, notes={**found.notes, group.tensor: "no scale is better than none"})
+        if best.ratio == 0 or best.error > (1 - least_gain) * best.error_unscaled:
+            note = (
+                f"no scale is enough better than none (error {best.error_unscaled:.3g} to {best.error:.3g})"
+            )
+            found = replace(found, notes={**found.notes, group.tensor: note})
             continue
         note = f"error {best.error_unscaled:.3g} to {best.error:.3g}, x to the {best.ratio:g}"
         found = _with(graph, found, group, best.scale, note, insert=way)

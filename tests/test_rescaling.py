@@ -110,6 +110,16 @@ def test_awq_takes_the_outliers_off_the_norm():
     assert "error" in found.notes["n"]
 
 
+def test_little_gain_is_left_alone_where_more_is_asked_for():
+    graph, samples = block(), feeds()
+    grams, _ = evidence(graph, samples)
+    groups, specs = find_groups(graph), specs_of(graph, **INT4_BLOCKS)
+    every = scale_for_awq(graph, groups, specs, grams)
+    worthy = scale_for_awq(graph, groups, specs, grams, least_gain=0.5)
+    assert set(worthy.scales) == {"n"} < set(every.scales)
+    assert "no scale is enough better than none" in worthy.notes["h"]
+
+
 def test_folds_go_where_they_may():
     graph, samples = block(), feeds()
     _, channels = evidence(graph, samples)
