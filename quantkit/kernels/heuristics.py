@@ -100,11 +100,11 @@ class Tile:
     def clusters(self, problem: Problem, multiprocessors: int) -> int:
         """Return how many clusters are launched: no more than there is room for, or work.
 
-        The blocks of a cluster share one of the chip's partitions, each of 16 multiprocessors and some of 18: larger
-        clusters than pairs leave the odd ones over.
+        The blocks of a cluster share one of the chip's partitions, which are not all of one size: an H200 has room for
+        66 pairs, 30 clusters of 4 and 15 of 8.
         """
         along_first, along_second = self.tiles(problem)
-        usable = multiprocessors if self.blocks <= 2 else max(self.blocks, multiprocessors // 16 * 16)
+        usable = multiprocessors if self.blocks <= 2 else max(self.blocks, multiprocessors * 10 // 11)
         return min(along_first * along_second, max(1, usable // self.blocks))
 
 
@@ -134,12 +134,11 @@ def candidates(problem: Problem) -> Iterator[Tile]:
         for n in (16, 32, 64, 128, 256)
         for c in (1, 2)
     ]
-    shapes += [{"blocks_of_64": 1, "tile_n": n, "cluster": 2, "swap": True} for n in (128, 256)]
     shapes += [
         {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True, "split": split}
         for n in (16, 32, 64, 128)
         for c in (1, 2)
-        for split in (2, 4, 8)
+        for split in (2, 4)
     ]
     steps = -(-problem.row_bytes // _ROW)
     for shape in shapes:
@@ -157,7 +156,8 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
 
     Clusters take tiles in waves. A step of a tile (128 bytes of K) takes the longest of its products, its reads from
     L2 at a multiprocessor's share, and its latency over the stages in flight; a tile ends with an epilogue that
-    ping-pong hides, and before which the blocks of a split exchange their partial sums. Device memory bounds the whole.
+    ping-pong hides, and before which the blocks of a split exchange their partial sums. Device memory bounds the
+    whole.
     """
     along_first, along_second = tile.tiles(problem)
     clusters = tile.clusters(problem, device.multiprocessors)
@@ -172,31 +172,33 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
         products *= 1.08 * (1 + 0.4 / waves)  # at first and at last one consumer works alone
     elif tile.tile_n < 256:
         products *= 1.015 if tile.tile_m == 256 and tile.tile_n == 128 else 1.1
+    if tile.cluster > 1 and waves >= 6:
+        products *= 0.985  # long products run at the board's power limit, and multicast saves power
     blocks = clusters * tile.blocks
-    loads = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW / min(device.l2_bytes_per_us / blocks, 1.2e5)
+    loads = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW / min(device.l2_bytes_per_us / blocks, 1.5e5)
     latency = 1.0 / tile.stages
     step = max(products, loads, latency)
     output = tile.tile_m * tile.tile_n * OUTPUT_BYTES[problem.output]
-    epilogue = 0.5 + output / 1.9e4
-    if tile.split > 1:  # partial sums change places, then each block finishes its columns
-        epilogue = 1.5 + output / 1.9e4 / tile.split + tile.tile_m * tile.tile_n * 4 / 8e4
-    if tile.pingpong and waves > 1:
-        epilogue /= waves  # all but the last hide behind products
+    epilogue = 0.5 + output / 2.6e4
+    exchange = 0.5 + tile.tile_n / 48 + 0.3 * tile.split if tile.split > 1 else 0.0
+    finish = exchange + (epilogue / tile.split if tile.split > 1 else epilogue)
+    # All but the last hide behind products in ping-pong, and behind loads.
+    between = 0.0 if tile.pingpong else (waves - 1) * finish
     moved = (problem.m + problem.n) * problem.row_bytes + problem.m * problem.n * OUTPUT_BYTES[problem.output]
     # Few blocks do not keep enough bytes on their way to draw the whole bandwidth.
     streamed = moved / device.dram_bytes_per_us * (1 + 20 / blocks)
-    together = 2.0 if tile.cluster > 1 else 0.0  # the blocks of a cluster start and end together
-    return 2.0 + together + max(waves * (steps * step + epilogue), streamed)
+    together = 1.0 if tile.cluster > 1 else 0.0  # the blocks of a cluster start together
+    return 3.5 + together + max(waves * steps * step + between, streamed) + finish
 
 
 def rank(problem: Problem, device: Device = H200) -> list[Tile]:
     """Return the configurations that can run `problem`, the one modelled fastest first."""
 
     def key(tile: Tile) -> tuple[float, int, bool]:
-        # Among equals, the one that reads least; then a row of tiles across a wide D, seen faster than a column.
+        # Among equals, the one that reads least; then the weights on the side of 64, which was seen to be faster.
         along_first, along_second = tile.tiles(problem)
         read = along_first * along_second * (tile.tile_m * tile.cluster + tile.tile_n)
-        return estimate_us(problem, tile, device), read, tile.swap != (4 * problem.m < problem.n)
+        return estimate_us(problem, tile, device), read, not tile.swap
 
     return sorted(candidates(problem), key=key)
 

@@ -335,9 +335,11 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
             const uint32_t to = map_to_rank(own_buffers + slot * ROUND * 512 + thread * 4, o);
             QK_UNROLL for (int q = 0; q < ROUND; q++)
               st_cluster(to + q * 512, bits_of(of_owner(o, part * ROUND + q)));
-            warp_sync();
-            if (lane == 0) mbarrier_arrive_remote(map_to_rank(partials + 8 * consumer, o));
           }
+          warp_sync();
+          if (lane == 0)  // after all of the stores, whose way is long
+            QK_UNROLL for (int o = 0; o < OWNERS; o++)
+              if (o != rank) mbarrier_arrive_remote(map_to_rank(partials + 8 * consumer, o));
           if (owner) {
             // Not before: there are registers for factors once those of this block's partial sums are free.
             if (!FETCH_EARLY && part + 1 == ROUNDS) fetch_first();
@@ -353,8 +355,9 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
               }
               total[part * ROUND + q] = added;
             }
-            // After the last round the buffers are needed for the output first.
-            if (!TMA_STORE || part + 1 < ROUNDS) {
+            // After a tile's last round the buffers are needed for the output first. After the last tile's nobody
+            // waits for room: whoever is done may leave.
+            if (part + 1 < ROUNDS || (!TMA_STORE && tile + clusters < tiles)) {
               warp_sync();
               grant_room();
             }
@@ -366,10 +369,11 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
     }
     if (TMA_STORE && thread == 0) store_wait_read<0>();  // shared memory lasts as long as the block
   }
-  if (BLOCKS > 1) {  // no block leaves while another may still write to it or arrive on its barriers
-    if (SPLIT > 1 && warpgroup == 0) cluster_wait();
+  if (CLUSTER > 1) {  // no block leaves while another may still write to it or arrive on its barriers
     cluster_arrive();
     cluster_wait();
   }
+  // SPLIT: an owner has awaited all that is sent to it, and a sender all that it was granted.
+  if (SPLIT > 1 && warpgroup == 0) cluster_wait();
 }
 QK_EXPORT(gemm_sm90)

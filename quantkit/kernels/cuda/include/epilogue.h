@@ -238,6 +238,7 @@ QK_FUNCTION float divided(const Numbers& numbers, float x) {
   const float q = x * numbers.reciprocal;
   float better = fused_multiply_add(fused_multiply_add(-q, numbers.scale, x), numbers.reciprocal, q);
   better = fused_multiply_add(fused_multiply_add(-better, numbers.scale, x), numbers.reciprocal, better);
+  if (OUTPUT == OUTPUT_E4M3 && q == 0.0f) return q;  // corrections lose the sign of zero
   return q < 4096.0f && q > -4096.0f ? better : q;
 }
 
