@@ -103,11 +103,12 @@ def peer_gptq(path: Path, ids: np.ndarray) -> onnx.ModelProto:
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.rows = iter(ids)
+            self.row = 0
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            row = next(self.rows, None)
-            return None if row is None else {"input_ids": row[None]}
+        def get_next(self) -> np.ndarray | None:
+            self.row += 1
+            # Rows as they are: of a dict it would look at every array with torch.
+            return ids[self.row - 1 : self.row] if self.row <= len(ids) else None
 
     quantizer = MatMulNBitsQuantizer(
         onnx.load(path),
