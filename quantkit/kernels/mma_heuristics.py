@@ -161,8 +161,10 @@ def mma_candidates(problem: Problem, device: MmaDevice) -> Iterator[MmaTile]:
             if tile.shared_bytes > device.shared_limit:
                 continue
             steps, room = -(-all_bytes // row), tile.residents(device) * device.multiprocessors
+            # The largest pieces leave no registers to add up slices with.
+            most = 1 if tile_m * tile_n > 2048 * warps_m * warps_n else steps // 4
             for slices in _SLICES:
-                if slices == 1 or (steps >= 4 * slices and tile.tiles(problem) * slices <= 2 * room):
+                if slices == 1 or (slices <= most and tile.tiles(problem) * slices <= 2 * room):
                     yield replace(tile, slices=slices)
 
 
