@@ -3,9 +3,10 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from quantkit.graph.channel_labels import UntraceableError
 from quantkit.graph.linears import Linear, find_linears
 from quantkit.graph.model import Graph
-from quantkit.graph.tracing import Traced, UntraceableError, trace
+from quantkit.graph.tracing import Traced, trace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,27 @@ constant, or a linear operator's weight, and gives up at everything else, saying
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from quantkit.graph.channel_labels import (
+    Labels,
+    UntraceableError,
+    dims_of,
+    first_of,
+    laid_out,
+    of_operand,
+    of_parts,
+    of_whole,
+    rank_of,
+    reduced,
+    refuse,
+    repeated,
+    transposed,
+)
 from quantkit.graph.linears import Linear
 from quantkit.graph.model import Graph
 
@@ -68,18 +82,6 @@ class Traced:
     ties: tuple[int, ...]
     passed: tuple[str, ...]
     lifted: tuple[tuple[str, int], ...]
-
-
-class UntraceableError(Exception):
-    """What forbids a fold, in words."""
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """Which channel is where: `names` has an axis for each of `axes`, negative and ascending, of the tensor."""
-
-    axes: tuple[int, ...]
-    names: NDArray[np.int64]
 
 
 @dataclass
@@ -137,16 +139,16 @@ def trace(
         if (str(node.name), index) not in readers:
             raise UntraceableError(f"{tensor} is also read by {node.op_type} {node.name}")
     walk = _Walk(linears, unclipped)
-    _climb(walk, value, _Labels((axis,), np.arange(channels)))
+    _climb(walk, value, Labels((axis,), np.arange(channels)))
     return Traced(
         factors=tuple(walk.factors),
-        ties=_first_of(channels, walk.ties),
+        ties=first_of(channels, walk.ties),
         passed=tuple(walk.passed),
         lifted=tuple(walk.lifted),
     )
 
 
-def _climb(walk: _Walk, value: ir.Value, labels: _Labels) -> None:
+def _climb(walk: _Walk, value: ir.Value, labels: Labels) -> None:
     """Go on from a tensor that is to be divided, whose readers are all known to expect it."""
     node = value.producer()
     if value.is_graph_output():
@@ -171,27 +173,32 @@ def _climb(walk: _Walk, value: ir.Value, labels: _Labels) -> None:
     elif node.op_type in ("Add", "Sub"):
         _pass_sum(walk, node, labels, what)
     elif node.op_type in _POOLS and value is node.outputs[0]:
-        rank = _rank(node.inputs[0], what)
-        _through(walk, node, 0, labels if labels.axes == (1 - rank,) else _refuse(what))
+        if labels.axes != (1 - rank_of(node.inputs[0], what),):
+            refuse(what)
+        _through(walk, node, 0, labels)
     elif node.op_type in _REDUCTIONS:
-        _pass_reduction(walk, node, labels, what)
+        _through(walk, node, 0, reduced(node, labels))
     elif node.op_type == "Transpose":
-        _pass_transpose(walk, node, labels)
+        _through(walk, node, 0, transposed(node, labels))
     elif node.op_type in _LAYOUTS:
-        _pass_layout(walk, node, labels, what)
+        _through(walk, node, 0, laid_out(node, labels))
     elif node.op_type in ("Expand", "Tile"):
-        _pass_repeat(walk, node, labels, what)
+        _through(walk, node, 0, repeated(node, labels, walk.ties))
     elif node.op_type == "Split":
-        _pass_split(walk, node, value, labels, what)
+        _through(walk, node, 0, of_whole(node, value, labels))
     elif node.op_type == "Concat":
-        _pass_concat(walk, node, labels, what)
+        for index, part in enumerate(of_parts(node, labels)):
+            _through(walk, node, index, part)
     elif node.op_type == "MatMul":
-        _pass_attention(walk, node, labels, what)
+        # Probabilities @ values: the values' last axis and the axes before the matrices are those of the result.
+        if -2 in labels.axes:
+            refuse(what)
+        _through(walk, node, 1, of_operand(node, 1, labels, walk.ties))
     else:
         raise UntraceableError(f"{what} computes it")
 
 
-def _through(walk: _Walk, node: ir.Node, index: int, labels: _Labels) -> None:
+def _through(walk: _Walk, node: ir.Node, index: int, labels: Labels) -> None:
     """Go on to an input that `node` alone reads, and once."""
     value = node.inputs[index]
     assert value is not None
@@ -204,22 +211,18 @@ def _through(walk: _Walk, node: ir.Node, index: int, labels: _Labels) -> None:
     _climb(walk, value, labels)
 
 
-def _refuse(what: str) -> _Labels:
-    raise UntraceableError(f"{what} mixes its channels with others")
-
-
 # --- where a walk ends ---------------------------------------------------------------------------------------------
 
 
-def _end_at_linear(walk: _Walk, node: ir.Node, linear: Linear, labels: _Labels, what: str) -> None:
+def _end_at_linear(walk: _Walk, node: ir.Node, linear: Linear, labels: Labels, what: str) -> None:
     if labels.axes != (linear.output_axis,):
-        _refuse(what)
+        refuse(what)
     weight = node.inputs[linear.weight_index]
     assert weight is not None
     sharing = [user for user, _ in weight.uses() if str(user.name) in walk.linears and user is not node]
     if sharing:
         raise UntraceableError(f"{weight.name}, the weight of {what}, is shared with {sharing[0].name}")
-    channels = _line(labels)
+    channels = labels.line()
     found = [
         Factor(
             node=str(node.name),
@@ -235,24 +238,24 @@ def _end_at_linear(walk: _Walk, node: ir.Node, linear: Linear, labels: _Labels, 
     walk.factors.extend(found)
 
 
-def _end_at_norm(walk: _Walk, node: ir.Node, value: ir.Value, labels: _Labels, what: str) -> None:
+def _end_at_norm(walk: _Walk, node: ir.Node, value: ir.Value, labels: Labels, what: str) -> None:
     gain, shift, axis = _NORMS[(node.domain, node.op_type)]
     if axis == 1:
-        axis = 1 - _rank(value, what)
+        axis = 1 - rank_of(value, what)
     else:
         attribute = node.attributes.get("axis")
         given = -1 if attribute is None else attribute.as_int()
         if given not in (-1, len(value.shape) - 1 if value.shape is not None else -1):
             raise UntraceableError(f"{what} normalizes more than the last axis")
     if labels.axes != (axis,) or value is not node.outputs[0]:
-        _refuse(what)
+        refuse(what)
     indices = [gain]
     if shift is not None and len(node.inputs) > shift and node.inputs[shift] is not None:
         indices.append(shift)
     for index in indices:
         _check_constant(node, index, what)
         walk.factors.append(
-            Factor(node=str(node.name), index=index, axis=-1, channels=_line(labels), kind="norm")
+            Factor(node=str(node.name), index=index, axis=-1, channels=labels.line(), kind="norm")
         )
 
 
@@ -262,7 +265,7 @@ def _check_constant(node: ir.Node, index: int, what: str) -> None:
         raise UntraceableError(f"{what} has a computed {'bias' if index == 2 else 'gain'}")
 
 
-def _factor_of_constant(node: ir.Node, index: int, labels: _Labels, what: str) -> Factor:
+def _factor_of_constant(node: ir.Node, index: int, labels: Labels, what: str) -> Factor:
     """The constant operand of an elementwise operator, which may have no channel axis of its own yet."""
     constant = node.inputs[index]
     other = node.inputs[1 - index]
@@ -275,17 +278,13 @@ def _factor_of_constant(node: ir.Node, index: int, labels: _Labels, what: str) -
         raise UntraceableError(f"{what} has a constant of another shape")
     if len(constant.shape) >= -axis and constant.shape[axis] not in (1, labels.names.size):
         raise UntraceableError(f"{what} has a constant of another shape")
-    return Factor(node=str(node.name), index=index, axis=axis, channels=_line(labels), kind="norm")
-
-
-def _line(labels: _Labels) -> tuple[int, ...]:
-    return tuple(int(name) for name in labels.names)
+    return Factor(node=str(node.name), index=index, axis=axis, channels=labels.line(), kind="norm")
 
 
 # --- what passes a scale on ----------------------------------------------------------------------------------------
 
 
-def _pass_clip(walk: _Walk, node: ir.Node, value: ir.Value, labels: _Labels, what: str) -> None:
+def _pass_clip(walk: _Walk, node: ir.Node, value: ir.Value, labels: Labels, what: str) -> None:
     ends = [node.inputs[i] if len(node.inputs) > i else None for i in (1, 2)]
     if any(end is not None and end.const_value is None for end in ends):
         raise UntraceableError(f"{what} has computed limits")
@@ -299,21 +298,21 @@ def _pass_clip(walk: _Walk, node: ir.Node, value: ir.Value, labels: _Labels, wha
     _through(walk, node, 0, labels)
 
 
-def _pass_product(walk: _Walk, node: ir.Node, labels: _Labels, what: str) -> None:
+def _pass_product(walk: _Walk, node: ir.Node, labels: Labels, what: str) -> None:
     constants = [i for i in (0, 1) if node.inputs[i] is not None and node.inputs[i].is_initializer()]  # type: ignore[union-attr]
     if node.op_type == "Div":
-        _through(walk, node, 0, _unbroadcast(walk, node, 0, labels, what))
+        _through(walk, node, 0, of_operand(node, 0, labels, walk.ties))
         return
     reasons = []
     for index in (0, 1):
         if index in constants:
             continue
-        if constants and math.prod(_dims(node.inputs[constants[0]], what)) != 1:
+        if constants and math.prod(dims_of(node.inputs[constants[0]], what)) != 1:
             # A norm's gain.
             break
         attempt = walk.copy()
         try:
-            _through(attempt, node, index, _unbroadcast(attempt, node, index, labels, what))
+            _through(attempt, node, index, of_operand(node, index, labels, attempt.ties))
         except UntraceableError as reason:
             reasons.append(str(reason))
         else:
@@ -325,208 +324,9 @@ def _pass_product(walk: _Walk, node: ir.Node, labels: _Labels, what: str) -> Non
     raise UntraceableError(f"neither side of {what} takes a scale: {'; '.join(reasons)}")
 
 
-def _pass_sum(walk: _Walk, node: ir.Node, labels: _Labels, what: str) -> None:
+def _pass_sum(walk: _Walk, node: ir.Node, labels: Labels, what: str) -> None:
     constants = [i for i in (0, 1) if node.inputs[i] is not None and node.inputs[i].is_initializer()]  # type: ignore[union-attr]
     if not constants:
         raise UntraceableError(f"{what} adds two branches")
     walk.factors.append(_factor_of_constant(node, constants[0], labels, what))
     _through(walk, node, 1 - constants[0], labels)
-
-
-def _unbroadcast(walk: _Walk, node: ir.Node, index: int, labels: _Labels, what: str) -> _Labels:
-    """The labels of an operand: where it is broadcast, its one element stands for several channels."""
-    value = node.inputs[index]
-    assert value is not None
-    if value.shape is None:
-        if node.inputs[1 - index] is not None and node.inputs[1 - index].is_initializer():  # type: ignore[union-attr]
-            return labels
-        raise UntraceableError(f"{value.name} has no known shape")
-    for axis in labels.axes:
-        if -axis > len(value.shape):
-            raise UntraceableError(f"{what} broadcasts {value.name}")
-    return _collapsed(walk, labels, [a for a in labels.axes if value.shape[a] == 1], what)
-
-
-def _collapsed(walk: _Walk, labels: _Labels, axes: Iterable[int], what: str) -> _Labels:
-    """Keep one index of these axes; the channels that it stands for must have one scale."""
-    names = labels.names
-    for axis in axes:
-        at = labels.axes.index(axis)
-        lines = np.moveaxis(names, at, 0).reshape(names.shape[at], -1)
-        for line in lines[1:]:
-            for a, b in zip(lines[0], line, strict=True):
-                if (a < 0) != (b < 0):
-                    raise UntraceableError(f"{what} repeats channels of which only some are scaled")
-                if a >= 0:
-                    walk.ties.append((int(a), int(b)))
-        names = np.take(names, [0], axis=at)
-    return _Labels(labels.axes, names)
-
-
-def _pass_reduction(walk: _Walk, node: ir.Node, labels: _Labels, what: str) -> None:
-    rank = _rank(node.inputs[0], what)
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    if given is not None and given.const_value is not None:
-        axes = [int(a) for a in given.const_value.numpy().reshape(-1)]
-    elif "axes" in node.attributes and given is None:
-        axes = list(node.attributes["axes"].as_ints())
-    else:
-        raise UntraceableError(f"{what} reduces axes that are not known")
-    gone = {axis % rank - rank for axis in axes}
-    keepdims = node.attributes.get("keepdims")
-    if keepdims is None or keepdims.as_int():
-        kept = {axis: axis for axis in range(-rank, 0)}
-    else:
-        left = [axis for axis in range(-rank, 0) if axis not in gone]
-        kept = {axis - len(left): left[axis] for axis in range(len(left))}
-    if any(kept.get(axis, 0) in gone or axis not in kept for axis in labels.axes):
-        raise UntraceableError(f"{what} mixes its channels with others")
-    _through(walk, node, 0, _Labels(tuple(kept[axis] for axis in labels.axes), labels.names))
-
-
-def _pass_transpose(walk: _Walk, node: ir.Node, labels: _Labels) -> None:
-    attribute = node.attributes.get("perm")
-    if attribute is None:
-        rank = _rank(node.inputs[0], f"Transpose {node.name}")
-        perm = tuple(range(rank))[::-1]
-    else:
-        perm = tuple(attribute.as_ints())
-    rank = len(perm)
-    moved = {perm[axis + rank] - rank: axis for axis in labels.axes}
-    axes = tuple(sorted(moved))
-    order = [labels.axes.index(moved[axis]) for axis in axes]
-    _through(walk, node, 0, _Labels(axes, labels.names.transpose(order)))
-
-
-def _pass_layout(walk: _Walk, node: ir.Node, labels: _Labels, what: str) -> None:
-    """Find, from the last axis on, which axes of the input and of the output hold the same elements."""
-    before, after = node.inputs[0], node.outputs[0]
-    assert before is not None
-    old, new = _dims(before, what), _dims(after, what)
-    labels = _without_ones(labels)
-    i, j = len(old), len(new)
-    left = list(labels.axes)
-    axes: list[int] = []
-    while left and i > 0 and j > 0:
-        a, b = (i - 1, j - 1) if old[i - 1] == new[j - 1] else _segment(old, new, i, j)
-        inside = [axis for axis in range(b - len(new), j - len(new)) if axis in left]
-        # Axes of length 1 hold nothing, labelled or not.
-        if inside and any(new[axis] != 1 for axis in range(b - len(new), j - len(new)) if axis not in inside):
-            _refuse(what)
-        if inside:
-            axes[:0] = range(a - len(old), i - len(old))
-        left = [axis for axis in left if axis not in inside]
-        i, j = a, b
-    shape = [old[axis] for axis in axes]
-    if left or not all(isinstance(d, int) for d in shape):
-        raise UntraceableError(f"{what} has shapes that are not known")
-    _through(walk, node, 0, _Labels(tuple(axes), labels.names.reshape([int(d) for d in shape])))
-
-
-def _without_ones(labels: _Labels) -> _Labels:
-    """Drop axes of length 1, which tell no channels apart; the last stays where there is no other."""
-    kept = [i for i, length in enumerate(labels.names.shape) if length > 1] or [labels.names.ndim - 1]
-    shape = [labels.names.shape[i] for i in kept]
-    return _Labels(tuple(labels.axes[i] for i in kept), labels.names.reshape(shape))
-
-
-def _segment(old: list[int | str], new: list[int | str], i: int, j: int) -> tuple[int, int]:
-    """The least number of axes before i and j of one product."""
-    a, b, left, right = i, j, 1, 1
-    while True:
-        if left <= right and a > 0 and isinstance(old[a - 1], int):
-            a -= 1
-            left *= int(old[a])
-        elif right < left and b > 0 and isinstance(new[b - 1], int):
-            b -= 1
-            right *= int(new[b])
-        else:
-            raise UntraceableError("a layout whose shapes are not known")
-        if left == right and a < i and b < j:
-            return a, b
-
-
-def _pass_repeat(walk: _Walk, node: ir.Node, labels: _Labels, what: str) -> None:
-    before, after = node.inputs[0], node.outputs[0]
-    assert before is not None
-    old, new = _dims(before, what), _dims(after, what)
-    missing = len(new) - len(old)
-    if any(axis + len(new) < missing for axis in labels.axes):
-        raise UntraceableError(f"{what} repeats along new axes")
-    repeated = [axis for axis in labels.axes if old[axis] != new[axis]]
-    if any(old[axis] != 1 for axis in repeated):
-        raise UntraceableError(f"{what} repeats its channels")
-    _through(walk, node, 0, _collapsed(walk, labels, repeated, what))
-
-
-def _pass_split(walk: _Walk, node: ir.Node, value: ir.Value, labels: _Labels, what: str) -> None:
-    rank = _rank(value, what)
-    attribute = node.attributes.get("axis")
-    axis = 0 if attribute is None else attribute.as_int()
-    axis = axis - rank if axis >= 0 else axis
-    if axis not in labels.axes:
-        raise UntraceableError(f"{what} cuts across its channels")
-    at = labels.axes.index(axis)
-    parts = []
-    for output in node.outputs:
-        length = None if output.shape is None else output.shape[axis]
-        if not isinstance(length, int):
-            raise UntraceableError(f"{what} has shapes that are not known")
-        shape = (*labels.names.shape[:at], length, *labels.names.shape[at + 1 :])
-        parts.append(labels.names if output is value else np.full(shape, -1))
-    _through(walk, node, 0, _Labels(labels.axes, np.concatenate(parts, axis=at)))
-
-
-def _pass_concat(walk: _Walk, node: ir.Node, labels: _Labels, what: str) -> None:
-    rank = _rank(node.outputs[0], what)
-    axis = node.attributes["axis"].as_int()
-    axis = axis - rank if axis >= 0 else axis
-    start = 0
-    for index, value in enumerate(node.inputs):
-        part = labels
-        if axis in labels.axes:
-            length = None if value is None or value.shape is None else value.shape[axis]
-            if not isinstance(length, int):
-                raise UntraceableError(f"{what} has shapes that are not known")
-            at = labels.axes.index(axis)
-            part = _Labels(labels.axes, labels.names.take(np.arange(start, start + length), axis=at))
-            start += length
-        _through(walk, node, index, part)
-
-
-def _pass_attention(walk: _Walk, node: ir.Node, labels: _Labels, what: str) -> None:
-    """probabilities @ values: the values' last axis and the axes before the matrices are those of the result."""
-    if -2 in labels.axes:
-        _refuse(what)
-    _through(walk, node, 1, _unbroadcast(walk, node, 1, labels, what))
-
-
-def _rank(value: ir.Value | None, what: str) -> int:
-    if value is None or value.shape is None:
-        raise UntraceableError(f"{what} has shapes that are not known")
-    return len(value.shape)
-
-
-def _dims(value: ir.Value | None, what: str) -> list[int | str]:
-    """The dimensions; one that is not known is like no other."""
-    rank = _rank(value, what)
-    assert value is not None and value.shape is not None
-    return [
-        d if isinstance(d, int) else d.value or f"{value.name}:{i}"
-        for i, d in zip(range(rank), value.shape, strict=True)
-    ]
-
-
-def _first_of(channels: int, ties: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-    """The least channel that every channel is tied to, itself where it is free."""
-    first = list(range(channels))
-
-    def root(c: int) -> int:
-        while first[c] != c:
-            c = first[c]
-        return c
-
-    for a, b in ties:
-        least, other = sorted((root(a), root(b)))
-        first[other] = least
-    return tuple(root(c) for c in range(channels))
