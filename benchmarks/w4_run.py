@@ -27,11 +27,10 @@ from quantkit.formats.packing import codes_from_bits
 from quantkit.formats.qparams import QParams
 from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.formats.spec import QuantSpec
-from quantkit.kernels import device as gpu
 from quantkit.kernels.compile import compile_kernel
 from quantkit.kernels.epilogue import EpilogueKind
-from quantkit.kernels.w4 import PackedWeight4, matmul_w4, pack_weight4
-from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, deepest, deepest_few, few_shapes, w4_choose
+from quantkit.kernels.w4 import PackedWeight4, Workspace4, matmul_w4, pack_weight4
+from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, deepest, few_tiles, w4_choose
 from quantkit.kernels.w4_launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
 from quantkit.kernels.w4_layout import Layout4
 
@@ -51,33 +50,41 @@ def problem_of(m: int, n: int, k: int, form: str, output: str = "bfloat16") -> W
 
 def candidates(problem: W4Problem) -> list[W4Tile | W4Few]:
     m = problem.m
-    found: list[W4Tile | W4Few] = []
     if m <= 16:
-        for shape in few_shapes(problem, 132):
-            if shape["warps_w"] * shape["warps_k"] < 7 or shape["groups"] > 2:
-                continue
-            for each in (1, 2, 4):
-                slabs = each * shape["warps_k"]
-                if slabs > 16 or (problem.group and problem.group >= 64 and max(slabs * 64, problem.group) % min(slabs * 64, problem.group)):
-                    continue
-                for cluster in (1, 2, 4):
-                    if slabs >= cluster and slabs * 64 >= 128:
-                        found.append(deepest_few(problem, tile_n=8 if m <= 8 else 16, slabs=slabs, cluster=cluster, **shape))
-        return [t for t in found if t.stages >= 2]
+        return list(few_tiles(problem, 132))
     shapes: list[dict[str, Any]] = []
     if m <= 64:
         tile_n = 32 if m <= 32 else 64
         for (c, mi), (slabs, grain), cluster in itertools.product(
             [(4, 1), (2, 2), (3, 2)], [(2, 4), (1, 2), (2, 2)], [1, 2]
         ):
-            shapes.append({"tile_n": tile_n, "consumers": c, "blocks_of_64": mi, "slabs": slabs, "grain": grain, "cluster": cluster})
+            shapes.append(
+                {
+                    "tile_n": tile_n,
+                    "consumers": c,
+                    "blocks_of_64": mi,
+                    "slabs": slabs,
+                    "grain": grain,
+                    "cluster": cluster,
+                }
+            )
     else:
         for n, c, mi in [(256, 2, 1), (128, 2, 2), (128, 2, 1), (64, 2, 2), (64, 4, 1)]:
             if n > 2 * m:
                 continue
             for (slabs, grain), cluster in itertools.product([(1, 2), (2, 2), (2, 4)], [1, 2]):
                 for order in (8,) if m <= 512 else (4, 16):
-                    shapes.append({"tile_n": n, "consumers": c, "blocks_of_64": mi, "slabs": slabs, "grain": grain, "order": order, "cluster": cluster})
+                    shapes.append(
+                        {
+                            "tile_n": n,
+                            "consumers": c,
+                            "blocks_of_64": mi,
+                            "slabs": slabs,
+                            "grain": grain,
+                            "order": order,
+                            "cluster": cluster,
+                        }
+                    )
     if problem.group and problem.group > 64:
         shapes = [s for s in shapes if problem.group % (64 * s["slabs"]) == 0]
     return [t for t in (deepest(problem, **shape) for shape in shapes) if t.stages >= 2]
@@ -85,8 +92,10 @@ def candidates(problem: W4Problem) -> list[W4Tile | W4Few]:
 
 def words(t: W4Tile | W4Few) -> str:
     if isinstance(t, W4Few):
-        return f"few n{t.tile_n} w{t.warps_w}x{t.groups} k{t.warps_k} slabs{t.slabs} stages{t.stages} cluster{t.cluster}"
-    return f"n{t.tile_n} c{t.consumers} mi{t.blocks_of_64} slabs{t.slabs} grain{t.grain} stages{t.stages} order{t.order} cluster{t.cluster}"
+        parts = [f"few n{t.tile_n} w{t.warps_w}x{t.groups} k{t.warps_k}"]
+    else:
+        parts = [f"n{t.tile_n} c{t.consumers} mi{t.blocks_of_64} grain{t.grain} order{t.order}"]
+    return " ".join([*parts, f"slabs{t.slabs} stages{t.stages} cluster{t.cluster}"])
 
 
 def _compile(job: tuple[bool, dict[str, Any]]) -> tuple[int, int, str]:
@@ -135,8 +144,26 @@ def random_weight(rng: np.random.Generator, n: int, k: int, form: str, group: in
 
 def check() -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    forms = [("int4", 128), ("int4", 32), ("int4", None), ("uint4", 64), ("uint4", 128), ("nvfp4", 16), ("mxfp4", 32)]
-    shapes = [(1, 8, 128), (3, 130, 2880), (16, 520, 1000), (17, 136, 300), (64, 1000, 4096), (130, 264, 700), (300, 1030, 2880), (16, 8192, 8192), (520, 2048, 4096)]
+    forms = [
+        ("int4", 128),
+        ("int4", 32),
+        ("int4", None),
+        ("uint4", 64),
+        ("uint4", 128),
+        ("nvfp4", 16),
+        ("mxfp4", 32),
+    ]
+    shapes = [
+        (1, 8, 128),
+        (3, 130, 2880),
+        (16, 520, 1000),
+        (17, 136, 300),
+        (64, 1000, 4096),
+        (130, 264, 700),
+        (300, 1030, 2880),
+        (16, 8192, 8192),
+        (520, 2048, 4096),
+    ]
     jobs = []
     for number, ((m, n, k), (form, group)) in enumerate(itertools.product(shapes, forms)):
         act = ("bfloat16", "float16")[number % 2]
@@ -144,7 +171,17 @@ def check() -> dict[str, Any]:
         weight = random_weight(rng, n, k, form, group)
         packed = pack_weight4(weight)
         f = packed.layout
-        problem = W4Problem(m=m, n=n, k=k, activations=act, output=out, codes=f.codes, group=f.group, scales=f.scales, zeros=f.zeros)
+        problem = W4Problem(
+            m=m,
+            n=n,
+            k=k,
+            activations=act,
+            output=out,
+            codes=f.codes,
+            group=f.group,
+            scales=f.scales,
+            zeros=f.zeros,
+        )
         tiles = candidates(problem)
         picked = {w4_choose(problem), *(tiles[(5 * number + 7 * i) % len(tiles)] for i in range(1))}
         jobs.append((problem, weight, packed, picked))
@@ -153,9 +190,13 @@ def check() -> dict[str, Any]:
     for problem, weight, packed, tiles in jobs:
         m, n, k = problem.m, problem.n, problem.k
         a = rng.integers(-4, 5, (m, k)).astype(np.float32)
-        want = cupy.asnumpy(cupy.asarray(a, np.float64) @ cupy.asarray(dequantize(weight), np.float64).T).astype(np.float32)
+        want = cupy.asnumpy(
+            cupy.asarray(a, np.float64) @ cupy.asarray(dequantize(weight), np.float64).T
+        ).astype(np.float32)
         host = a.astype(ml_dtypes.bfloat16) if problem.activations == "bfloat16" else a.astype(np.float16)
-        on_gpu = cupy.asarray(host.view(np.uint16)) if problem.activations == "bfloat16" else cupy.asarray(host)
+        on_gpu = (
+            cupy.asarray(host.view(np.uint16)) if problem.activations == "bfloat16" else cupy.asarray(host)
+        )
         kind = ml_dtypes.bfloat16 if problem.output == "bfloat16" else problem.output
         for tile in tiles:
             if info[key_of(problem, tile)][0] == 0:
@@ -167,7 +208,9 @@ def check() -> dict[str, Any]:
             got = cupy.asnumpy(out).view(kind).astype(np.float32)
             count += 1
             if not np.array_equal(got, want.astype(kind).astype(np.float32)):
-                wrong.append({"problem": asdict(problem), "tile": asdict(tile), "elements": int((got != want).sum())})
+                wrong.append(
+                    {"problem": asdict(problem), "tile": asdict(tile), "elements": int((got != want).sum())}
+                )
     print(f"check: {count - len(wrong)} of {count} exact")
     for entry in wrong[:10]:
         print("WRONG", entry)
@@ -178,12 +221,15 @@ def check() -> dict[str, Any]:
 
 
 class Timer:
+    """Medians of contenders that take turns, each on a cold L2."""
+
     def __init__(self, pause_s: float) -> None:
         self.pause_s = pause_s
         self.written = torch.empty(64 << 20, dtype=torch.float32, device="cuda")
         self.read = torch.ones(64 << 20, dtype=torch.float32, device="cuda")
 
     def medians(self, contenders: dict[str, Any], repeats: int) -> dict[str, float]:
+        """Return for each contender its median time in microseconds."""
         alive = {}
         for name, run in contenders.items():
             run()
@@ -208,10 +254,14 @@ class Timer:
                 torch.cuda.synchronize()
                 time.sleep(self.pause_s)
         torch.cuda.synchronize()
-        return {n: statistics.median(s.elapsed_time(e) * 1e3 for s, e in pairs) for n, pairs in events.items()}
+        return {
+            n: statistics.median(s.elapsed_time(e) * 1e3 for s, e in pairs) for n, pairs in events.items()
+        }
 
 
 class Operands:
+    """Random operands of a shape: activations, a bf16 weight for torch, four-bit ones for us."""
+
     def __init__(self, n: int, k: int, rows: int) -> None:
         torch.manual_seed(n + k)
         self.n, self.k = n, k
@@ -219,26 +269,56 @@ class Operands:
         self.w = torch.randn(n, k, dtype=torch.bfloat16, device="cuda")
         self.weights: dict[str, PackedWeight4] = {}
         self.out = cupy.empty((rows, n), np.uint16)
+        self.workspace = Workspace4()
 
     def weight(self, form: str) -> PackedWeight4:
+        """Return a random weight of a form."""
         if form not in self.weights:
-            f = Layout4(n=self.n, k=self.k, codes=FORMS[form]["codes"], group=FORMS[form]["group"], scales=FORMS[form]["scales"], zeros=FORMS[form]["zeros"])
+            f = Layout4(
+                n=self.n,
+                k=self.k,
+                codes=FORMS[form]["codes"],
+                group=FORMS[form]["group"],
+                scales=FORMS[form]["scales"],
+                zeros=FORMS[form]["zeros"],
+            )
             codes = cupy.random.randint(0, 256, (f.slabs, f.blocks, 2048), dtype=np.uint8)
             size = {"bfloat16": 2, "e4m3": 1, "e8m0": 1}[f.scales]
             shape = (f.sides, f.blocks, 32, 2 * f.groups_in_slab * size)
             if size == 2:
-                scales = (cupy.random.randint(0, 128, (*shape[:-1], shape[-1] // 2), dtype=np.uint16) + np.uint16(0x3F80)).view(np.uint8)
+                scales = (
+                    cupy.random.randint(0, 128, (*shape[:-1], shape[-1] // 2), dtype=np.uint16)
+                    + np.uint16(0x3F80)
+                ).view(np.uint8)
             else:
-                scales = cupy.random.randint(240 if f.scales == "e8m0" else 40, 255 if f.scales == "e8m0" else 80, shape, dtype=np.uint8)
-            zeros = cupy.random.randint(0, 256, (f.sides, f.blocks, 32, f.groups_in_slab), dtype=np.uint8) if f.zeros else None
-            self.weights[form] = PackedWeight4(layout=f, codes=codes, scales=scales, zeros=zeros, channel_scale=cupy.full(self.n, 1e-2, np.float32), arch="sm_90a")
+                scales = cupy.random.randint(
+                    240 if f.scales == "e8m0" else 40,
+                    255 if f.scales == "e8m0" else 80,
+                    shape,
+                    dtype=np.uint8,
+                )
+            zeros = (
+                cupy.random.randint(0, 256, (f.sides, f.blocks, 32, f.groups_in_slab), dtype=np.uint8)
+                if f.zeros
+                else None
+            )
+            self.weights[form] = PackedWeight4(
+                layout=f,
+                codes=codes,
+                scales=scales,
+                zeros=zeros,
+                channel_scale=cupy.full(self.n, 1e-2, np.float32),
+                arch="sm_90a",
+            )
         return self.weights[form]
 
     def ours(self, m: int, form: str, tile: W4Tile | W4Few | None = None) -> Any:
+        """Return a call of our kernel."""
         a, weight = cupy.asarray(self.a[:m].view(torch.int16)).view(np.uint16), self.weight(form)
-        return lambda: matmul_w4(a, weight, out=self.out[:m], tile=tile)
+        return lambda: matmul_w4(a, weight, out=self.out[:m], tile=tile, workspace=self.workspace)
 
     def torch(self, m: int) -> Any:
+        """Return a call of torch's product in bf16."""
         a = self.a[:m]
         return lambda: a @ self.w.t()
 
@@ -252,19 +332,41 @@ def tune(timer: Timer, jobs: list[tuple[int, int, int, str]], repeats: int) -> l
         if operands is None or (operands.n, operands.k) != (n, k):
             operands = None
             operands = Operands(n, k, 8192)
-        good = [t for t in several if info[key_of(problem, t)][0] and info[key_of(problem, t)][1] == 0 and not info[key_of(problem, t)][2]]
+        good = [
+            t
+            for t in several
+            if info[key_of(problem, t)][0]
+            and info[key_of(problem, t)][1] == 0
+            and not info[key_of(problem, t)][2]
+        ]
         named = {str(i): operands.ours(m, form, t) for i, t in enumerate(good)}
         found = timer.medians({"torch": operands.torch(m)} | named, repeats)
         base = found.pop("torch")
-        print(f"tune {m}x{n}x{k} {form}: torch {base:.1f} us, {len(several) - len(good)} spill; bytes {problem.weight_bytes / 1e6:.1f} MB")
+        print(
+            f"tune {m}x{n}x{k} {form}: torch {base:.1f} us, {len(several) - len(good)} spill; bytes {problem.weight_bytes / 1e6:.1f} MB"
+        )
         order = sorted(found, key=lambda name: found[name])
         for name in order:
             t = good[int(name)]
-            rows.append({"m": m, "n": n, "k": k, "form": form, "torch": base, "us": found[name], "tile": asdict(t), "registers": info[key_of(problem, t)][0]})
+            rows.append(
+                {
+                    "m": m,
+                    "n": n,
+                    "k": k,
+                    "form": form,
+                    "torch": base,
+                    "us": found[name],
+                    "tile": asdict(t),
+                    "registers": info[key_of(problem, t)][0],
+                }
+            )
         for name in order[:6]:
             t = good[int(name)]
             us = found[name]
-            print(f"   {us:7.1f} us x{base / us:.2f} {problem.weight_bytes / us / 1e6:.2f} TB/s {2e-6 * m * n * k / us:.0f} TF  {words(t)}", flush=True)
+            print(
+                f"   {us:7.1f} us x{base / us:.2f} {problem.weight_bytes / us / 1e6:.2f} TB/s {2e-6 * m * n * k / us:.0f} TF  {words(t)}",
+                flush=True,
+            )
     return rows
 
 
@@ -276,7 +378,9 @@ def compare(timer: Timer, jobs: list[tuple[int, int, int, str]], repeats: int) -
         if operands is None or (operands.n, operands.k) != (n, k):
             operands = None
             operands = Operands(n, k, 8192)
-        found = timer.medians({"torch": operands.torch(m)} | {form: operands.ours(m, form) for form in forms}, repeats)
+        found = timer.medians(
+            {"torch": operands.torch(m)} | {form: operands.ours(m, form) for form in forms}, repeats
+        )
         parts = [f"{form} {found[form]:.1f} x{found['torch'] / found[form]:.2f}" for form in forms]
         print(f"{m}x{n}x{k}: torch {found['torch']:.1f} | " + " | ".join(parts), flush=True)
         rows.append({"m": m, "n": n, "k": k, "us": found})

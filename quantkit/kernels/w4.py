@@ -1,11 +1,10 @@
 """Products with weights of four bits on a Hopper GPU: pack a weight once, multiply bf16 or fp16 activations by it.
 
-D[m, n] = activation((A @ W.T)[m, n] · row_scale[m] + bias[n]). A weight's value is rounded once, to A's type, where it
-is decoded: (q − zero) · scale of integers; values of NVFP4 and MXFP4 are exact (fp16 loses what lies 2^-24 below a
-row's largest scale). Sums are float32. Scales of whole rows, and NVFP4's global scale, multiply the sums.
+D[m, n] = activation((A @ W.T)[m, n] · row_scale[m] + bias[n]) + residual[m, n]. `w4_reference` says what a weight is
+decoded to; sums are float32. Scales of whole rows, and NVFP4's global scale, multiply the sums.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,9 +14,10 @@ import numpy as np
 from quantkit.errors import KernelError
 from quantkit.formats.quantize import QTensor
 from quantkit.kernels import device as gpu
-from quantkit.kernels.compile import compile_kernel
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind, EpilogueValues
-from quantkit.kernels.gemm import Epilogue
+from quantkit.kernels.gemm_checks import check_product, residual_type
+from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
+from quantkit.kernels.gemm_run import aligned
 from quantkit.kernels.heuristics import Device
 from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, w4_choose
 from quantkit.kernels.w4_launch import (
@@ -33,12 +33,11 @@ from quantkit.kernels.w4_launch import (
 from quantkit.kernels.w4_layout import Layout4, Packed4, pack4
 
 _ACTIVATIONS = {"bfloat16": "bfloat16", "uint16": "bfloat16", "float16": "float16"}
-_OUTPUTS = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedWeight4:
-    """A weight of four bits laid out for gemm_w4_sm90.cu, on the device.
+    """A weight of four bits laid out for gemm_w4_sm90.cu and gemm_w4_few.cu, on the device.
 
     codes, scales, zeros, channel_scale: as in `w4_layout.Packed4`.
     """
@@ -61,11 +60,28 @@ class PackedWeight4:
         return self.layout.k
 
 
+class Workspace4:
+    """Memory on the current GPU in which blocks that share a tile leave their sums. One launch at a time may use it.
+
+    size_bytes: for sums; 64 MB are enough for every tile on 132 multiprocessors. counters: one for each tile that is
+    shared, and consumer.
+    """
+
+    def __init__(self, size_bytes: int = 64 << 20, counters: int = 1 << 14) -> None:
+        cupy = gpu.cupy()
+        self.partials = cupy.empty(size_bytes, np.uint8)
+        self.arrivals = cupy.zeros(counters, np.uint32)
+
+    def holds(self, launch: W4Launch) -> bool:
+        """Return whether a launch fits."""
+        return bool(self.partials.nbytes >= launch.partials_bytes and self.arrivals.size >= launch.arrivals)
+
+
 def pack_weight4(weight: QTensor, *, scale_type: str | None = None, arch: str | None = None) -> PackedWeight4:
     """Return `weight` [n, k] on the current GPU; what is taken, and `scale_type`, are those of `w4_layout.pack4`.
 
     Raises:
-        KernelError: a weight that the kernel has not, or no GPU.
+        KernelError: a weight that the kernels have not, or no GPU.
     """
     return upload4(pack4(weight, scale_type=scale_type), arch=arch)
 
@@ -92,175 +108,162 @@ def matmul_w4(
     out_dtype: str = "bfloat16",
     out: Any = None,
     tile: W4Tile | W4Few | None = None,
+    workspace: Workspace4 | None = None,
 ) -> Any:
-    """Return D = a @ weight.T on the current stream, without waiting for it.
+    """Return D = a @ weight.T with its epilogue, on the current stream, without waiting for it.
 
-    a: [..., k], float16, bfloat16, or uint16 that holds bfloat16. out_dtype: bfloat16, float16 or float32.
-    out: a C-contiguous array to write, of the right shape and item size. tile: instead of the chosen one.
-    Calls on one stream share a workspace, and so do all graphs of a device that hold such calls: two of these must not
-    run at the same time. A call is captured only after one of its size was made.
+    Args:
+        a: [..., k], float16, bfloat16, or uint16 that holds bfloat16.
+        weight: what pack_weight4 gave.
+        epilogue: nothing but the weight's scale by default.
+        out_dtype: bfloat16, float16, float32, int8 or float8_e4m3fn (as uint8).
+        out: a C-contiguous array to write, of the right shape and item size.
+        tile: instead of the chosen one.
+        workspace: for blocks that share tiles; by default one that the stream's calls share. A CUDA graph may run
+            beside its own stream, so a captured call shares no tiles unless it is given a workspace, which should be
+            its graph's own.
 
     Raises:
-        KernelError: shapes, types or devices that do not fit, or a GPU without this kernel.
+        KernelError: shapes, types or devices that do not fit, a GPU without this kernel, or a workspace too small.
     """
     cupy = gpu.cupy()
     epilogue = epilogue or Epilogue()
     device = int(cupy.cuda.Device().id)
-    _check(a, weight, epilogue, out_dtype, device)
-    lead, n, k = tuple(a.shape[:-1]), weight.n, weight.k
+    activations = _ACTIVATIONS.get(str(a.dtype))
+    if gpu.architecture(device) != "sm_90a" or activations is None:
+        raise KernelError(
+            f"matmul_w4: {a.dtype} on {gpu.architecture(device)}; pass bfloat16 or float16 on sm_90a."
+        )
+    form = weight.layout
+    stands_for = PackedWeight(
+        data=weight.codes, scale=None, n=form.n, k=form.k, format=activations, arch=weight.arch
+    )
+    check_product(a, stands_for, epilogue, out_dtype, out, device, "sm_90a")
+    lead, n, k = tuple(a.shape[:-1]), form.n, form.k
     m = int(np.prod(lead, dtype=np.int64))
     if out is None:
-        out = cupy.empty((*lead, n), np.dtype(ml_dtypes.bfloat16 if out_dtype == "bfloat16" else out_dtype))
-    elif out.size != m * n or out.itemsize != OUTPUT_BYTES[out_dtype] or not out.flags.c_contiguous:
-        raise KernelError(f"out: {out.shape} {out.dtype} is not a contiguous ({m}, {n}) array of {out_dtype}.")
+        carrier = (
+            ml_dtypes.bfloat16 if out_dtype == "bfloat16" else out_dtype.replace("float8_e4m3fn", "uint8")
+        )
+        out = cupy.empty((*lead, n), np.dtype(carrier))
     if m == 0:
         return out
-    rows, pitch = _aligned(a.reshape(m, k), cupy)
-    row_scale, granularity = _vector(epilogue.row_scale, device)
+    problem = W4Problem(
+        m=m, n=n, k=k, activations=activations, output=out_dtype, codes=form.codes, group=form.group,
+        scales=form.scales, zeros=form.zeros,
+    )  # fmt: skip
+    row_scale, granularity = _rows(epilogue.row_scale, device)
     kind = EpilogueKind(
         row_scale=granularity,
         column_scale="each",
         bias=epilogue.bias is not None,
         activation=epilogue.activation or "none",
+        residual="none" if epilogue.residual is None else "before" if epilogue.residual_first else "after",
+        residual_type="bfloat16" if epilogue.residual is None else residual_type(epilogue.residual),
+        output_zero_point=epilogue.output_zero_point != 0,
     )
-    form = weight.layout
-    activations = _ACTIVATIONS[str(a.dtype)]
-    problem = W4Problem(
-        m=m, n=n, k=k, activations=activations, output=out_dtype, codes=form.codes, group=form.group,
-        scales=form.scales, zeros=form.zeros,
-    )  # fmt: skip
-    launch = _planned(problem, tile, kind, gpu.multiprocessors(device))
+    stream = cupy.cuda.get_current_stream()
+    cut = workspace is not None or not stream.is_capturing()
+    launch = _planned(problem, tile, kind, gpu.multiprocessors(device), cut)
+    target = out if out.data.ptr % 16 == 0 else cupy.empty((*lead, n), out.dtype)
+    rows, pitch = aligned(a.reshape(m, k), cupy)
     map_a = gpu.tensor_map(rows.data.ptr, activations, (m, k), pitch, launch.box)
-    pointers = [
-        0 if array is None else array.data.ptr for array in (row_scale, weight.channel_scale, epilogue.bias)
-    ]
-    held = [0 if array is None else array.data.ptr for array in (weight.codes, weight.scales, weight.zeros)]
+    vectors = (
+        row_scale, weight.channel_scale, _plain(epilogue.bias), None, None, _plain(epilogue.residual)
+    )  # fmt: skip
     common = (
-        *map(np.uint64, held),
-        np.uint64(out.data.ptr),
-        *map(np.uint64, pointers),
-        np.uint64(0),
-        np.uint64(0),
-        np.uint64(0),
-        EpilogueValues().packed(),
+        *(_address(part) for part in (weight.codes, weight.scales, weight.zeros, target, *vectors)),
+        _values(epilogue),
         np.int32(m),
         np.int32(n),
     )
+    macros = tuple(sorted(launch.defines.items()))
     if isinstance(launch, W4FewLaunch):
-        grid: tuple[int, ...] = launch.grid
+        function = gpu.function_of(device, FEW_SOURCE, FEW_KERNEL, macros, launch.shared_bytes)
         arguments: tuple[Any, ...] = (map_a, *common, np.int32(form.slabs))
+        function(launch.grid, (launch.block,), arguments, shared_mem=launch.shared_bytes)
     else:
-        grid = (launch.grid,)
+        function = gpu.function_of(device, SOURCE, KERNEL, macros, launch.shared_bytes)
         map_d = map_a
         if launch.tma_store:
             width = OUTPUT_BYTES[out_dtype]
-            map_d = gpu.tensor_map(out.data.ptr, out_dtype, (m, n), n * width, launch.output_box)
-        partials, arrivals = _workspace(device, cupy.cuda.get_current_stream().ptr, launch)
-        pieces = np.uint64(partials.data.ptr), np.uint64(arrivals.data.ptr)
-        shares = launch.whole, launch.share, launch.extra
-        arguments = (map_a, map_d, *common, *pieces, np.int32(form.slabs), *map(np.int32, shares))
-    function = _function(
-        device, isinstance(launch, W4FewLaunch), tuple(sorted(launch.defines.items())), launch.shared_bytes
-    )
-    function(grid, (launch.block,), arguments, shared_mem=launch.shared_bytes)
+            map_d = gpu.tensor_map(target.data.ptr, out_dtype, (m, n), n * width, launch.output_box)
+        held = _workspace(device, stream.ptr, launch, workspace)
+        pieces = (0, 0) if held is None else (held.partials.data.ptr, held.arrivals.data.ptr)
+        schedule = form.slabs, launch.whole, launch.share, launch.extra
+        arguments = (map_a, map_d, *common, *map(np.uint64, pieces), *map(np.int32, schedule))
+        function((launch.grid,), (launch.block,), arguments, shared_mem=launch.shared_bytes)
+    if target is not out:
+        out[...] = target
     return out
 
 
 @lru_cache(maxsize=4096)
 def _planned(
-    problem: W4Problem, tile: W4Tile | W4Few | None, kind: EpilogueKind, multiprocessors: int
+    problem: W4Problem, tile: W4Tile | W4Few | None, kind: EpilogueKind, multiprocessors: int, cut: bool
 ) -> W4Launch | W4FewLaunch:
     tile = tile or w4_choose(problem, Device(multiprocessors=multiprocessors))
     if isinstance(tile, W4Few):
         return w4_few_launch_of(problem, tile, kind)
-    return w4_launch_of(problem, tile, kind, multiprocessors)
+    return w4_launch_of(problem, tile if cut else replace(tile, stream=False), kind, multiprocessors)
+
+
+# Of each device and stream. The counters of a workspace are zero between launches.
+_workspaces: dict[tuple[int, int], Workspace4] = {}
+
+
+def _workspace(device: int, stream: int, launch: W4Launch, given: Workspace4 | None) -> Workspace4 | None:
+    if launch.share == launch.extra == 0:
+        return None
+    if given is not None:
+        if not given.holds(launch):
+            raise KernelError(
+                f"workspace: {given.partials.nbytes} bytes and {given.arrivals.size} counters; this product takes "
+                f"{launch.partials_bytes} and {launch.arrivals}."
+            )
+        return given
+    held = _workspaces.get((device, stream))
+    if held is None or not held.holds(launch):
+        # What it replaces goes back to the pool of this stream, whose next use comes after the launches before.
+        held = Workspace4(max(launch.partials_bytes, 1 << 20), max(launch.arrivals, 1 << 12))
+        _workspaces[device, stream] = held
+    return held
+
+
+def _address(array: Any) -> np.uint64:
+    return np.uint64(0 if array is None else array.data.ptr)
 
 
 @lru_cache(maxsize=1024)
-def _function(device: int, few: bool, defines: tuple[tuple[str, str | int], ...], shared_bytes: int) -> Any:
-    source = FEW_SOURCE if few else SOURCE
-    built = compile_kernel(source, arch=gpu.architecture(device), defines=dict(defines))
-    function = gpu.cupy().RawModule(path=str(built.cubin)).get_function(FEW_KERNEL if few else KERNEL)
-    function.max_dynamic_shared_size_bytes = shared_bytes
-    return function
+def _packed(values: EpilogueValues) -> np.void:
+    return values.packed()
 
 
-# Of each device and stream: room for sums of pieces, and counters that are zero between launches. Nothing can be
-# allocated while a graph is captured, so what captures use is made beside what plain calls use. Outgrown ones are kept:
-# captured graphs may still use them.
-_WORKSPACES: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
-_CAPTURES = -1
+def _values(epilogue: Epilogue) -> np.void:
+    low, high = epilogue.clip or (0.0, 0.0)
+    return _packed(
+        EpilogueValues(
+            low=low,
+            high=high,
+            scale=epilogue.output_scale,
+            zero_point=epilogue.output_zero_point,
+            residual_scale=epilogue.residual_scale,
+            residual_zero_point=epilogue.residual_zero_point,
+        )
+    )
 
 
-def _workspace(device: int, stream: int, launch: W4Launch) -> tuple[Any, Any]:
-    cupy = gpu.cupy()
-    capturing = bool(cupy.cuda.runtime.streamIsCapturing(stream))
-    found = _fitting(device, _CAPTURES if capturing else stream, launch)
-    if found is not None:
-        return found
-    if capturing:
-        raise KernelError("matmul_w4: no workspace yet for a captured product of this size; call it once before.")
-    for key in {stream, _CAPTURES}:
-        if _fitting(device, key, launch) is None:
-            size, count = max(launch.partials_bytes, 1 << 20), max(launch.arrivals, 1 << 12)
-            parts = cupy.empty(size, np.uint8), cupy.zeros(count, np.uint32)
-            _WORKSPACES.setdefault((device, key), []).append(parts)
-    found = _fitting(device, stream, launch)
-    assert found is not None
-    return found
-
-
-def _fitting(device: int, key: int, launch: W4Launch) -> tuple[Any, Any] | None:
-    for partials, arrivals in _WORKSPACES.get((device, key), ()):
-        if partials.nbytes >= launch.partials_bytes and arrivals.size >= launch.arrivals:
-            return partials, arrivals
-    return None
-
-
-def _check(a: Any, weight: PackedWeight4, epilogue: Epilogue, out_dtype: str, device: int) -> None:
-    arch = gpu.architecture(device)
-    m = int(np.prod(a.shape[:-1], dtype=np.int64))
-    scale, bias = epilogue.row_scale, epilogue.bias
-    complaints = [
-        (arch != "sm_90a", f"GPU {device} is {arch}; this kernel runs on sm_90a"),
-        (
-            weight.arch != arch,
-            f"the weight was packed for {weight.arch}, GPU {device} is {arch}; pack it again",
-        ),
-        (a.ndim < 1 or a.shape[-1] != weight.k, f"a: {a.shape} does not end in the weight's k = {weight.k}"),
-        (str(a.dtype) not in _ACTIVATIONS, f"a: {a.dtype}; pass bfloat16 or float16"),
-        (out_dtype not in _OUTPUTS, f"out_dtype {out_dtype!r}; one of {', '.join(_OUTPUTS)}"),
-        (
-            scale is not None
-            and not isinstance(scale, float)
-            and (scale.size not in (1, m) or scale.dtype != np.float32),
-            f"row_scale: {getattr(scale, 'size', 0)} values; float32, one or {m}",
-        ),
-        (
-            bias is not None and (bias.size != weight.n or bias.dtype != np.float32),
-            f"bias: {getattr(bias, 'size', 0)} values; float32, {weight.n}",
-        ),
-    ]
-    for wrong, complaint in complaints:
-        if wrong:
-            raise KernelError(f"matmul_w4: {complaint}.")
-
-
-def _aligned(a: Any, cupy: Any) -> tuple[Any, int]:
-    """Return `a` with rows that start at multiples of 16 bytes, a copy if they did not, and the pitch in bytes."""
-    m, k = a.shape
-    pitch = int(a.strides[0]) if m > 1 else -(-k * a.itemsize // 16) * 16
-    if int(a.strides[1]) == a.itemsize and pitch % 16 == 0 and a.data.ptr % 16 == 0:
-        return a, pitch
-    pitch = -(-k * a.itemsize // 16) * 16
-    padded = cupy.empty((m, pitch // a.itemsize), a.dtype)
-    padded[:, :k] = a
-    return padded, pitch
-
-
-def _vector(scale: Any, device: int) -> tuple[Any, str]:
-    if scale is None:
+def _rows(factor: Any, device: int) -> tuple[Any, str]:
+    """Return a factor of rows as an array on the device, and its granularity."""
+    if factor is None:
         return None, "none"
-    if isinstance(scale, float):
-        return gpu.scalar(device, scale), "one"
-    return scale, "one" if scale.size == 1 else "each"
+    if isinstance(factor, int | float):
+        return gpu.scalar(device, factor), "one"
+    return _plain(factor), "one" if factor.size == 1 else "each"
+
+
+def _plain(array: Any) -> Any:
+    """Return an array whose elements follow each other from a multiple of 16 bytes on, a copy if they did not."""
+    if array is None or (array.flags.c_contiguous and array.data.ptr % 16 == 0):
+        return array
+    return array.copy(order="C")

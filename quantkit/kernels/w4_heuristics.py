@@ -3,6 +3,7 @@
 Everything here is a pure function of the problem and of a few numbers that describe the GPU.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quantkit.kernels.epilogue import OUTPUT_BYTES
@@ -178,29 +179,107 @@ def schedule_of(problem: W4Problem, tile: W4Tile, multiprocessors: int) -> tuple
     return (min(room, max(1, units // 2)) if whole == 0 else room), whole
 
 
-def few_shapes(problem: W4Problem, multiprocessors: int) -> list[dict[str, int]]:
-    """Return arrangements of warps of gemm_w4_few.cu that give each multiprocessor one tile, or nearly."""
+# Of gemm_w4_few.cu: warps of a block where each has one group of rows, or more.
+_WARPS, _WARPS_OF_MORE = 28, 14
+
+
+def few_tiles(problem: W4Problem, multiprocessors: int) -> Iterator[W4Few]:
+    """Yield the configurations of gemm_w4_few.cu that give each multiprocessor one tile, or nearly, the best first."""
     share = -(-(-(-problem.n // 16)) // multiprocessors)  # groups of 16 rows that a block must take
-    shapes = []
-    for groups in (1, 2, 3, 4):
+    tile_n = 8 if problem.m <= 8 else 16
+    least = max(1, -(-share // _WARPS_OF_MORE))
+    for groups in (least, 2 * least):
         warps_w = -(-share // groups)
-        for warps_k in (1, 2, 4, 8, 16):
-            if warps_w * warps_k <= 28 and (warps_w * warps_k >= 4 or warps_k == 16):
-                shapes.append({"warps_w": warps_w, "groups": groups, "warps_k": warps_k})
-    return shapes
+        room = _WARPS if groups == 1 else _WARPS_OF_MORE
+        for warps_k in (16, 8, 4, 2, 1):
+            if warps_w * warps_k > max(room, warps_w):
+                continue
+            for slabs in (8, 4, 16, 2, 1):
+                if slabs % warps_k or (
+                    slabs > warps_k and -(-problem.slabs // slabs) * slabs > 1.1 * problem.slabs
+                ):
+                    continue
+                tile = deepest_few(
+                    problem, tile_n=tile_n, warps_w=warps_w, groups=groups, warps_k=warps_k, slabs=slabs
+                )
+                if tile.stages >= 3 or (slabs <= 2 * warps_k and tile.stages == 2):
+                    yield tile
+
+
+def tiles(problem: W4Problem) -> Iterator[W4Tile]:
+    """Yield the configurations of gemm_w4_sm90.cu for a problem of more than 16 rows."""
+    shapes: list[dict[str, int]] = [
+        {"tile_n": 32, "blocks_of_64": 2, "slabs": 2, "grain": 2},
+        {"tile_n": 64, "blocks_of_64": 2, "slabs": 2, "grain": 2},
+        {"tile_n": 128, "slabs": 2, "grain": 4},
+        {"tile_n": 256, "slabs": 1, "grain": 2, "cluster": 2},
+        {"tile_n": 256, "slabs": 1, "grain": 2},
+    ]
+    for shape in shapes:
+        if shape["tile_n"] < 2 * problem.m or shape["tile_n"] == 32:
+            order = 16 if problem.m >= 1024 else 8
+            tile = deepest(problem, consumers=2, order=order, **shape)
+            if tile.stages >= 2:
+                yield tile
+
+
+# What an H200 was seen to do, in microseconds: a launch between events of an empty graph, the first bytes to come, the
+# end of a tile; sums of a shared tile on their way through memory.
+_LAUNCH_US, _FIRST_US, _END_US, _SHARED_US = 3.6, 1.3, 1.0, 5.0
+# Products and sums that a multiprocessor reaches in a microsecond, by the rows of A in a tile.
+_RATES = {32: 1.2e6, 64: 2.0e6, 128: 2.98e6, 256: 3.08e6}
+# What eight codes of each of a warp's threads cost with 8 rows of A, by how they are decoded, in instructions of which a
+# multiprocessor issues so many in a microsecond.
+_DECODED = {"int4": 15.0, "uint4": 18.0, "e4m3": 18.8, "e8m0": 16.5, "none": 15.0}
+_ISSUED = 4.2e3
+
+
+def estimate_us(problem: W4Problem, tile: W4Tile | W4Few, device: Device = H200) -> float:
+    """Return the modelled time of `problem` with `tile`, in microseconds, from an empty L2."""
+    moved = (
+        problem.weight_bytes
+        + 2 * problem.m * problem.k
+        + OUTPUT_BYTES[problem.output] * problem.m * problem.n
+    )
+    fixed = _LAUNCH_US + _FIRST_US + _END_US
+    if isinstance(tile, W4Few):
+        along_w, along_a = tile.blocks(problem)
+        waves = -(-along_w * along_a // device.multiprocessors)
+        # Memory gives all that it has only where most multiprocessors ask for it.
+        streamed = (
+            moved
+            / (0.92 * device.dram_bytes_per_us)
+            / min(1.0, 1.3 * along_w * along_a / device.multiprocessors)
+        )
+        kind = problem.scales if problem.codes == "fp4_e2m1" else problem.codes
+        instructions = (
+            tile.tile * 16 * problem.k / 256 * (_DECODED[kind] + (1.0 if tile.tile_n == 16 else 0.0))
+        )
+        # Sixteen rows share the tensor core and shared memory with the decoding.
+        decoded = instructions / _ISSUED * (1.25 if tile.tile_n == 16 else 1.0) * waves
+        return fixed + max(streamed, decoded)
+    clusters, whole = schedule_of(problem, tile, device.multiprocessors)
+    count, each = tile.tiles(problem), tile.tile_w * tile.tile_n * problem.k / _RATES[tile.tile_n]
+    products = each * (-(-count // clusters) if whole == count else count / clusters)
+    shared = _SHARED_US if whole < count else 0.0
+    return fixed + shared + max(products, moved / (0.8 * device.dram_bytes_per_us))
+
+
+def w4_rank(problem: W4Problem, device: Device = H200) -> list[W4Tile | W4Few]:
+    """Return the configurations for a problem, the one modelled fastest first."""
+    found: list[W4Tile | W4Few] = []
+    if problem.m <= 16:
+        found += few_tiles(problem, device.multiprocessors)
+    else:
+        found += tiles(problem)
+    return sorted(
+        found, key=lambda tile: estimate_us(problem, tile, device)
+    )  # stable: the better first among equals
 
 
 def w4_choose(problem: W4Problem, device: Device = H200) -> W4Tile | W4Few:
-    """Return the configuration for a problem."""
-    m = problem.m
-    if m <= 16:
-        shapes = few_shapes(problem, device.multiprocessors)
-        shape = max(shapes, key=lambda s: (s["warps_w"] * s["warps_k"] <= 16, s["warps_w"] * s["warps_k"], -s["groups"]))
-        return deepest_few(problem, tile_n=8 if m <= 8 else 16, slabs=max(2, shape["warps_k"]), **shape)
-    for tile_n in (32, 64):
-        if m <= tile_n:
-            return deepest(problem, tile_n=tile_n, consumers=2, blocks_of_64=2)
-    return deepest(problem, tile_n=256 if m > 128 else 128, consumers=2, slabs=1, grain=2)
+    """Return the configuration modelled fastest."""
+    return w4_rank(problem, device)[0]
 
 
 def deepest(problem: W4Problem, **shape: int) -> W4Tile:
@@ -212,6 +291,6 @@ def deepest(problem: W4Problem, **shape: int) -> W4Tile:
 
 
 def deepest_few(problem: W4Problem, **shape: int) -> W4Few:
-    """The same of gemm_w4_few.cu."""
+    """Return the tile of gemm_w4_few.cu with as many stages as fit."""
     stage = W4Few(stages=1, **shape).stage_bytes(problem) + 16
     return W4Few(stages=min(16, SHARED_LIMIT // stage), **shape)

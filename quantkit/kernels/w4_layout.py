@@ -85,7 +85,11 @@ class Packed4:
     @property
     def size_bytes(self) -> int:
         """All bytes together."""
-        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.channel_scale) if part is not None)
+        return sum(
+            part.nbytes
+            for part in (self.codes, self.scales, self.zeros, self.channel_scale)
+            if part is not None
+        )
 
 
 def pack4(weight: QTensor, *, scale_type: str | None = None) -> Packed4:
@@ -109,19 +113,18 @@ def pack4(weight: QTensor, *, scale_type: str | None = None) -> Packed4:
         raise KernelError(f"weight: {name} is no format of four bits; use int4, uint4 or fp4_e2m1.")
     if values.ndim != 2 or values.size == 0:
         raise KernelError(f"weight: shape {values.shape} is not a matrix; reshape it to (outputs, inputs).")
-    n, k = values.shape
     group, rows = _granularity(weight)
     zero = _zero_points(weight, rows.shape)
     if name == "fp4_e2m1" and group is not None:
-        layout, held, channel = _float_scales(weight, rows, group)
+        layout, held, channel = _block_scales(weight, rows, group)
     else:
-        layout, held, channel = _integer_scales(weight, rows, group, scale_type, zeros=zero is not None)
+        layout, held, channel = _float_scales(weight, rows, group, scale_type, zeros=zero is not None)
     nibbles = code_bits(values, spec.format)
     if name == "int4":
         nibbles = nibbles ^ np.uint8(8)
     if layout.scales == "e4m3":
         # A code of the kernel's scales has no zero: the weights are made zero instead.
-        nibbles = np.where(np.repeat(rows == 0, 16, axis=1)[:, :k], np.uint8(0), nibbles)
+        nibbles = np.where(np.repeat(rows == 0, 16, axis=1)[:, : values.shape[1]], np.uint8(0), nibbles)
     scales = None if held is None else _by_pairs(held, layout)
     packed_zeros = None if zero is None else _zeros_by_pairs(zero, layout)
     return Packed4(
@@ -143,16 +146,18 @@ def unpack4(packed: Packed4) -> tuple[NDArray[np.uint8], NDArray[np.float64], ND
     if layout.codes == "int4":
         nibbles = nibbles ^ np.uint8(8)
     channel = packed.channel_scale.astype(np.float64)[:, None]
-    if packed.scales is None:
-        scales = channel
-    else:
-        held = _from_pairs(packed.scales, layout)
-        scales = _held_values(held, layout) * channel
+    scales = channel if packed.scales is None else held_scales(packed) * channel
     zeros = None
     if packed.zeros is not None:
         zeros = _zeros_from_pairs(packed.zeros, layout)
         zeros = zeros ^ np.uint8(8) if layout.codes == "int4" else zeros
     return nibbles, scales, zeros
+
+
+def held_scales(packed: Packed4) -> NDArray[np.float64]:
+    """Return the scales of groups [n, groups] as they are stored: without the rows' factors."""
+    assert packed.scales is not None
+    return _held_values(_from_pairs(packed.scales, packed.layout), packed.layout)
 
 
 # ---- codes -------------------------------------------------------------------------------------------------------
@@ -195,7 +200,7 @@ def _placed(code: NDArray[np.uint8], register: int, layout: Layout4) -> NDArray[
     wide = code.astype(np.uint32)
     if layout.codes != "fp4_e2m1":
         return wide << np.uint32(4 * register)
-    sign, high, low = wide >> 3, wide >> 2 & 1, wide & 3
+    sign, high, low = wide >> np.uint32(3), wide >> np.uint32(2) & np.uint32(1), wide & np.uint32(3)
     placed: NDArray[np.uint32] = (
         sign << np.uint32(_E2M1_SIGN[register])
         | high << np.uint32(_E2M1_HIGH[register])
@@ -206,11 +211,12 @@ def _placed(code: NDArray[np.uint8], register: int, layout: Layout4) -> NDArray[
 
 def _taken(words: NDArray[np.uint32], register: int, layout: Layout4) -> NDArray[np.uint8]:
     if layout.codes != "fp4_e2m1":
-        return (words >> np.uint32(4 * register) & 15).astype(np.uint8)
+        return (words >> np.uint32(4 * register) & np.uint32(15)).astype(np.uint8)
     sign = words >> np.uint32(_E2M1_SIGN[register]) & 1
     high = words >> np.uint32(_E2M1_HIGH[register]) & 1
     low = words >> np.uint32(_E2M1_LOW[register]) & 3
-    return (sign << 3 | high << 2 | low).astype(np.uint8)
+    taken: NDArray[np.uint8] = (sign << 3 | high << 2 | low).astype(np.uint8)
+    return taken
 
 
 # ---- scales ------------------------------------------------------------------------------------------------------
@@ -227,7 +233,9 @@ def _granularity(weight: QTensor) -> tuple[int | None, NDArray[np.float32]]:
             raise KernelError(f"weight: groups of {group}; the kernel has powers of two from {smallest} on.")
         return (None if group >= k and spec.scale_format is None else group), scale.reshape(n, -1)
     if spec.block_size is not None or spec.block_shape is not None or spec.axis in (1, -1):
-        raise KernelError("weight: its scales are not those of rows; quantize along axis 1, in blocks, or axis 0.")
+        raise KernelError(
+            "weight: its scales are not those of rows; quantize along axis 1, in blocks, or axis 0."
+        )
     return None, np.broadcast_to(scale.reshape(-1, 1), (n, 1))
 
 
@@ -247,10 +255,10 @@ def _checked(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows
 
 
-def _integer_scales(
+def _float_scales(
     weight: QTensor, rows: NDArray[np.float32], group: int | None, scale_type: str | None, *, zeros: bool
 ) -> tuple[Layout4, NDArray[Any] | None, NDArray[np.float32]]:
-    """Return the layout, the scales as they are stored [n, groups] and the rows' factors, of codes with float scales."""
+    """Return the layout, the scales as they are stored [n, groups], and the rows' factors."""
     rows = _checked(rows)
     n, k = weight.qvalue.shape
     name = weight.spec.format.name
@@ -265,7 +273,9 @@ def _integer_scales(
         stored, channel = _normalized(rows, candidate)
         if np.array_equal(stored.astype(np.float32) * channel[:, None], rows):
             return Layout4(n=n, k=k, codes=name, group=group, scales=candidate, zeros=zeros), stored, channel
-    raise KernelError(f"weight: {scale_type} does not hold its scales exactly; give another scale_type, or None.")
+    raise KernelError(
+        f"weight: {scale_type} does not hold its scales exactly; give another scale_type, or None."
+    )
 
 
 def _normalized(rows: NDArray[np.float32], name: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
@@ -278,9 +288,9 @@ def _normalized(rows: NDArray[np.float32], name: str) -> tuple[NDArray[Any], NDA
         return (rows.astype(np.float64) / channel[:, None].astype(np.float64)).astype(_HELD[name]), channel
 
 
-def _float_scales(
+def _block_scales(
     weight: QTensor, rows: NDArray[np.float32], group: int
-) -> tuple[Layout4, NDArray[np.uint8], NDArray[np.float32]]:
+) -> tuple[Layout4, NDArray[Any] | None, NDArray[np.float32]]:
     """The same of NVFP4 and MXFP4."""
     n, k = weight.qvalue.shape
     form = weight.spec.scale_format
@@ -347,7 +357,8 @@ def _from_pairs(scales: NDArray[np.uint8], layout: Layout4) -> NDArray[Any]:
 
 def _zeros_by_pairs(zero: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
     bare = _by_pairs(zero, layout).reshape(layout.sides, layout.blocks, 32, 2, layout.groups_in_slab)
-    return bare[..., 0, :] | bare[..., 1, :] << 4
+    both: NDArray[np.uint8] = bare[..., 0, :] | bare[..., 1, :] << np.uint8(4)
+    return both
 
 
 def _zeros_from_pairs(zeros: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:

@@ -26,6 +26,16 @@ def tools() -> Path | None:
     return next((folder for folder in folders if all((folder / name).exists() for name in names)), None)
 
 
+def listing(cubin: Path) -> list[str]:
+    """The cubin's instructions, one a line, in their order."""
+    folder = tools()
+    assert folder is not None
+    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [folder / "cuobjdump", "-sass", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return [line for line in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line)]
+
+
 def opcodes(cubin: Path) -> Counter[str]:
     """How often each opcode, without its modifiers, occurs in the cubin."""
     folder = tools()

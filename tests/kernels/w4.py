@@ -9,7 +9,7 @@ import numpy as np
 from quantkit.formats.format import E8M0, FP4_E2M1, FP8_E4M3, INT4, UINT4
 from quantkit.formats.packing import codes_from_bits
 from quantkit.formats.qparams import QParams
-from quantkit.formats.quantize import QTensor, dequantize
+from quantkit.formats.quantize import QTensor
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.emulator import Swizzle, TensorMap
 from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
@@ -22,7 +22,13 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
     "int8": np.dtype(np.int8),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+KINDS = [
+    *[(form, group) for form in ("int4", "uint4") for group in (32, 64, 128, None)],
+    ("nvfp4", 16),
+    ("mxfp4", 32),
+]
 MULTIPROCESSORS = 4
 
 
@@ -125,7 +131,9 @@ def run_w4(
         return d
     launch = w4_launch_of(problem, tile, kind, MULTIPROCESSORS)
     map_a = map_of(launch.box)
-    map_d = TensorMap(array=d, box=launch.output_box, swizzle=Swizzle.BYTES_128) if launch.tma_store else map_a
+    map_d = (
+        TensorMap(array=d, box=launch.output_box, swizzle=Swizzle.BYTES_128) if launch.tma_store else map_a
+    )
     arrivals = np.zeros(launch.arrivals, np.uint32)
     machine.launch(
         source or SOURCE,
@@ -150,7 +158,3 @@ def run_w4(
     )
     assert not arrivals.any(), "the next launch counts from zero"
     return d
-
-
-def values_of(w: QTensor) -> np.ndarray:
-    return dequantize(w).astype(np.float64)

@@ -85,10 +85,12 @@ QK_FUNCTION Place place_of(int index, int tiles_w, int tiles_a) {
 }
 
 // The words of a pair of elements: two of four bytes, or one.
-QK_FUNCTION uint32_t first_word(uint32_t pair) { return pair; }
-QK_FUNCTION uint32_t first_word(U32x2 pair) { return pair.x; }
-QK_FUNCTION uint32_t second_word(uint32_t) { return 0; }
-QK_FUNCTION uint32_t second_word(U32x2 pair) { return pair.y; }
+struct Words {
+  QK_FUNCTION uint32_t first(uint32_t pair) { return pair; }
+  QK_FUNCTION uint32_t first(U32x2 pair) { return pair.x; }
+  QK_FUNCTION uint32_t second(uint32_t) { return 0; }
+  QK_FUNCTION uint32_t second(U32x2 pair) { return pair.y; }
+};
 
 QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^ (row & 7)) << 4); }
 
@@ -343,14 +345,14 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
             if constexpr (ELEMENT_BYTES == 2) {
               const int matrix = lane / 8;
               stmatrix_x4_transposed(to + swizzled((j + matrix / 2) * 8 + lane % 8, warp * 2 + matrix % 2),
-                                     first_word(packed[0]), first_word(packed[1]), first_word(packed[2]),
-                                     first_word(packed[3]));
+                                     Words::first(packed[0]), Words::first(packed[1]), Words::first(packed[2]),
+                                     Words::first(packed[3]));
             } else if constexpr (ELEMENT_BYTES == 4) {
               QK_UNROLL for (int q = 0; q < 4; q++) {
                 const int row = (j + q / 2) * 8 + across, column = down + q % 2 * 8;
                 const uint32_t box = to + column / 32 * PIECE * ROW;  // two boxes of 32 columns
-                st_shared(box + swizzled(row, column % 32 / 4) + column % 4 * 4, first_word(packed[q]));
-                st_shared(box + swizzled(row + 1, column % 32 / 4) + column % 4 * 4, second_word(packed[q]));
+                st_shared(box + swizzled(row, column % 32 / 4) + column % 4 * 4, Words::first(packed[q]));
+                st_shared(box + swizzled(row + 1, column % 32 / 4) + column % 4 * 4, Words::second(packed[q]));
               }
             }
           }

@@ -1,0 +1,297 @@
+"""gemm_w4_sm90.cu and gemm_w4_few.cu against their oracle, in every mode of the emulator and on a GPU if there is one."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quantkit.formats.format import FP4_E2M1, INT4, UINT4
+from quantkit.formats.packing import codes_from_bits
+from quantkit.formats.qparams import QParams
+from quantkit.formats.quantize import QTensor, dequantize
+from quantkit.formats.spec import QuantSpec
+from quantkit.kernels.compile import compile_kernel, is_available
+from quantkit.kernels.emulator import Mode
+from quantkit.kernels.epilogue import EpilogueKind
+from quantkit.kernels.heuristics import SHARED_LIMIT
+from quantkit.kernels.w4_heuristics import (
+    W4Few,
+    W4Problem,
+    W4Tile,
+    estimate_us,
+    schedule_of,
+    w4_choose,
+    w4_rank,
+)
+from quantkit.kernels.w4_launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
+from quantkit.kernels.w4_layout import pack4
+from quantkit.kernels.w4_reference import decoded4, w4_reference
+
+from .backends import EmulatorBackend
+from .layouts import small_integers
+from .pairs import pairwise
+from .sass import listing, opcodes, tools
+from .w4 import DTYPES, KINDS, run_w4, weight
+
+# Every arrangement of warps, depth of granules and kind of sharing, as small as they come.
+TILES = {
+    "wide": W4Tile(tile_n=128, consumers=2, slabs=1, grain=2, stages=3),
+    "tall": W4Tile(tile_n=32, consumers=1, blocks_of_64=2, slabs=2, grain=2, stages=2, order=1),
+    "deep": W4Tile(tile_n=16, consumers=2, slabs=2, grain=4, stages=3),
+    "whole": W4Tile(tile_n=64, consumers=1, slabs=1, grain=2, stages=3, stream=False),
+    "pair": W4Tile(tile_n=32, consumers=1, slabs=2, grain=4, stages=2, cluster=2),
+    "few": W4Few(tile_n=8, warps_w=3, slabs=2, stages=3),
+    "few by k": W4Few(tile_n=16, warps_w=2, groups=2, warps_k=2, slabs=4, stages=2),
+    "few pair": W4Few(tile_n=8, warps_w=2, warps_k=2, slabs=4, stages=2, cluster=2),
+}
+SHAPES = [(1, 8, 128), (3, 130, 200), (16, 1, 2880), (17, 130, 96), (64, 136, 300), (130, 72, 64)]
+FACTORS: Mapping[str, list[Any]] = {
+    "shape": SHAPES,
+    "kind": [kind for kind in KINDS if kind not in (("uint4", 64), ("int4", 128))],
+    "zeros": [False, True],
+    "scale_type": ["bfloat16", "float16", "float32"],
+    "activations": ["bfloat16", "float16"],
+    "output": ["bfloat16", "float16", "float32", "int8"],
+    "tile": list(TILES),
+    "epilogue": ["bare", "row scale", "bias and relu"],
+}
+
+
+def legal(row: Mapping[str, Any]) -> bool:
+    """A stage's slabs share a group of 256 only if they begin with it; zero points belong to integers."""
+    if row.get("zeros") and row.get("kind", ("int4", 32))[0] in ("nvfp4", "mxfp4"):
+        return False
+    m = row.get("shape", (1, 1, 1))[0]
+    return m <= 64 or "few" not in row.get("tile", "")
+
+
+CASES = pairwise(FACTORS, legal)
+
+
+def operands(row: Mapping[str, Any]):
+    """Activations, packed weight, and the epilogue's arguments, of numbers whose products and sums are exact."""
+    m, n, k = row["shape"]
+    rng = np.random.default_rng(m + n + k)
+    form, group = row["kind"]
+    w = weight(rng, n, k, form, group, zeros=row["zeros"], scale_type=row["scale_type"])
+    scale_type = row["scale_type"] if form in ("int4", "uint4") and group is not None else None
+    a = small_integers(rng, (m, k), "BF16").astype(DTYPES[row["activations"]])
+    options: dict[str, Any] = {"output": row["output"]}
+    if row["epilogue"] != "bare":
+        options["row_scale"] = (rng.integers(1, 4, m) / 8).astype(np.float32)
+    if row["epilogue"] == "bias and relu":
+        options |= {"bias": rng.standard_normal(n).astype(np.float32), "activation": "relu"}
+    return a, w, pack4(w, scale_type=scale_type), options
+
+
+@pytest.mark.parametrize("row", CASES, ids=lambda row: "-".join(str(v) for v in row.values()))
+def test_products_are_exact(machine, row):
+    """Every pair of shape, format, group, zero points, types, tile and epilogue."""
+    a, w, packed, options = operands(row)
+    want = w4_reference(a, packed, **options)
+    plain = a.astype(np.float64) @ dequantize(w).astype(np.float64).T  # what the format says
+    if row["epilogue"] == "bare" and row["output"] == "float32":
+        np.testing.assert_array_equal(want, plain)
+    np.testing.assert_array_equal(run_w4(machine, a, packed, TILES[row["tile"]], **options), want)
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------------
+
+
+def every_code(form: str, scale_type: str, activations: str) -> QTensor:
+    """Every code under 24 scales (with every zero point), one a row; as many of them as the type can tell apart."""
+    rng = np.random.default_rng(1)
+    if form == "nvfp4":
+        scale = np.arange(0x7F, dtype=np.uint8).view(DTYPES["e4m3"]).astype(np.float32).reshape(-1, 1)
+        spec, params = weight(rng, 1, 16, "nvfp4", 16).spec, QParams(scale, None, np.float32(1))
+    elif form == "mxfp4":
+        top = 12 if activations == "float16" else 60  # below 2^-24 of a row's largest fp16 has nothing
+        scale = np.ldexp(1.0, np.arange(-top, top)).astype(np.float32).reshape(-1, 1)
+        # Two groups a row, the second the largest of all: the first keeps its distance.
+        scale = np.concatenate([scale, np.full_like(scale, scale.max())], axis=1)
+        spec, params = weight(rng, 1, 32, "mxfp4", 32).spec, QParams(scale)
+    else:
+        fmt = INT4 if form == "int4" else UINT4
+        scale = (rng.random((24, 1)) + 0.5) * np.ldexp(1.0, rng.integers(-9, 9, (24, 1)))
+        scale = (
+            np.repeat(scale, 1 if form == "int4" else 16, axis=0)
+            .astype(DTYPES[scale_type])
+            .astype(np.float32)
+        )
+        zero = np.zeros(len(scale)) if form == "int4" else np.arange(len(scale)) % 16
+        spec = QuantSpec(format=fmt, axis=1, block_size=32, symmetric=form == "int4")
+        params = QParams(scale, zero.reshape(-1, 1).astype(fmt.dtype))
+    k = 64 if form == "mxfp4" else 16 if form == "nvfp4" else 32
+    bits = np.resize(np.arange(16, dtype=np.uint8), (len(params.scale), k))
+    return QTensor(codes_from_bits(bits, FP4_E2M1 if "fp4" in form else spec.format), params, spec)
+
+
+DECODINGS = [
+    (form, scale_type, activations)
+    for activations in ("bfloat16", "float16")
+    for form, scale_types in {
+        "int4": ("bfloat16", "float16", "float32"),
+        "uint4": ("bfloat16", "float16", "float32"),
+        "nvfp4": ("",),
+        "mxfp4": ("",),
+    }.items()
+    for scale_type in scale_types
+]
+
+
+@pytest.mark.parametrize("tile", ["deep", "few"])
+@pytest.mark.parametrize(("form", "scale_type", "activations"), DECODINGS)
+def test_every_code_is_decoded_as_the_oracle_says(compiler, form, scale_type, activations, tile):
+    """An identity for activations: D is the weight itself."""
+    w = every_code(form, scale_type, activations)
+    packed = pack4(w, scale_type=scale_type or None)
+    k = w.qvalue.shape[1]
+    a = np.eye(k).astype(DTYPES[activations])
+    d = run_w4(EmulatorBackend(Mode.EAGER), a, packed, TILES[tile])
+    values = decoded4(packed, activations)
+    np.testing.assert_array_equal(
+        d.T, (values * packed.channel_scale.astype(np.float64)[:, None]).astype(np.float32)
+    )
+    # And the oracle says what the format says: exactly, or rounded to A's type where the scale is of another.
+    true = dequantize(w).astype(np.float64)
+    if form in ("nvfp4", "mxfp4"):
+        np.testing.assert_array_equal(d.T, true)
+    else:
+        bits = 8 if activations == "bfloat16" else 11
+        assert np.all(np.abs(d.T - true) <= 2.0**-bits * (1 + 2.0**-6) * np.abs(true))
+
+
+@pytest.mark.parametrize("tile", ["deep", "wide", "few by k"])
+@pytest.mark.parametrize("form", ["int4", "nvfp4"])
+def test_real_values_stay_within_what_the_accumulator_loses(machine, form, tile):
+    rng = np.random.default_rng(5)
+    m, n, k = 14, 130, 512
+    packed = pack4(weight(rng, n, k, form, 128 if form == "int4" else 16, simple=False))
+    a = rng.standard_normal((m, k)).astype(DTYPES["bfloat16"])
+    d = run_w4(machine, a, packed, TILES[tile])
+    w = decoded4(packed, "bfloat16") * packed.channel_scale.astype(np.float64)[:, None]
+    wide = a.astype(np.float64)
+    assert np.all(np.abs(d - wide @ w.T) <= k / 16 * 2.0**-21 * (np.abs(wide) @ np.abs(w).T))
+
+
+def test_which_piece_comes_last_does_not_change_the_sums(compiler):
+    """Shuffled schedules end in another order; sums of real values would show it."""
+    rng = np.random.default_rng(2)
+    packed = pack4(weight(rng, 200, 1500, "int4", 128, simple=False))
+    a = rng.standard_normal((9, 1500)).astype(DTYPES["bfloat16"])
+
+    class Seeded(EmulatorBackend):
+        def launch(self, *arguments, **options):
+            return super().launch(*arguments, seed=self.seed, **options)
+
+    found = []
+    for seed in range(4):
+        machine = Seeded(Mode.SHUFFLED)
+        machine.seed = seed
+        found.append(run_w4(machine, a, packed, TILES["deep"]))
+    for d in found[1:]:
+        np.testing.assert_array_equal(d, found[0])
+
+
+# ---- what is built -----------------------------------------------------------------------------------------------
+
+KIND = EpilogueKind(row_scale="each", column_scale="each", bias=True)
+
+
+def problem(m: int, n: int = 8192, k: int = 8192, **options: Any) -> W4Problem:
+    usual = {
+        "activations": "bfloat16",
+        "output": "bfloat16",
+        "codes": "int4",
+        "group": 128,
+        "scales": "bfloat16",
+    }
+    return W4Problem(m=m, n=n, k=k, **(usual | {"zeros": False} | options))
+
+
+NVFP4 = {"codes": "fp4_e2m1", "group": 16, "scales": "e4m3"}
+MXFP4 = {"codes": "fp4_e2m1", "group": 32, "scales": "e8m0"}
+SHIPPED = [
+    problem(1, 28672),
+    problem(16, 28672, **NVFP4),
+    problem(16, **MXFP4),
+    problem(64),
+    problem(256),
+    problem(4096, **NVFP4),
+    problem(4096, codes="uint4", group=32, zeros=True, activations="float16"),
+]
+
+
+@pytest.mark.skipif(
+    not is_available() or tools() is None, reason="NVRTC or its disassembler is not installed"
+)
+@pytest.mark.parametrize("shipped", SHIPPED, ids=str)
+def test_chosen_configurations_decode_in_registers(shipped, tmp_path_factory):
+    """The tensor core takes A from registers, nothing goes through local memory, wgmma is not serialized."""
+    cache = tmp_path_factory.getbasetemp() / "w4-cubins"
+    tile = w4_choose(shipped)
+    few = isinstance(tile, W4Few)
+    launch = w4_few_launch_of(shipped, tile, KIND) if few else w4_launch_of(shipped, tile, KIND, 132)
+    built = compile_kernel(FEW_SOURCE if few else SOURCE, arch="sm_90a", defines=launch.defines, cache=cache)
+    found = opcodes(built.cubin)
+    assert {name for name in found if name.endswith("MMA")} == {"HMMA" if few else "HGMMA"}
+    assert (found["LDL"], found["STL"], built.spill_bytes, built.stack_bytes) == (0, 0, 0, 0)
+    # Codes become numbers two at a time, by bits and one operation.
+    assert found["HFMA2"] + found["HMUL2"] >= 16
+    assert built.warnings == ()
+
+
+@pytest.mark.skipif(
+    not is_available() or tools() is None, reason="NVRTC or its disassembler is not installed"
+)
+@pytest.mark.parametrize("tile", [TILES["deep"], TILES["pair"], w4_choose(problem(256))], ids=str)
+def test_nothing_touches_the_sums_of_products_that_still_run(tile, tmp_path_factory):
+    """Between the last product and the wait for it no instruction may name an accumulator: a compiler can put copies
+    there, and on a GPU they hold what the sums were a moment before.
+    """
+    launch = w4_launch_of(problem(256), tile, KIND, 132)
+    cache = tmp_path_factory.getbasetemp() / "w4-cubins"
+    lines = listing(compile_kernel(SOURCE, arch="sm_90a", defines=launch.defines, cache=cache).cubin)
+    last = max(i for i, line in enumerate(lines) if "HGMMA" in line)
+    wait = next(i for i in range(last, len(lines)) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in lines[i])
+    first = int(re.search(r"HGMMA\S* R(\d+)", lines[last]).group(1))
+    sums = set(range(first, first + tile.tile_n // 2))
+    for line in lines[last + 1 : wait]:
+        assert not sums & {int(number) for number in re.findall(r"\bR(\d+)", line)}, line
+
+
+# ---- which tile --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize(
+    "form", [{}, {"zeros": True, "group": 32, "scales": "float32"}, NVFP4, MXFP4], ids=str
+)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (16, 64, 100000), (5, 100000, 7), (33, 130, 2880), (5000, 64, 64)]
+)
+def test_every_shape_gets_tiles_that_fit(shape, form, output):
+    m, n, k = shape
+    found = w4_rank(problem(m, n, k, output=output, **form))
+    assert found
+    for tile in found:
+        assert tile.shared_bytes(problem(m, n, k, output=output, **form)) <= SHARED_LIMIT
+        assert tile.threads <= 1024
+
+
+def test_tiles_are_cut_only_where_they_would_leave_multiprocessors_idle():
+    tile = W4Tile(tile_n=64, consumers=2, blocks_of_64=2)
+    assert schedule_of(problem(64, 132 * 256), tile, 132) == (132, 132)
+    assert schedule_of(problem(64, 8192), tile, 132) == (132, 0)
+    assert schedule_of(problem(64, 300 * 256), tile, 132) == (132, 132)
+    assert schedule_of(problem(64, 64, 64), tile, 132) == (1, 0)
+
+
+def test_few_rows_are_predicted_three_times_as_fast_as_bf16():
+    """2-byte weights take their bytes over the bandwidth; gpus other than an H200 are in proportion."""
+    for m in (1, 16):
+        one = problem(m, 28672)
+        bf16_us = 2 * one.n * one.k / 4.3e6
+        assert bf16_us / estimate_us(one, w4_choose(one)) >= (3.0 if m == 1 else 2.6)
