@@ -288,6 +288,7 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
               }
             }
             if (TMA_STORE) stage(to, warp, lane, span * (SPAN / 8) + j, pairs);
+            if (MANY) warp_sync();  // lest the compiler begins the next ones too, and runs out of registers
           }
           if (MANY && turn + 1 < MI * PIECES * SPANS) fetch(turn + 1);
           if (!TMA_STORE || span + 1 < SPANS) continue;
