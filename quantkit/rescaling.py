@@ -4,7 +4,7 @@ Each step takes what the steps before have made of the float model and adds its 
 Rounding comes after: on `apply_edits(graph, rescaled.edits)`, with statistics divided by `rescaled.scales`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Literal
@@ -75,17 +75,32 @@ def layer_of(
     linear: Linear,
     spec: QuantSpec,
     grams: Mapping[str, GramMatrix] | None = None,
+    *,
+    others: Sequence[Linear] = (),
 ) -> Layer:
     """Return a linear operator as the calibrators see it, after what was rescaled so far.
+
+    Args:
+        graph: the cleaned model.
+        rescaled: of it.
+        linear: of `find_linears` of it.
+        spec: how the weight will be quantized.
+        grams: Gram matrices by view; None to leave it out.
+        others: operators that read the same weight: what any of them multiplies counts.
 
     Raises:
         CacheError: `grams` are given, and its own is not among them.
     """
+    gram = None
+    if grams is not None:
+        gram = rescaled.gram(linear, grams)
+        for other in others:
+            gram = gram.merge(rescaled.gram(other, grams))
     return Layer(
         w=rescaled.edits.array(graph, linear.node, linear.weight_index).astype(np.float32),
         layout=layout_of(linear),
         spec=spec,
-        gram=None if grams is None else rescaled.gram(linear, grams),
+        gram=gram,
         name=linear.weight,
     )
 
@@ -118,6 +133,7 @@ def smooth(
     alpha: float | Literal["auto"] = 0.5,
     grams: Mapping[str, GramMatrix] | None = None,
     folds: Folds = "all",
+    keep: Collection[str] = (),
     rescaled: Rescaled | None = None,
 ) -> Rescaled:
     """Smooth the tensors that quantized linear operators read (SmoothQuant).
@@ -131,6 +147,8 @@ def smooth(
         alpha: see `smooth_scale`; "auto" finds each group its own, from `grams`.
         grams: Gram matrices by view; needed for "auto".
         folds: where scales may go.
+        keep: tensors that no fold may divide on its way, because they are quantized too and nothing is known of their
+            channels (the values of an attention, say); without them, observe the rescaled model again.
         rescaled: what was rescaled before.
 
     Raises:
@@ -142,7 +160,7 @@ def smooth(
         layers = _layers(graph, found, group, specs, grams if alpha == "auto" else None)
         if not layers:
             continue
-        way = _way(graph, group, folds)
+        way = _way(graph, group, folds, keep)
         if not isinstance(way, bool):
             found = replace(found, notes={**found.notes, group.tensor: way})
             continue
@@ -217,12 +235,15 @@ def _layers(
     ]
 
 
-def _way(graph: Graph, group: LinearGroup, folds: Folds) -> bool | str:
+def _way(graph: Graph, group: LinearGroup, folds: Folds, keep: Collection[str] = ()) -> bool | str:
     """Whether to insert a Mul, or why a group gets no scale at all."""
-    if group.folds_into_norm or (group.fold is not None and folds != "norms"):
+    kept = sorted(set(keep).intersection(group.fold.passed)) if group.fold is not None else []
+    if not kept and (group.folds_into_norm or (group.fold is not None and folds != "norms")):
         return False
     if folds == "insert" and can_insert(graph, group):
         return True
+    if kept:
+        return f"its fold would divide {kept[0]}, whose channels were not observed"
     return group.reason or "folds into a weight, and norms alone are asked for"
 
 

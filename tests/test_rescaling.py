@@ -10,7 +10,7 @@ from quantkit.graph.groups import find_groups
 from quantkit.graph.linears import find_linears
 from quantkit.observe import observe
 from quantkit.observe_gram import divide_grams, observe_grams
-from quantkit.rescaling import Rescaled, equalize, scale_for_awq, smooth
+from quantkit.rescaling import Rescaled, equalize, layer_of, scale_for_awq, smooth
 from quantkit.runtime import Session
 from tests.models import MODELS, model_of
 
@@ -129,6 +129,28 @@ def test_folds_go_where_they_may():
     assert set(norms.scales) == {"n"} and "norms alone" in norms.notes["h"]
     assert set(whole.scales) == {"n", "h"}
     assert norms.touched == frozenset() and whole.touched == {"u"}
+
+
+def test_a_fold_does_not_cross_a_tensor_that_is_to_stay():
+    graph, samples = block(), feeds()
+    _, channels = evidence(graph, samples)
+    groups, specs = find_groups(graph), specs_of(graph, **INT4_BLOCKS)
+    found = smooth(graph, groups, specs, channels, activation=A8, keep={"u"})
+    assert set(found.scales) == {"n"} and "would divide u" in found.notes["h"]
+    inserted = smooth(graph, groups, specs, channels, activation=A8, keep={"u"}, folds="insert")
+    assert set(inserted.scales) == {"n", "h"} and inserted.touched == frozenset()
+    same_function(graph, inserted, samples)
+
+
+def test_a_weight_of_two_readers_counts_what_both_multiply():
+    graph = load_graph(MODELS["shared_weight"].build())
+    grams, _ = evidence(graph, MODELS["shared_weight"].feeds(5))
+    readers = {}
+    for linear in find_linears(graph).values():
+        readers.setdefault(linear.weight, []).append(linear)
+    first, second = next(found for found in readers.values() if len(found) == 2)
+    layer = layer_of(graph, Rescaled(), first, A8, grams, others=[second])
+    assert layer.gram.count == grams[first.view].count + grams[second.view].count
 
 
 def test_where_nothing_folds_a_mul_is_inserted_if_that_is_allowed():
