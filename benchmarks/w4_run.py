@@ -342,9 +342,8 @@ def tune(timer: Timer, jobs: list[tuple[int, int, int, str]], repeats: int) -> l
         named = {str(i): operands.ours(m, form, t) for i, t in enumerate(good)}
         found = timer.medians({"torch": operands.torch(m)} | named, repeats)
         base = found.pop("torch")
-        print(
-            f"tune {m}x{n}x{k} {form}: torch {base:.1f} us, {len(several) - len(good)} spill; bytes {problem.weight_bytes / 1e6:.1f} MB"
-        )
+        size = f"{len(several) - len(good)} spill; bytes {problem.weight_bytes / 1e6:.1f} MB"
+        print(f"tune {m}x{n}x{k} {form}: torch {base:.1f} us, {size}")
         order = sorted(found, key=lambda name: found[name])
         for name in order:
             t = good[int(name)]
@@ -363,10 +362,8 @@ def tune(timer: Timer, jobs: list[tuple[int, int, int, str]], repeats: int) -> l
         for name in order[:6]:
             t = good[int(name)]
             us = found[name]
-            print(
-                f"   {us:7.1f} us x{base / us:.2f} {problem.weight_bytes / us / 1e6:.2f} TB/s {2e-6 * m * n * k / us:.0f} TF  {words(t)}",
-                flush=True,
-            )
+            rates = f"{problem.weight_bytes / us / 1e6:.2f} TB/s {2e-6 * m * n * k / us:.0f} TF"
+            print(f"   {us:7.1f} us x{base / us:.2f} {rates}  {words(t)}", flush=True)
     return rows
 
 

@@ -56,7 +56,8 @@ class W4Tile:
         tile_n: rows of A in a tile.
         blocks_of_64: blocks of 64 rows of W that a consumer has. consumers: warpgroups that decode and multiply.
         slabs: of 64 of K in a stage. grain: instructions deep that a granule is.
-        cluster: blocks, 1 or 2, that share rows of A. stages: of the ring. order: tiles along W before the next along A.
+        cluster: blocks, 1 or 2, that share rows of A. stages: of the ring.
+        order: tiles along W before the next along A.
         stream: tiles are cut along K where they would not fill the GPU evenly.
     """
 
@@ -185,7 +186,8 @@ _WARPS, _WARPS_OF_MORE = 28, 14
 
 def few_tiles(problem: W4Problem, multiprocessors: int) -> Iterator[W4Few]:
     """Yield the configurations of gemm_w4_few.cu that give each multiprocessor one tile, or nearly, the best first."""
-    share = -(-(-(-problem.n // 16)) // multiprocessors)  # groups of 16 rows that a block must take
+    all_groups = -(-problem.n // 16)
+    share = -(-all_groups // multiprocessors)  # of groups, that a block must take
     tile_n = 8 if problem.m <= 8 else 16
     least = max(1, -(-share // _WARPS_OF_MORE))
     for groups in (least, 2 * least):
@@ -228,8 +230,8 @@ def tiles(problem: W4Problem) -> Iterator[W4Tile]:
 _LAUNCH_US, _FIRST_US, _END_US, _SHARED_US = 3.6, 1.3, 1.0, 5.0
 # Products and sums that a multiprocessor reaches in a microsecond, by the rows of A in a tile.
 _RATES = {32: 1.2e6, 64: 2.0e6, 128: 2.98e6, 256: 3.08e6}
-# What eight codes of each of a warp's threads cost with 8 rows of A, by how they are decoded, in instructions of which a
-# multiprocessor issues so many in a microsecond.
+# What eight codes of each of a warp's threads cost with 8 rows of A, by how they are decoded, in instructions; and how
+# many of those a multiprocessor issues in a microsecond.
 _DECODED = {"int4": 15.0, "uint4": 18.0, "e4m3": 18.8, "e8m0": 16.5, "none": 15.0}
 _ISSUED = 4.2e3
 

@@ -1,4 +1,4 @@
-"""How weights of four bits lie in memory for gemm_w4_sm90.cu: codes in the order of its registers, scales by pairs of rows.
+"""How weights of four bits lie in memory: codes in the order of the kernels' registers, scales by pairs of rows.
 
 K is cut into slabs of 64, rows into blocks of 64; both are filled up at the end. For each slab and block a thread of a
 warpgroup has 16 bytes: the codes that it multiplies, in the order in which it decodes them. All of it is a permutation
