@@ -20,7 +20,7 @@ from quantkit.calibrators.weight_layout import WeightLayout
 from quantkit.errors import CacheError
 from quantkit.formats import INT8, QuantSpec
 from quantkit.graph import Graph
-from quantkit.graph.folding import Edits, folded
+from quantkit.graph.folding import Edits, folded, inserted_name
 from quantkit.graph.groups import LinearGroup, can_insert
 from quantkit.graph.linears import Linear
 from quantkit.statistics import ChannelStats, GramMatrix
@@ -38,13 +38,16 @@ class Rescaled:
 
     Attributes:
         edits: of its graph.
-        scales: by tensor, what its channels are divided by, float64 of (channels,).
+        scales: by tensor, what the channels that linear operators multiply are divided by, float64 of (channels,). It
+            is the tensor itself that is divided, unless it is among `reads`.
+        reads: by tensor that stays as it is, the name of the divided one that linear operators read in its place.
         touched: tensors on the way of a fold: they are divided too, but not all of them along one axis.
         notes: by tensor, what was found for the linear operators that read it, or why nothing was.
     """
 
     edits: Edits = field(default_factory=Edits)
     scales: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    reads: Mapping[str, str] = field(default_factory=dict)
     touched: frozenset[str] = frozenset()
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -261,6 +264,7 @@ def _with(
     return Rescaled(
         edits=folded(graph, rescaled.edits, group, scale, insert=insert),
         scales={**rescaled.scales, group.tensor: scale if before is None else before * scale},
+        reads={**rescaled.reads, group.tensor: inserted_name(group)} if insert else rescaled.reads,
         touched=rescaled.touched | set(passed),
         notes={**rescaled.notes, group.tensor: note},
     )

@@ -167,6 +167,40 @@ def test_where_nothing_folds_a_mul_is_inserted_if_that_is_allowed():
     assert muls[1] - muls[0] == len(inserted.scales) - len(without.scales)
 
 
+def test_steps_that_both_insert_share_one_mul_whose_output_is_named():
+    graph = load_graph(
+        model_of("""(float[N,16] x) => (float[N,8] y) <float[16,8] w> {
+            s = Sigmoid (x)
+            y = MatMul (s, w) }""")
+    )
+    samples = feeds()
+    grams, channels = evidence(graph, samples)
+    groups, specs = find_groups(graph), specs_of(graph, **INT4_BLOCKS)
+    found = smooth(graph, groups, specs, channels, activation=A8, folds="insert")
+    found = scale_for_awq(graph, groups, specs, grams, folds="insert", rescaled=found)
+    other = same_function(graph, found, samples)
+    assert [n.op_type for n in other.model.graph].count("Mul") == 1
+    (linear,) = find_linears(other).values()
+    assert found.reads == {"s": linear.tensor}
+    gram, _ = evidence(other, samples)
+    divided = grams["s axis -1"].divided(found.scales["s"])
+    np.testing.assert_allclose(gram[linear.view].products, divided.products, rtol=1e-4)
+
+
+def test_a_tensor_read_along_two_axes_gets_no_mul():
+    graph = load_graph(
+        model_of("""(float[4,4] x) => (float[4,4] y, float[4,4] z) <float[4,4] a, float[4,4] b> {
+            y = MatMul (x, a)
+            z = MatMul (b, x) }""")
+    )
+    samples = [{"x": np.random.default_rng(i).normal(size=(4, 4)).astype(np.float32)} for i in range(3)]
+    _, channels = evidence(graph, samples)
+    found = smooth(
+        graph, find_groups(graph), specs_of(graph, **INT4_BLOCKS), channels, activation=A8, folds="insert"
+    )
+    assert found.scales == {}
+
+
 def test_equalizing_evens_out_what_two_layers_have_between_them():
     graph = load_graph(
         model_of(

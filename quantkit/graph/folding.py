@@ -78,8 +78,17 @@ def folded(
         else:
             factor_of = _along(values, linear.in_axis, old.ndim)
         constants[linear.node, linear.weight_index] = old * factor_of
-    inserted = (*edits.inserted, (group, values)) if insert else edits.inserted
+    inserted = edits.inserted
+    if insert:
+        before = [scale for other, scale in inserted if other == group]
+        others = tuple(pair for pair in inserted if pair[0] != group)
+        inserted = (*others, (group, values * before[0] if before else values))
     return Edits(constants=constants, inserted=inserted)
+
+
+def inserted_name(group: LinearGroup) -> str:
+    """Return the name of what a group's operators read once a Mul is inserted before them."""
+    return f"{group.tensor}::rescaled"
 
 
 def apply_edits(graph: Graph, edits: Edits) -> Graph:
@@ -154,7 +163,7 @@ def _insert(
     factor = ir.Value(name=name, shape=ir.Shape(inverse.shape), type=ir.TensorType(dtype), const_value=tensor)
     model.graph.register_initializer(factor)
     mul = ir.node("Mul", [source, factor], name=_free(f"{group.tensor}::rescale", taken))
-    mul.outputs[0].name = _free(f"{group.tensor}::rescaled", taken)
+    mul.outputs[0].name = inserted_name(group)
     mul.outputs[0].shape, mul.outputs[0].type = source.shape, ir.TensorType(dtype)
     position = {id(node): i for i, node in enumerate(model.graph)}
     earliest = min((nodes[linear.node] for linear in group.linears), key=lambda node: position[id(node)])

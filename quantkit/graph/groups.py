@@ -80,9 +80,15 @@ def find_groups(graph: Graph, *, unclipped: Collection[str] = ()) -> list[Linear
 
 
 def can_insert(graph: Graph, group: LinearGroup) -> bool:
-    """Whether a Mul before the group's operators could divide the tensor: no other linear shares their weights."""
+    """Whether a Mul before the group's operators could divide the tensor.
+
+    Not where another linear operator shares their weights, or reads the tensor along another axis.
+    """
+    linears = find_linears(graph)
+    if sum(linear.tensor == group.tensor for linear in linears.values()) != len(group.linears):
+        return False
     try:
-        _check_shared(graph, group.linears, find_linears(graph))
+        _check_shared(graph, group.linears, linears)
     except UntraceableError:
         return False
     return True
