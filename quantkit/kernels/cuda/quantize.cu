@@ -55,7 +55,7 @@ static_assert(SHARING != BLOCKS || (BLOCK % CHUNK == 0 && BLOCK / CHUNK <= 32 &&
               "the chunks of a block are neighbours in a warp");
 
 // ---- dividing ------------------------------------------------------------------------------------------------
-// x / scale as IEEE rounds it, for one division a scale and six cheap operations an element: the quotient's estimate
+// x / scale as IEEE rounds it, for one reciprocal a scale and six cheap operations an element: the quotient's estimate
 // is corrected twice by its exact remainder (Markstein 1990). Both operands are brought to scale's binade first, where
 // neither remainders nor the reciprocal leave the range of normal numbers. scale is a normal number.
 
