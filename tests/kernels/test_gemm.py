@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from quantkit.kernels.compile import compile_kernel, is_available
+from quantkit.kernels.emulator import Mode
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind, EpilogueValues
 from quantkit.kernels.gemm_launch import SOURCE, launch_of
 from quantkit.kernels.heuristics import ITEM_BYTES, SHARED_LIMIT, Problem, Tile, candidates, choose
 from quantkit.kernels.reference import residual_reference
 
+from .backends import EmulatorBackend, gpu
 from .gemms import DTYPES, Case, Tensors, oracle, run, tensors_of
 from .sass import opcodes, tools
 
@@ -74,6 +76,7 @@ FACTORS: dict[str, list[Any]] = {
     "output": list(OUTPUT_BYTES),
     "kind": list(KINDS),
     "tile": list(TILES),
+    "mode": list(Mode),
 }
 
 
@@ -145,7 +148,13 @@ def pairwise() -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
-CASES = [Case(**{**row, "kind": KINDS[row["kind"]], "tile": TILES[row["tile"]]}) for row in pairwise()]
+def case_of(row: dict[str, Any]) -> Case:
+    chosen = {**row, "kind": KINDS[row["kind"]], "tile": TILES[row["tile"]]}
+    return Case(**{name: value for name, value in chosen.items() if name != "mode"})
+
+
+CASES = [(row["mode"], case_of(row)) for row in pairwise()]
+IDS = [f"{mode.name.lower()} {case}" for mode, case in CASES]
 
 
 def check(case: Case, d: np.ndarray) -> None:
@@ -171,8 +180,20 @@ def check(case: Case, d: np.ndarray) -> None:
         assert np.all(np.abs(got - want) <= bound + (magnitude + bound) * 2.0**-bits + 2.0**least)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_pair_of_shape_format_output_epilogue_and_tile_is_exact(machine, case):
+@pytest.mark.parametrize(("mode", "case"), CASES, ids=IDS)
+def test_every_pair_of_shape_format_output_epilogue_tile_and_mode_is_exact(compiler, mode, case):
+    check(case, run(EmulatorBackend(mode), case))
+
+
+@pytest.mark.skipif(gpu() is None, reason="no GPU")
+@pytest.mark.parametrize("case", [case for _, case in CASES], ids=str)
+def test_a_gpu_gives_what_the_emulator_gives(case):
+    check(case, run(gpu(), case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for _, case in CASES], ids=str)
+def test_every_case_is_exact_in_every_mode(machine, case):
     check(case, run(machine, case))
 
 

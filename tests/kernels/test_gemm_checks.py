@@ -1,0 +1,90 @@
+"""matmul's door, without a GPU: what it refuses and the mend it names; arrays here are NumPy's with a device."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from quantkit.errors import KernelError
+from quantkit.kernels.gemm_checks import check_product
+from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
+
+ARCH = "sm_90a"
+
+
+class Array(np.ndarray):
+    """A NumPy array that says on which GPU it lies."""
+
+    device = SimpleNamespace(id=0)
+
+
+def array(shape, dtype=np.float32, device: int = 0):
+    made = np.zeros(shape, dtype).view(Array)
+    made.device = SimpleNamespace(id=device)
+    return made
+
+
+WEIGHT = PackedWeight(
+    data=array((8, 32), np.uint8),
+    scale=array(8),
+    n=8,
+    k=32,
+    format="int8",
+    arch=ARCH,
+    code_sums=array(8, np.int32),
+)
+
+
+def check(*, a=None, weight=WEIGHT, epilogue=None, out_dtype="bfloat16", out=None) -> None:
+    a = array((4, 32), np.int8) if a is None else a
+    check_product(a, weight, epilogue or Epilogue(), out_dtype, out, 0, ARCH)
+
+
+def test_what_fits_is_let_through():
+    check()
+    check(a=array((2, 2, 32), np.uint8), epilogue=Epilogue(zero_point=128))
+    check(
+        epilogue=Epilogue(
+            row_scale=array(4), zero_point=array(4, np.int32), bias=array(8), residual=array((4, 8), np.int8),
+            activation="clip", clip=(0.0, 6.0), output_scale=0.1, output_zero_point=-3,
+        ),
+        out_dtype="int8",
+        out=array((4, 8), np.int8),
+    )  # fmt: skip
+    check(epilogue=Epilogue(zero_point=3), out_dtype="int32")
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"a": array((4, 31), np.int8)}, "does not end in the weight's k = 32"),
+        ({"a": array((4, 32), np.float32)}, "pass int8 or uint8"),
+        ({"weight": replace(WEIGHT, arch="sm_80")}, "packed for sm_80"),
+        ({"a": array((4, 32), np.int8, device=1)}, "a lies on GPU 1, not on 0; move it"),
+        ({"out_dtype": "int4"}, "one of int32"),
+        ({"out_dtype": "int32", "epilogue": Epilogue(bias=array(8))}, "plain sums of int8 only"),
+        ({"out": array((4, 8), np.float32)}, "is not a contiguous"),
+        ({"out": array((8, 4), np.uint16).T}, "is not a contiguous"),
+        ({"epilogue": Epilogue(output_scale=0.5)}, "are for int8 and float8_e4m3fn"),
+        ({"epilogue": Epilogue(output_scale=0.0), "out_dtype": "int8"}, "outside of 2^-100"),
+        ({"epilogue": Epilogue(output_zero_point=300), "out_dtype": "int8"}, "from -128 to 127"),
+        ({"epilogue": Epilogue(output_zero_point=3), "out_dtype": "float8_e4m3fn"}, "int8 has them"),
+        ({"epilogue": Epilogue(row_scale=array(3))}, "one or 4"),
+        ({"epilogue": Epilogue(row_scale=array(4, np.float64))}, "float32, one or 4"),
+        ({"epilogue": Epilogue(zero_point=array(4))}, "int32, one or 4"),
+        ({"epilogue": Epilogue(zero_point=1), "weight": replace(WEIGHT, code_sums=None)}, "no sums of codes"),
+        ({"epilogue": Epilogue(bias=array(4))}, "bias: 4 values"),
+        ({"epilogue": Epilogue(residual=array((8, 4), np.float64))}, "residual"),
+        ({"epilogue": Epilogue(residual=array((4, 4)))}, "residual"),
+        ({"epilogue": Epilogue(activation="tanh")}, "None, relu, clip, gelu"),
+        ({"epilogue": Epilogue(activation="clip")}, "give both or neither"),
+        ({"epilogue": Epilogue(clip=(0, 1))}, "give both or neither"),
+    ],
+)  # fmt: skip
+def test_what_no_kernel_computes_is_refused_with_the_mend(call, says):
+    with pytest.raises(KernelError, match="matmul: ") as refused:
+        check(**call)
+    assert says in str(refused.value)
+    assert str(refused.value).endswith(".")
+    assert "\n" not in str(refused.value)
