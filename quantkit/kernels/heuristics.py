@@ -10,6 +10,7 @@ from quantkit.kernels.epilogue import OUTPUT_BYTES
 
 SHARED_LIMIT = 232_448  # bytes of shared memory that a block may have on sm_90
 _ROW = 128  # bytes of K in a stage
+_RATE = 1.5e5  # bytes in a microsecond that one multiprocessor draws
 _BUFFERS = 2 * 8192  # bytes of output that each consumer has on its way to memory
 
 ITEM_BYTES = {"int8": 1, "float8_e4m3fn": 1, "bfloat16": 2}
@@ -157,7 +158,7 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     Clusters take tiles in waves. A step of a tile (128 bytes of K) takes the longest of its products, its reads from
     L2 at a multiprocessor's share, and its latency over the stages in flight; a tile ends with an epilogue that
     ping-pong hides, and before which the blocks of a split exchange their partial sums. Device memory bounds the
-    whole.
+    whole, and what is read more than once adds to it.
     """
     along_first, along_second = tile.tiles(problem)
     clusters = tile.clusters(problem, device.multiprocessors)
@@ -167,7 +168,7 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     # What each shape was seen to reach of the best one's rate: narrow instructions read a byte of shared memory for
     # fewer products.
     if tile.consumers == 1 or (tile.pingpong and tile.blocks_of_64 == 1):
-        products *= 1.2
+        products *= 1.3
     elif tile.pingpong:
         products *= 1.08 * (1 + 0.4 / waves)  # at first and at last one consumer works alone
     elif tile.tile_n < 256:
@@ -175,7 +176,8 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     if tile.cluster > 1 and waves >= 6:
         products *= 0.985  # long products run at the board's power limit, and multicast saves power
     blocks = clusters * tile.blocks
-    loads = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW / min(device.l2_bytes_per_us / blocks, 1.5e5)
+    stage = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW
+    loads = stage / min(device.l2_bytes_per_us / blocks, _RATE)
     latency = 1.0 / tile.stages
     step = max(products, loads, latency)
     output = tile.tile_m * tile.tile_n * OUTPUT_BYTES[problem.output]
@@ -185,8 +187,15 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     # All but the last hide behind products in ping-pong, and behind loads.
     between = 0.0 if tile.pingpong else (waves - 1) * finish
     moved = (problem.m + problem.n) * problem.row_bytes + problem.m * problem.n * OUTPUT_BYTES[problem.output]
-    # Few blocks do not keep enough bytes on their way to draw the whole bandwidth.
-    streamed = moved / device.dram_bytes_per_us * (1 + 20 / blocks)
+    # Few blocks do not keep enough bytes on their way to draw the whole bandwidth; what is read again is in their way.
+    tiles = along_first * along_second
+    read = tiles * (tile.tile_m * tile.cluster + tile.tile_n) * problem.row_bytes
+    again = max(0, read - moved) / (2 * device.l2_bytes_per_us)
+    streamed = moved / device.dram_bytes_per_us * (1 + 20 / blocks) + again
+    # The tiles of a last, smaller wave take their time however little there is to read.
+    last = (tiles - (waves - 1) * clusters) / tiles
+    alone = steps * max(products, stage / _RATE, latency)
+    streamed = streamed * (1 - last) + max(streamed * last, alone)
     together = 1.0 if tile.cluster > 1 else 0.0  # the blocks of a cluster start together
     return 3.5 + together + max(waves * steps * step + between, streamed) + finish
 
@@ -195,10 +204,10 @@ def rank(problem: Problem, device: Device = H200) -> list[Tile]:
     """Return the configurations that can run `problem`, the one modelled fastest first."""
 
     def key(tile: Tile) -> tuple[float, int, bool]:
-        # Among equals, the one that reads least; then the weights on the side of 64, which was seen to be faster.
+        # Among equals, the one that reads least; then a row of tiles along the longer side of D, seen to be faster.
         along_first, along_second = tile.tiles(problem)
         read = along_first * along_second * (tile.tile_m * tile.cluster + tile.tile_n)
-        return estimate_us(problem, tile, device), read, not tile.swap
+        return estimate_us(problem, tile, device), read, tile.swap != (problem.m < 2 * problem.n)
 
     return sorted(candidates(problem), key=key)
 

@@ -1,4 +1,4 @@
-"""Products with weights of four bits on a Hopper GPU: pack a weight once, multiply bf16 or fp16 activations by it.
+"""Products with weights of four bits on a Hopper GPU: pack a weight once, multiply bf16, fp16 or int8 by it.
 
 D[m, n] = activation((A @ W.T)[m, n] · row_scale[m] + bias[n]) + residual[m, n]. `w4_reference` says what a weight is
 decoded to; sums are float32. Scales of whole rows, and NVFP4's global scale, multiply the sums.
@@ -32,7 +32,7 @@ from quantkit.kernels.w4_launch import (
 )
 from quantkit.kernels.w4_layout import Layout4, Packed4, pack4
 
-_ACTIVATIONS = {"bfloat16": "bfloat16", "uint16": "bfloat16", "float16": "float16"}
+_ACTIVATIONS = {"bfloat16": "bfloat16", "uint16": "bfloat16", "float16": "float16", "int8": "int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,15 @@ class Workspace4:
         return bool(self.partials.nbytes >= launch.partials_bytes and self.arrivals.size >= launch.arrivals)
 
 
-def pack_weight4(weight: QTensor, *, scale_type: str | None = None, arch: str | None = None) -> PackedWeight4:
-    """Return `weight` [n, k] on the current GPU; what is taken, and `scale_type`, are those of `w4_layout.pack4`.
+def pack_weight4(
+    weight: QTensor, *, scale_type: str | None = None, activation_bits: int = 16, arch: str | None = None
+) -> PackedWeight4:
+    """Return `weight` [n, k] on the current GPU; what is taken, and how, is what `w4_layout.pack4` says.
 
     Raises:
         KernelError: a weight that the kernels have not, or no GPU.
     """
-    return upload4(pack4(weight, scale_type=scale_type), arch=arch)
+    return upload4(pack4(weight, scale_type=scale_type, activation_bits=activation_bits), arch=arch)
 
 
 def upload4(packed: Packed4, *, arch: str | None = None) -> PackedWeight4:
@@ -113,7 +115,7 @@ def matmul_w4(
     """Return D = a @ weight.T with its epilogue, on the current stream, without waiting for it.
 
     Args:
-        a: [..., k], float16, bfloat16, or uint16 that holds bfloat16.
+        a: [..., k], float16, bfloat16, uint16 that holds bfloat16, or int8 where the weight was packed for it.
         weight: what pack_weight4 gave.
         epilogue: nothing but the weight's scale by default.
         out_dtype: bfloat16, float16, float32, int8 or float8_e4m3fn (as uint8).
@@ -132,9 +134,15 @@ def matmul_w4(
     activations = _ACTIVATIONS.get(str(a.dtype))
     if gpu.architecture(device) != "sm_90a" or activations is None:
         raise KernelError(
-            f"matmul_w4: {a.dtype} on {gpu.architecture(device)}; pass bfloat16 or float16 on sm_90a."
+            f"matmul_w4: {a.dtype} on {gpu.architecture(device)}; pass bfloat16, float16 or int8 on sm_90a."
         )
     form = weight.layout
+    if 8 * a.dtype.itemsize != form.activation_bits:
+        raise KernelError(
+            f"matmul_w4: {a.dtype} for a weight packed for activations of {form.activation_bits} bits; pack it again."
+        )
+    if out_dtype == "int32":
+        raise KernelError("matmul_w4: int32 would hold sums without their scales; take float32.")
     stands_for = PackedWeight(
         data=weight.codes, scale=None, n=form.n, k=form.k, format=activations, arch=weight.arch
     )

@@ -10,14 +10,14 @@ from quantkit.kernels.epilogue import OUTPUT_BYTES
 from quantkit.kernels.heuristics import H200, SHARED_LIMIT, Device
 
 _ROW = 128  # bytes of a slab's row of activations
-_SCALE_BYTES = {"none": 0, "bfloat16": 2, "float16": 2, "float32": 4, "e4m3": 1, "e8m0": 1}
+_SCALE_BYTES = {"none": 0, "bfloat16": 2, "float16": 2, "float32": 4, "e4m3": 1, "e8m0": 1, "uint8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class W4Problem:
     """D[m, n] = A[m, k] @ W[n, k].T, W of four bits.
 
-    activations: bfloat16 or float16. output: D's type. codes, group, scales, zeros: as in `w4_layout.Layout4`.
+    activations: bfloat16, float16 or int8. output: D's type. codes, group, scales, zeros: as in `w4_layout.Layout4`.
     """
 
     m: int
@@ -31,9 +31,14 @@ class W4Problem:
     zeros: bool
 
     @property
+    def slab(self) -> int:
+        """Columns of a slab: 128 bytes of activations."""
+        return 128 if self.activations == "int8" else 64
+
+    @property
     def slabs(self) -> int:
-        """Slabs of 64 along K."""
-        return -(-self.k // 64)
+        """Slabs along K."""
+        return -(-self.k // self.slab)
 
     @property
     def blocks(self) -> int:
@@ -89,10 +94,11 @@ class W4Tile:
         """Return the bytes of a stage: rows of A, codes, scales and zero points."""
         blocks = self.blocks_of_64 * self.consumers
         group = problem.group
-        groups = 1 if group is None or group >= 64 else 64 // group
-        sides = 1 if group is None or group >= 64 * self.slabs else self.slabs
+        slab = problem.slab
+        groups = 1 if group is None or group >= slab else slab // group
+        sides = 1 if group is None or group >= slab * self.slabs else self.slabs
         pair = groups * (2 * _SCALE_BYTES[problem.scales] + problem.zeros)
-        used = self.slabs * (self.tile_n * _ROW + blocks * 2048) + sides * blocks * 32 * pair
+        used = self.slabs * (self.tile_n * _ROW + blocks * 32 * slab) + sides * blocks * 32 * pair
         return -(-used // 1024) * 1024
 
     def shared_bytes(self, problem: W4Problem) -> int:
@@ -148,12 +154,13 @@ class W4Few:
     def stage_bytes(self, problem: W4Problem) -> int:
         """Return the bytes of a stage: rows of A, codes, scales and zero points."""
         group = problem.group
-        groups = 1 if group is None or group >= 64 else 64 // group
-        span = self.slabs if group is None else max(1, group // 64)
+        slab = problem.slab
+        groups = 1 if group is None or group >= slab else slab // group
+        span = self.slabs if group is None else max(1, group // slab)
         sides = 1 if span >= self.slabs else self.slabs // span
         scales = self.tile * 8 * groups * 2 * _SCALE_BYTES[problem.scales]
         zeros = (self.tile + 3) // 2 * 16 * groups if problem.zeros else 0
-        used = self.slabs * (self.tile_n * _ROW + self.tile * 512) + sides * (scales + zeros)
+        used = self.slabs * (self.tile_n * _ROW + self.tile * 8 * slab) + sides * (scales + zeros)
         return -(-used // 1024) * 1024
 
     def shared_bytes(self, problem: W4Problem) -> int:
@@ -232,17 +239,14 @@ _LAUNCH_US, _FIRST_US, _END_US, _SHARED_US = 3.6, 1.3, 1.0, 5.0
 _RATES = {32: 1.2e6, 64: 2.0e6, 128: 2.98e6, 256: 3.08e6}
 # What eight codes of each of a warp's threads cost with 8 rows of A, by how they are decoded, in instructions; and how
 # many of those a multiprocessor issues in a microsecond.
-_DECODED = {"int4": 15.0, "uint4": 18.0, "e4m3": 18.8, "e8m0": 16.5, "none": 15.0}
+_DECODED = {"int4": 15.0, "uint4": 18.0, "e4m3": 18.8, "e8m0": 16.5, "none": 15.0, "uint8": 11.0}
 _ISSUED = 4.2e3
 
 
 def estimate_us(problem: W4Problem, tile: W4Tile | W4Few, device: Device = H200) -> float:
     """Return the modelled time of `problem` with `tile`, in microseconds, from an empty L2."""
-    moved = (
-        problem.weight_bytes
-        + 2 * problem.m * problem.k
-        + OUTPUT_BYTES[problem.output] * problem.m * problem.n
-    )
+    read = problem.weight_bytes + 128 // problem.slab * problem.m * problem.k
+    moved = read + OUTPUT_BYTES[problem.output] * problem.m * problem.n
     fixed = _LAUNCH_US + _FIRST_US + _END_US
     if isinstance(tile, W4Few):
         along_w, along_a = tile.blocks(problem)
@@ -253,7 +257,7 @@ def estimate_us(problem: W4Problem, tile: W4Tile | W4Few, device: Device = H200)
             / (0.92 * device.dram_bytes_per_us)
             / min(1.0, 1.3 * along_w * along_a / device.multiprocessors)
         )
-        kind = problem.scales if problem.codes == "fp4_e2m1" else problem.codes
+        kind = problem.scales if problem.codes == "fp4_e2m1" or problem.slab == 128 else problem.codes
         instructions = (
             tile.tile * 16 * problem.k / 256 * (_DECODED[kind] + (1.0 if tile.tile_n == 16 else 0.0))
         )
@@ -261,7 +265,10 @@ def estimate_us(problem: W4Problem, tile: W4Tile | W4Few, device: Device = H200)
         decoded = instructions / _ISSUED * (1.25 if tile.tile_n == 16 else 1.0) * waves
         return fixed + max(streamed, decoded)
     clusters, whole = schedule_of(problem, tile, device.multiprocessors)
-    count, each = tile.tiles(problem), tile.tile_w * tile.tile_n * problem.k / _RATES[tile.tile_n]
+    count, each = (
+        tile.tiles(problem),
+        tile.tile_w * tile.tile_n * problem.k / (_RATES[tile.tile_n] * problem.slab / 64),
+    )
     products = each * (-(-count // clusters) if whole == count else count / clusters)
     shared = _SHARED_US if whole < count else 0.0
     return fixed + shared + max(products, moved / (0.8 * device.dram_bytes_per_us))

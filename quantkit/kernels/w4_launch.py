@@ -14,7 +14,7 @@ KERNEL = "gemm_w4_sm90"
 FEW_SOURCE = Path(__file__).parent / "cuda" / "gemm_w4_few.cu"
 FEW_KERNEL = "gemm_w4_few"
 
-_TYPES = {"bfloat16": "BF16", "float16": "F16"}
+_TYPES = {"bfloat16": "BF16", "float16": "F16", "int8": "S8"}
 _CODES = {"int4": "CODES_INT4", "uint4": "CODES_INT4", "fp4_e2m1": "CODES_E2M1"}
 _SCALES = {
     "none": "SCALES_NONE",
@@ -23,6 +23,7 @@ _SCALES = {
     "float32": "SCALES_F32",
     "e4m3": "SCALES_E4M3",
     "e8m0": "SCALES_E8M0",
+    "uint8": "SCALES_U8",
 }
 
 
@@ -83,7 +84,7 @@ def w4_launch_of(problem: W4Problem, tile: W4Tile, kind: EpilogueKind, multiproc
         block=tile.threads,
         cluster=tile.cluster,
         shared_bytes=tile.shared_bytes(problem),
-        box=(tile.tile_n // tile.cluster, 64),
+        box=(tile.tile_n // tile.cluster, problem.slab),
         output_box=(tile.piece(problem), 128 // max(width, 2)),
         tma_store=tma_store,
         whole=whole,
@@ -124,7 +125,7 @@ def w4_few_launch_of(problem: W4Problem, tile: W4Few, kind: EpilogueKind) -> W4F
         grid=tile.blocks(problem),
         block=tile.threads,
         shared_bytes=tile.shared_bytes(problem),
-        box=(tile.tile_n, 64),
+        box=(tile.tile_n, problem.slab),
     )
 
 

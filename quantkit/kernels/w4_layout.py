@@ -1,8 +1,9 @@
 """How weights of four bits lie in memory: codes in the order of the kernels' registers, scales by pairs of rows.
 
-K is cut into slabs of 64, rows into blocks of 64; both are filled up at the end. For each slab and block a thread of a
-warpgroup has 16 bytes: the codes that it multiplies, in the order in which it decodes them. All of it is a permutation
-and can be undone. Scales keep every bit that they have, less a power of two for each row.
+K is cut into slabs (as much as 128 bytes of activations hold: 64, or 128 for int8), rows into blocks of 64; both are
+filled up at the end. For each slab and block a thread of a warpgroup has 16 or 32 bytes: the codes that it multiplies,
+in the order in which it decodes them. All of it is a permutation and can be undone. Scales keep every bit that they
+have, less a power of two for each row.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from quantkit.formats.format import E8M0, FP8_E4M3
 from quantkit.formats.packing import code_bits
 from quantkit.formats.quantize import QTensor
 
-SLAB = 64  # of K
 BLOCK = 64  # rows
 
 INTEGER_SCALES = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of one
@@ -33,8 +33,9 @@ class Layout4:
         n, k: rows, and columns along which products are summed.
         codes: int4 (stored as q + 8), uint4 or fp4_e2m1.
         group: columns that share a scale, a power of two from 16 on; None where a row has one.
-        scales: none (a row has one, kept apart), bfloat16, float16, float32, e4m3 or e8m0.
+        scales: none (a row has one, kept apart), bfloat16, float16, float32, e4m3, e8m0, or uint8 for int8 activations.
         zeros: whether there are zero points.
+        activation_bits: 16, or 8 for int8 activations.
     """
 
     n: int
@@ -43,11 +44,17 @@ class Layout4:
     group: int | None
     scales: str
     zeros: bool
+    activation_bits: int = 16
+
+    @property
+    def slab(self) -> int:
+        """Columns of a slab."""
+        return 1024 // self.activation_bits
 
     @property
     def slabs(self) -> int:
         """Slabs of K."""
-        return -(-self.k // SLAB)
+        return -(-self.k // self.slab)
 
     @property
     def blocks(self) -> int:
@@ -57,12 +64,12 @@ class Layout4:
     @property
     def groups_in_slab(self) -> int:
         """Scales that a row has in a slab."""
-        return 1 if self.group is None else max(1, SLAB // self.group)
+        return 1 if self.group is None else max(1, self.slab // self.group)
 
     @property
     def sides(self) -> int:
         """Runs of scales along K: one a slab, or one a group of several slabs."""
-        return 1 if self.group is None else -(-self.k // max(SLAB, self.group))
+        return 1 if self.group is None else -(-self.k // max(self.slab, self.group))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +77,7 @@ class Packed4:
     """A weight as the kernel reads it, on the host.
 
     Attributes:
-        codes: uint8 [slabs, blocks, 2048].
+        codes: uint8 [slabs, blocks, 2048], or 4096 for int8 activations.
         scales: uint8 [sides, blocks, 32 pairs of rows, 2 rows · scales in a slab · bytes of one]; None without groups.
         zeros: uint8 [sides, blocks, 32, scales in a slab], the upper row's in the low nibble; None without.
         channel_scale: float32 [n], what the sums of a row are multiplied by.
@@ -92,7 +99,7 @@ class Packed4:
         )
 
 
-def pack4(weight: QTensor, *, scale_type: str | None = None) -> Packed4:
+def pack4(weight: QTensor, *, scale_type: str | None = None, activation_bits: int = 16) -> Packed4:
     """Return `weight` [n, k] as the kernel reads it.
 
     Integers of 4 bits have one scale a row, or one for each `block_size` along axis 1 (a power of two from 32 on), with
@@ -102,6 +109,8 @@ def pack4(weight: QTensor, *, scale_type: str | None = None) -> Packed4:
         weight: the quantized weight.
         scale_type: how an integer's group scales are stored: bfloat16, float16 or float32; None for the first of
             them that holds every scale exactly.
+        activation_bits: 16, or 8 for int8 activations: integers whose group scales are whole multiples s of one number
+            a row, such that every (q − zero) · s is an int8 (`two_levels` makes scales so).
 
     Raises:
         KernelError: not a matrix, or a format or granularity that the kernel has not; scales that are negative, not
@@ -119,6 +128,8 @@ def pack4(weight: QTensor, *, scale_type: str | None = None) -> Packed4:
         layout, held, channel = _block_scales(weight, rows, group)
     else:
         layout, held, channel = _float_scales(weight, rows, group, scale_type, zeros=zero is not None)
+    if activation_bits == 8:
+        layout, held, channel = _whole_scales(layout, rows, zero)
     nibbles = code_bits(values, spec.format)
     if name == "int4":
         nibbles = nibbles ^ np.uint8(8)
@@ -170,10 +181,12 @@ _E2M1_LOW = (6, 3, 0, 10)  # the lower exponent bit and the mantissa
 
 
 def _by_registers(nibbles: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
-    padded = np.zeros((layout.blocks * BLOCK, layout.slabs * SLAB), np.uint8)
+    padded = np.zeros((layout.blocks * BLOCK, layout.slabs * layout.slab), np.uint8)
     if layout.codes != "fp4_e2m1" and not layout.zeros:
         padded[:] = 8  # zero, so that nothing but zeros lies beyond the ends
     padded[: layout.n, : layout.k] = nibbles
+    if layout.activation_bits == 8:
+        return _by_byte_registers(padded, layout)
     # row = 64 block + 16 warp + 8 h + g, column = 64 slab + 16 word + 8 half + 2 t + e; register r = h + 2 half.
     parts = padded.reshape(layout.blocks, 4, 2, 8, layout.slabs, 4, 2, 4, 2)
     words = np.zeros((layout.slabs, layout.blocks, 4, 8, 4, 4), np.uint32)
@@ -185,7 +198,27 @@ def _by_registers(nibbles: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uin
     return words.view(np.uint8).reshape(layout.slabs, layout.blocks, 2048)
 
 
+def _by_byte_registers(padded: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
+    # row = 64 block + 16 warp + 8 h + g, column = 128 slab + 64 plane + 32 odd + 16 half + 4 t + byte; register
+    # r = h + 2 half lies in word 2 odd + half, in the low nibbles where h is 0.
+    parts = padded.reshape(layout.blocks, 4, 2, 8, layout.slabs, 2, 2, 2, 4, 4)
+    joined = parts[:, :, 0] | parts[:, :, 1] << np.uint8(4)
+    return np.ascontiguousarray(joined.transpose(3, 0, 1, 4, 2, 7, 5, 6, 8)).reshape(
+        layout.slabs, layout.blocks, 4096
+    )
+
+
+def _from_byte_registers(codes: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
+    joined = codes.reshape(layout.slabs, layout.blocks, 4, 2, 8, 4, 2, 2, 4).transpose(
+        1, 2, 4, 0, 3, 6, 7, 5, 8
+    )
+    parts = np.stack([joined & np.uint8(15), joined >> np.uint8(4)], axis=2)
+    return parts.reshape(layout.blocks * BLOCK, -1)[: layout.n, : layout.k].copy()
+
+
 def _from_registers(codes: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
+    if layout.activation_bits == 8:
+        return _from_byte_registers(codes, layout)
     words = codes.view(np.uint32).reshape(layout.slabs, layout.blocks, 4, 8, 4, 4)
     parts = np.zeros((layout.blocks, 4, 2, 8, layout.slabs, 4, 2, 4, 2), np.uint8)
     for h in range(2):
@@ -315,6 +348,47 @@ def _block_scales(
         f"weight: fp4_e2m1 in groups of {group} with scales of {form and form.name}; NVFP4 has 16 and fp8_e4m3, "
         "MXFP4 32 and e8m0."
     )
+
+
+def two_levels(scale: NDArray[np.float32], largest: int = 16) -> NDArray[np.float32]:
+    """Return the scales [n, groups] nearest to `scale` that are s · (a row's largest / `largest`), s whole and ≥ 1.
+
+    With `largest` 16, (q − 8) · s fits an int8 for every code of four bits.
+    """
+    unit = scale.max(axis=1, keepdims=True) / np.float32(largest)
+    return np.where(unit == 0, scale, np.maximum(np.rint(scale / np.where(unit == 0, 1, unit)), 1) * unit)
+
+
+def _whole_scales(
+    layout: Layout4, rows: NDArray[np.float32], zero: NDArray[np.uint8] | None
+) -> tuple[Layout4, NDArray[Any] | None, NDArray[np.float32]]:
+    """The same for int8 activations: the smallest whole numbers that the scales of a row are in proportion to."""
+    if layout.codes == "fp4_e2m1":
+        raise KernelError("weight: fp4_e2m1 is not multiplied by int8; pack it for activations of 16 bits.")
+    n, k = layout.n, layout.k
+    whole = Layout4(
+        n=n, k=k, codes=layout.codes, group=layout.group, scales="none" if layout.group is None else "uint8",
+        zeros=layout.zeros, activation_bits=8,
+    )  # fmt: skip
+    if layout.group is None:
+        return whole, None, rows[:, 0]
+    largest = rows.max(axis=1, keepdims=True)
+    held, units = np.ones(rows.shape, np.uint8), np.where(largest == 0, 0, np.float32(0))
+    missing = np.ones(n, bool)
+    for count in range(1, 17):
+        unit = (largest / np.float32(count)).astype(np.float32)
+        multiple = np.rint(rows / np.where(unit == 0, 1, unit)).astype(np.float32)
+        fits = missing & np.all((multiple * unit == rows) & (multiple >= 1), axis=1)
+        held[fits], units[fits], missing = multiple[fits].astype(np.uint8), unit[fits], missing & ~fits
+    middle = 8 if zero is None else zero
+    steps = held.astype(np.int64)
+    beyond = (middle * steps > 128) | ((15 - middle) * steps > 127)
+    if np.any(missing) or np.any(beyond):
+        raise KernelError(
+            "weight: its scales are not whole multiples, up to 16, of one number a row; make them so with two_levels "
+            "and quantize again."
+        )
+    return whole, held, units[:, 0].astype(np.float32)
 
 
 def _e4m3_codes() -> NDArray[np.uint8]:

@@ -25,6 +25,7 @@ def decoded4(packed: Packed4, activations: str) -> NDArray[np.float64]:
     integers, scales of A's type or of rows: w = round((q − zero) · scale)
     integers, other scales: w = round((q − zero) · s₀ + round((q − zero) · s₁)), s₀ = round(scale),
         s₁ = round(scale − s₀): off by 2^-16 of itself at most before it rounds
+    integers times int8: w = (q − zero) · s, whole numbers; sums are exact
     fp4_e2m1: code · scale, which bf16 holds exactly, and fp16 too down to 2^-24 of the row's largest scale
     """
     form = packed.layout
@@ -53,6 +54,8 @@ def decoded4(packed: Packed4, activations: str) -> NDArray[np.float64]:
         code = code - spread(np.where(zero >= 8, zero - 16, zero) if form.codes == "int4" else zero)
     if packed.scales is None:
         return code
+    if form.activation_bits == 8:
+        return code * spread(held)
     # The kernel's own power of two: fp16's scales lie below 2^12, and what is too small for its normals loses bits.
     shift = {"bfloat16": 2.0**11, "float16": 2.0**-4, "float32": 2.0**11}[form.scales] if half else 1.0
     scale = spread(held) * shift
@@ -74,9 +77,10 @@ def w4_reference(
 ) -> NDArray[np.generic]:
     """Return D[m, n] as `output`: the sums of a @ decoded4.T rounded once to float32, then epilogue.h's operations."""
     weight = decoded4(packed, str(a.dtype))
+    operand = a if a.dtype == np.int8 else a.astype(np.float64)
     return gemm_reference(
-        a.astype(np.float64), weight, row_scale=row_scale, column_scale=packed.channel_scale, bias=bias,
-        activation=activation, output=output,
+        operand, weight, row_scale=row_scale, column_scale=packed.channel_scale, bias=bias, activation=activation,
+        output=output,
     )  # fmt: skip
 
 

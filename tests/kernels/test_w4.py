@@ -1,4 +1,4 @@
-"""gemm_w4_sm90.cu and gemm_w4_few.cu against their oracle, in every mode of the emulator and on a GPU if there is one."""
+"""Both kernels for four-bit weights against their oracle, in every mode of the emulator and on a GPU if there is one."""
 
 import re
 from collections.abc import Mapping
@@ -95,6 +95,38 @@ def test_products_are_exact(machine, row):
     if row["epilogue"] == "bare" and row["output"] == "float32":
         np.testing.assert_array_equal(want, plain)
     np.testing.assert_array_equal(run_w4(machine, a, packed, TILES[row["tile"]], **options), want)
+
+
+# Every kind of sharing, group and output with int8 activations, in full range.
+EIGHT_BITS = [
+    ((3, 130, 600), ("int4", 128), False, "float32", "deep"),
+    ((17, 130, 400), ("uint4", 32), True, "bfloat16", "tall"),
+    ((64, 8, 2880), ("int4", 64), False, "float16", "wide"),
+    ((130, 72, 96), ("uint4", None), True, "int8", "whole"),
+    ((16, 1, 300), ("int4", None), False, "float32", "pair"),
+    ((1, 130, 1000), ("uint4", 64), True, "float32", "few"),
+    ((16, 72, 900), ("int4", 128), False, "bfloat16", "few by k"),
+    ((3, 200, 700), ("int4", 32), True, "float32", "few pair"),
+]
+
+
+@pytest.mark.parametrize(("shape", "kind", "zeros", "output", "tile"), EIGHT_BITS, ids=str)
+def test_products_with_int8_are_exact(machine, shape, kind, zeros, output, tile):
+    m, n, k = shape
+    rng = np.random.default_rng(m + n + k)
+    w = weight(rng, n, k, *kind, zeros=zeros, middling=True)
+    packed = pack4(w, activation_bits=8)
+    a = rng.integers(-128, 128, (m, k)).astype(np.int8)
+    options: dict[str, Any] = {
+        "output": output,
+        "row_scale": np.float32(rng.random(m) + 0.5),
+        "bias": rng.standard_normal(n).astype(np.float32),
+    }
+    want = w4_reference(a, packed, **options)
+    np.testing.assert_array_equal(decoded4(packed, "int8"), np.rint(decoded4(packed, "int8")))
+    true = decoded4(packed, "int8") * packed.channel_scale[:, None]
+    np.testing.assert_array_equal(true, dequantize(w).astype(np.float64))
+    np.testing.assert_array_equal(run_w4(machine, a, packed, TILES[tile], **options), want)
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------------
@@ -221,6 +253,9 @@ SHIPPED = [
     problem(256),
     problem(4096, **NVFP4),
     problem(4096, codes="uint4", group=32, zeros=True, activations="float16"),
+    problem(16, 28672, activations="int8", scales="uint8"),
+    problem(64, activations="int8", scales="uint8"),
+    problem(4096, activations="int8", scales="uint8"),
 ]
 
 
@@ -236,10 +271,11 @@ def test_chosen_configurations_decode_in_registers(shipped, tmp_path_factory):
     launch = w4_few_launch_of(shipped, tile, KIND) if few else w4_launch_of(shipped, tile, KIND, 132)
     built = compile_kernel(FEW_SOURCE if few else SOURCE, arch="sm_90a", defines=launch.defines, cache=cache)
     found = opcodes(built.cubin)
-    assert {name for name in found if name.endswith("MMA")} == {"HMMA" if few else "HGMMA"}
+    letter = "I" if shipped.activations == "int8" else "H"
+    assert {name for name in found if name.endswith("MMA")} == {f"{letter}MMA" if few else f"{letter}GMMA"}
     assert (found["LDL"], found["STL"], built.spill_bytes, built.stack_bytes) == (0, 0, 0, 0)
     # Codes become numbers two at a time, by bits and one operation.
-    assert found["HFMA2"] + found["HMUL2"] >= 16
+    assert shipped.activations == "int8" or found["HFMA2"] + found["HMUL2"] >= 16
     assert built.warnings == ()
 
 

@@ -15,7 +15,7 @@ from quantkit.formats.packing import code_bits
 from quantkit.formats.qparams import QParams
 from quantkit.formats.quantize import QTensor
 from quantkit.formats.spec import QuantSpec
-from quantkit.kernels.w4_layout import pack4, unpack4
+from quantkit.kernels.w4_layout import pack4, two_levels, unpack4
 
 from .w4 import KINDS, weight
 
@@ -49,6 +49,46 @@ def test_unpacking_undoes_packing(n, k, kind, zeros, scale_type, seed):
     else:
         stored = code_bits(w.qparams.zero_point, w.spec.format).reshape(n, -1)
         np.testing.assert_array_equal(zero, stored)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 150),
+    k=st.integers(1, 400),
+    kind=st.sampled_from([kind for kind in KINDS if "int" in kind[0]]),
+    zeros=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_unpacking_undoes_packing_for_int8_activations(n, k, kind, zeros, seed):
+    form, group = kind
+    rng = np.random.default_rng(seed)
+    w = weight(rng, n, k, form, group, zeros=zeros, middling=True, simple=False)
+    scale = w.qparams.scale if group is None else two_levels(w.qparams.scale)
+    w = QTensor(w.qvalue, QParams(scale, w.qparams.zero_point), w.spec)
+    if zeros and group is not None:  # steps of 16 and zero points off the middle leave an int8
+        w = QTensor(w.qvalue, QParams(two_levels(w.qparams.scale, 8), w.qparams.zero_point), w.spec)
+    codes, scales, zero = unpack4(pack4(w, activation_bits=8))
+    np.testing.assert_array_equal(codes, code_bits(w.qvalue, w.spec.format))
+    np.testing.assert_array_equal(scales.astype(np.float32), w.qparams.scale.reshape(n, -1))
+    if zero is not None:
+        np.testing.assert_array_equal(zero, code_bits(w.qparams.zero_point, w.spec.format).reshape(n, -1))
+
+
+def test_two_levels_are_within_half_a_step_of_the_scales():
+    scale = np.random.default_rng(0).random((50, 30)).astype(np.float32) + np.float32(1e-3)
+    found = two_levels(scale)
+    unit = scale.max(axis=1, keepdims=True) / 16
+    inside = scale >= unit / 2
+    assert np.all(np.abs(found - scale)[inside] <= 0.5001 * np.broadcast_to(unit, scale.shape)[inside])
+    np.testing.assert_array_equal(found.max(axis=1), scale.max(axis=1))
+
+
+def test_scales_that_are_no_whole_multiples_are_refused_for_int8():
+    w = weight(np.random.default_rng(0), 8, 256, "int4", 32, simple=False)
+    with pytest.raises(KernelError, match="make them so with two_levels"):
+        pack4(w, activation_bits=8)
+    with pytest.raises(KernelError, match="fp4_e2m1 is not multiplied by int8"):
+        pack4(weight(np.random.default_rng(0), 8, 256, "nvfp4", 16), activation_bits=8)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -1,4 +1,4 @@
-"""Bugs planted in the kernels for four-bit weights and in their decoding: each is caught, by a report or by a number."""
+"""Bugs planted in the kernels for four-bit weights and in their decoding: a report or a wrong number shows each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,10 @@ class Run:
     activations: str = "bfloat16"
     identity: bool = False
 
+    @property
+    def is_int8(self) -> bool:
+        return self.activations == "int8"
+
     def check(self, machine: Any, source: Path) -> None:
         m, n, k = self.shape
         rng = np.random.default_rng(7)
@@ -39,7 +43,7 @@ class Run:
         w = weight(
             rng, n, k, form, group, zeros=self.zeros, scale_type=self.scale_type, simple=not self.identity
         )
-        packed = pack4(w)
+        packed = pack4(w, activation_bits=8 if self.is_int8 else 16)
         a = np.eye(m, k) if self.identity else small_integers(rng, (m, k), "BF16")
         a = a.astype(DTYPES[self.activations])
         d = run_w4(machine, a, packed, self.tile, source=source)
@@ -47,6 +51,7 @@ class Run:
 
 
 PIECES = Run(tile=W4Tile(tile_n=16, consumers=1, slabs=2, grain=4, stages=3))
+SHORT = Run(tile=PIECES.tile, shape=(13, 64, 64))
 PAIR = Run(tile=W4Tile(tile_n=16, consumers=1, slabs=2, grain=2, stages=2, cluster=2))
 ZEROS = Run(tile=PIECES.tile, kind=("uint4", 32), zeros=True)
 CODES = Run(tile=PIECES.tile, shape=(32, 130, 96), kind=("int4", 32), identity=True)
@@ -57,8 +62,13 @@ FEW = Run(tile=W4Few(tile_n=16, warps_w=3, warps_k=2, slabs=4, stages=2))
 FEW_PAIR = Run(tile=W4Few(tile_n=8, warps_w=2, slabs=2, stages=2, cluster=2))
 FEW_ZEROS = Run(tile=W4Few(tile_n=16, warps_w=3, slabs=2, stages=2), kind=("uint4", 64), zeros=True)
 
+BYTES = Run(tile=PIECES.tile, kind=("int4", 32), shape=(13, 130, 300), activations="int8")
+
 # name: (file, text, its replacement, what shows it, where it must be caught)
 MUTATIONS = {
+    "eight taken for seven, int8": (DECODE, "128 - zero * f.scale", "128 - (zero - 1) * f.scale", BYTES, "every"),
+    "no sign for int8": (DECODE, "+ f.offset) ^ 0x80808080u", "+ f.offset)", BYTES, "every"),
+    "rows exchanged for int8": (DECODE, ">> r % 2 * 4 & 0x0f", ">> (r + 1) % 2 * 4 & 0x0f", BYTES, "every"),
     "no wait for a full stage": (SOURCE, "mbarrier_wait_ring(full + 8 * s, parity);", "", PIECES, "every"),
     "no wait for an empty stage": (SOURCE, "mbarrier_wait_ring(empty + 8 * s, parity);", "", PIECES, "every"),
     "too few bytes expected": (SOURCE, "expect(barrier, CODES_AT + count", "expect(barrier, count", PIECES, "every"),
@@ -82,7 +92,7 @@ MUTATIONS = {
     "arrival releases nothing": (SOURCE, "atomic_add_acq_rel(counter, 1)", "atomic_add(counter, 1)", PIECES, "some"),
     "one piece too few added": (SOURCE, "block + p <= last ?", "block + p < last ?", PIECES, "every"),
     "codes beyond the last block": (SOURCE, "left < BLOCKS ? left : BLOCKS", "BLOCKS", PAIR, "every"),
-    "codes beyond the last slab": (SOURCE, "slab < slabs ? slab : slabs - 1", "slab", Run(tile=PIECES.tile, shape=(13, 64, 64)), "every"),
+    "codes beyond the last slab": (SOURCE, "slab < slabs ? slab : slabs - 1", "slab", SHORT, "every"),
     "release told to one block": (SOURCE, "if (lane < CLUSTER) {", "if (lane < 1) {", PAIR, "every"),
     "both fetch the same rows of A": (SOURCE, "place.a * TILE_N + part}", "place.a * TILE_N}", PAIR, "every"),
     "blocks leave without a word": (
@@ -91,9 +101,9 @@ MUTATIONS = {
     "eight taken for seven": (DECODE, "both(0x8008)", "both(0x8007)", CODES, "every"),
     "nibble of the next register": (DECODE, "word >> 4 * r &", "word >> 4 * (r ^ 1) &", CODES, "every"),
     "second part of a scale dropped": (DECODE, "multiply(value, f.rest)", "MINUS_ZERO", SPLIT, "every"),
-    "both rows with the upper scale": (DECODE, "factor_of(raw, GROUPS + group)", "factor_of(raw, group)", CODES, "every"),
+    "both rows with one scale": (DECODE, "factor_of(raw, GROUPS + group)", "factor_of(raw, group)", CODES, "every"),
     "both rows with the upper zero point": (DECODE, "zeros[group] >> 4", "zeros[group] & 15", ZEROS, "every"),
-    "one scale for a slab": (DECODE, "GROUPS > 1 ? word * GROUPS / 4 : 0", "0", ZEROS, "every"),
+    "one scale for a slab": (DECODE, "GROUPS > 1 ? depth * GROUPS / 4 : 0", "0", ZEROS, "every"),
     "exponent of the fourth code": (DECODE, "(word >> 5) & both(0x0100)", "(word >> 4) & both(0x0100)", NVFP4, "every"),
     "bias of e4m3": (DECODE, "both(0x7600)", "both(0x7580)", NVFP4, "every"),
     "bias of e8m0": (DECODE, "i % 4 * 0x0101) * 128;", "i % 4 * 0x0101) * 128 + both(0x80);", MXFP4, "every"),

@@ -40,10 +40,14 @@ def weight(
     group: int | None = None,
     *,
     zeros: bool = False,
+    middling: bool = False,
     scale_type: str = "bfloat16",
     simple: bool = True,
 ) -> QTensor:
-    """A random weight [n, k]: int4, uint4, nvfp4, mxfp4. simple: scales of few bits, so that products are exact."""
+    """A random weight [n, k]: int4, uint4, nvfp4, mxfp4.
+
+    simple: scales of few bits, so that products are exact. middling: zero points near the middle.
+    """
     groups = 1 if group is None else -(-k // group)
     if kind == "nvfp4":
         top = 0x40 if simple else 0x7F
@@ -61,7 +65,8 @@ def weight(
         fmt = INT4 if kind == "int4" else UINT4
         scale = rng.integers(1, 5, (n, groups)) / 4 if simple else rng.uniform(0.01, 0.02, (n, groups))
         scale = scale.astype(DTYPES[scale_type]).astype(np.float32)
-        zero = rng.integers(0, 16, (n, groups)) if zeros else np.full((n, groups), 8)
+        low, high = (6, 11) if middling else (0, 16)
+        zero = rng.integers(low, high, (n, groups)) if zeros else np.full((n, groups), 8)
         zero = zero - 8 if kind == "int4" else zero
         if group is None:
             scale, zero = scale[:, 0], zero[:, 0]
@@ -101,7 +106,7 @@ def run_w4(
         bias=bias is not None,
         activation=activation,
     )
-    padded = np.zeros((m, -(-k // 8) * 8), a.dtype)
+    padded = np.zeros((m, -(-k // 16) * 16), a.dtype)
     padded[:, :k] = a
     d = np.full((m, form.n), 77, DTYPES[output])
     unused = np.zeros(16, np.float32)

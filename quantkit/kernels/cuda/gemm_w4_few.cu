@@ -19,7 +19,7 @@ using namespace qk::w4;
 constexpr int WARPS = WARPS_W * WARPS_K, THREADS = 32 * (WARPS + 1);
 constexpr int TILE = WARPS_W * MI;       // groups of 16 rows of W
 constexpr int ROW = 128;                 // bytes of a slab's row of A
-constexpr int GROUP_BYTES = 512;         // codes of 16 rows of a slab
+constexpr int GROUP_BYTES = 512 * PLANES;  // codes of 16 rows of a slab
 constexpr int OWN = SLABS / WARPS_K;     // slabs of a stage that a warp multiplies
 static_assert(SLABS % WARPS_K == 0, "warps have the same number of slabs");
 
@@ -75,9 +75,9 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
           // Beyond K lie zeros of A: any codes and scales will do.
           const int slab = step * SLABS + i, inside = slab < slabs ? slab : slabs - 1;
           if (CLUSTER == 1)
-            tma_load(stage + i * TILE_N * ROW, &map_a, barrier, {slab * 64, m0});
+            tma_load(stage + i * TILE_N * ROW, &map_a, barrier, {slab * SLAB, m0});
           else if (i % CLUSTER == rank)
-            tma_load_multicast(stage + i * TILE_N * ROW, &map_a, barrier, (1 << CLUSTER) - 1, {slab * 64, m0});
+            tma_load_multicast(stage + i * TILE_N * ROW, &map_a, barrier, (1 << CLUSTER) - 1, {slab * SLAB, m0});
           if (CLUSTER > 1 && count == 0) continue;
           bulk_load(stage + CODES_AT + i * TILE * GROUP_BYTES, codes + (int64_t(inside) * groups + first) * GROUP_BYTES,
                     count * GROUP_BYTES, barrier);
@@ -106,21 +106,23 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
     epilogue::ColumnFactors columns[MI][2];
     QK_UNROLL for (int i = 0; i < MI; i++)
       QK_UNROLL for (int h = 0; h < 2; h++) columns[i][h] = epilogue::column_factors(output, n0 + i * 16 + 8 * h);
-    float sum[MI][TILE_N / 8][4];
+    Sum sum[MI][TILE_N / 8][4];
     QK_UNROLL for (int i = 0; i < MI; i++)
       QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
-        QK_UNROLL for (int e = 0; e < 4; e++) sum[i][j][e] = 0.0f;
+        QK_UNROLL for (int e = 0; e < 4; e++) sum[i][j][e] = 0;
     uint32_t parity = 0;
     QK_ROLLED for (int step = 0; step < steps; step++) {
       mbarrier_wait_ring(full + 8 * s, parity);
       const uint32_t stage = base + s * STAGE_BYTES;
       QK_UNROLL for (int o = 0; o < OWN; o++) {
         const int slab = along_k * OWN + o, side = SIDES > 1 ? slab / (SLABS / SIDES) : 0;
-        U32x4 words[MI];
+        U32x4 words[MI][PLANES];
         uint32_t raw[MI][PAIR_WORDS + 1], zero[MI][GROUPS];
         QK_UNROLL for (int i = 0; i < MI; i++) {
           const int group = along_w * MI + i, pair = group * 8 + lane / 4;
-          words[i] = ld_shared<U32x4>(stage + CODES_AT + (slab * TILE + group) * GROUP_BYTES + lane * 16);
+          QK_UNROLL for (int plane = 0; plane < PLANES; plane++)
+            words[i][plane] =
+                ld_shared<U32x4>(stage + CODES_AT + (slab * TILE + group) * GROUP_BYTES + plane * 512 + lane * 16);
           load_pair(raw[i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES);
           if constexpr (ZEROS)
             QK_UNROLL for (int g = 0; g < GROUPS; g++)
@@ -134,7 +136,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
           QK_UNROLL for (int k = 0; k < 2; k++)
             QK_UNROLL for (int i = 0; i < MI; i++) {
               Registers<uint32_t, 4> fragment;
-              decode_word(words[i], half * 2 + k, raw[i], zero[i], fragment);
+              decode_depth(words[i], half * 2 + k, raw[i], zero[i], fragment);
               QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
                 mma<Type>(sum[i][j], fragment.value, {of_a[j][k * 2], of_a[j][k * 2 + 1]});
             }
@@ -164,7 +166,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
       QK_UNROLL for (int other = 0; other < (along_k > 0 ? 0 : WARPS_K - 1); other++)
         QK_UNROLL for (int v = 0; v < VECTORS; v++) {
           const U32x4 four = ld_shared<U32x4>(at + (other * WARPS_W * VECTORS + v) * 512);
-          float part[4];
+          Sum part[4];
           memcpy(part, &four, 16);
           QK_UNROLL for (int e = 0; e < 4; e++) sum[v / (TILE_N / 8)][v % (TILE_N / 8)][e] += part[e];
         }
@@ -176,7 +178,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
         const epilogue::RowFactors of_row = epilogue::row_factors(output, row);
         QK_UNROLL for (int i = 0; i < MI; i++)
           QK_UNROLL for (int h = 0; h < 2; h++)
-            epilogue::store_element(output, d, sum[i][j][h * 2 + e] * REBASE, of_row, columns[i][h], row,
+            epilogue::store_element(output, d, rebased(sum[i][j][h * 2 + e]), of_row, columns[i][h], row,
                                     n0 + i * 16 + 8 * h);
       }
   }

@@ -1,4 +1,4 @@
-// D[m, n] = A[m, k] @ W[n, k].T for sm_90a: W of four bits, decoded in registers, A bf16 or fp16.
+// D[m, n] = A[m, k] @ W[n, k].T for sm_90a: W of four bits, decoded in registers, A bf16, fp16 or int8.
 //
 //   producer warpgroup            consumer warpgroups
 //   one thread:                   16 bytes of codes a thread -> registers -> decode -> wgmma's A operand
@@ -30,7 +30,7 @@ constexpr int SIDES = GROUP_SLABS >= SLABS ? 1 : SLABS;  // of scales that a sta
 static_assert(GROUP_SLABS < 2 || GROUP_SLABS % SLABS == 0, "a stage's slabs share a group, or have their own");
 
 constexpr int CODES_AT = SLABS * TILE_N * ROW;
-constexpr int BLOCK_BYTES = 2048;  // of codes: 64 rows of a slab
+constexpr int BLOCK_BYTES = 2048 * PLANES;  // of codes: 64 rows of a slab
 constexpr int SCALES_AT = CODES_AT + SLABS * BLOCKS * BLOCK_BYTES;
 constexpr int SCALES_SIZE = BLOCKS * 32 * PAIR_BYTES;
 constexpr int ZEROS_AT = SCALES_AT + SIDES * SCALES_SIZE;
@@ -145,11 +145,11 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
             // Beyond K lie zeros of A: any codes and scales will do.
             const int slab = step * SLABS + i, inside = slab < slabs ? slab : slabs - 1;
             if (CLUSTER == 1) {
-              tma_load(stage + i * TILE_N * ROW, &map_a, barrier, {slab * 64, place.a * TILE_N});
+              tma_load(stage + i * TILE_N * ROW, &map_a, barrier, {slab * SLAB, place.a * TILE_N});
             } else {
               const int part = TILE_N / CLUSTER * rank;
               tma_load_multicast(stage + (i * TILE_N + part) * ROW, &map_a, barrier, (1 << CLUSTER) - 1,
-                                 {slab * 64, place.a * TILE_N + part});
+                                 {slab * SLAB, place.a * TILE_N + part});
             }
             if (CLUSTER > 1 && count == 0) continue;
             bulk_load(stage + CODES_AT + i * BLOCKS * BLOCK_BYTES,
@@ -192,9 +192,9 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
     int pieces[2] = {-1, -1};  // tiles of which a piece was left: where the share begins, and where it ends
     int told = -1;             // of the two, whose arrival was looked at last
     QK_ROLLED while (true) {
-      Registers<float, TILE_N / 2> sum[MI];
+      Registers<Sum, TILE_N / 2> sum[MI];
       QK_UNROLL for (int i = 0; i < MI; i++)
-        QK_UNROLL for (int v = 0; v < TILE_N / 2; v++) sum[i][v] = 0.0f;
+        QK_UNROLL for (int v = 0; v < TILE_N / 2; v++) sum[i][v] = 0;
       const bool more = take(schedule, segment);
       if (!more) {
         if (told < 0) {
@@ -233,12 +233,14 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
       QK_ROLLED do {  // at least one: the compiler has no cause to copy sums where the loop might be left out
         mbarrier_wait_ring(full + 8 * s, parity);
         const uint32_t stage = base + s * STAGE_BYTES;
-        U32x4 words[SLABS][MI];
+        U32x4 words[SLABS][MI][PLANES];
         uint32_t raw[SIDES][MI][PAIR_WORDS + 1], zero[SIDES][MI][GROUPS];
         QK_UNROLL for (int i = 0; i < MI; i++) {
           const int block = consumer * MI + i, pair = block * 32 + warp * 8 + lane / 4;
           QK_UNROLL for (int slab = 0; slab < SLABS; slab++)
-            words[slab][i] = ld_shared<U32x4>(stage + CODES_AT + (slab * BLOCKS + block) * BLOCK_BYTES + thread * 16);
+            QK_UNROLL for (int plane = 0; plane < PLANES; plane++)
+              words[slab][i][plane] = ld_shared<U32x4>(stage + CODES_AT + (slab * BLOCKS + block) * BLOCK_BYTES +
+                                                       (warp * PLANES + plane) * 512 + lane * 16);
           QK_UNROLL for (int side = 0; side < SIDES; side++) {
             load_pair(raw[side][i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES);
             if constexpr (ZEROS)
@@ -252,7 +254,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
           QK_UNROLL for (int k = 0; k < GRAIN; k++) {
             const int depth = granule * GRAIN + k, slab = depth / 4, word = depth % 4, side = SIDES > 1 ? slab : 0;
             QK_UNROLL for (int i = 0; i < MI; i++) {
-              decode_word(words[slab][i], word, raw[side][i], zero[side][i], fragments[granule % 2][i][k]);
+              decode_depth(words[slab][i], word, raw[side][i], zero[side][i], fragments[granule % 2][i][k]);
             }
           }
           wgmma_fence();
@@ -282,8 +284,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
           const auto& of = sum[v / (TILE_N / 8)];
           const int i = v % (TILE_N / 8) * 4;
           st_global(mine + v * CONSUMER_THREADS,
-                    U32x4{portable::float_bits(of[i]), portable::float_bits(of[i + 1]),
-                          portable::float_bits(of[i + 2]), portable::float_bits(of[i + 3])});
+                    U32x4{bits_of(of[i]), bits_of(of[i + 1]), bits_of(of[i + 2]), bits_of(of[i + 3])});
         }
         if (pieces[0] < 0) pieces[0] = segment.tile;
         else pieces[1] = segment.tile;
@@ -302,10 +303,10 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
             QK_UNROLL for (int v = 0; v < VECTORS; v++) {
               auto& of = sum[v / (TILE_N / 8)];
               const int i = v % (TILE_N / 8) * 4;
-              of[i] += portable::bits_float(parts[p][v].x);
-              of[i + 1] += portable::bits_float(parts[p][v].y);
-              of[i + 2] += portable::bits_float(parts[p][v].z);
-              of[i + 3] += portable::bits_float(parts[p][v].w);
+              of[i] += sum_of(parts[p][v].x);
+              of[i + 1] += sum_of(parts[p][v].y);
+              of[i + 2] += sum_of(parts[p][v].z);
+              of[i + 3] += sum_of(parts[p][v].w);
             }
         }
       }
@@ -320,7 +321,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
               const int row = m1 + j * 8 + across + e;
               const epilogue::RowFactors of_row = epilogue::row_factors(output, row);
               QK_UNROLL for (int h = 0; h < 2; h++)
-                epilogue::store_element(output, d, sum[i][(piece * (PIECE / 8) + j) * 4 + h * 2 + e] * REBASE, of_row,
+                epilogue::store_element(output, d, rebased(sum[i][(piece * (PIECE / 8) + j) * 4 + h * 2 + e]), of_row,
                                         columns[i][h], row, n1 + down + 8 * h);
             }
         } else {
@@ -339,7 +340,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
                                           inside && row + 1 < m_size ? epilogue::residual_at(output, row + 1, column)
                                                                      : 0.0f};
               const int at = (piece * (PIECE / 8) + j) * 4 + q * 2;
-              packed[q] = epilogue::element_pair(output, sum[i][at] * REBASE, sum[i][at + 1] * REBASE, rows, same,
+              packed[q] = epilogue::element_pair(output, rebased(sum[i][at]), rebased(sum[i][at + 1]), rows, same,
                                                  residuals);
             }
             if constexpr (ELEMENT_BYTES == 2) {

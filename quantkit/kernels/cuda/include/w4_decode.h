@@ -1,8 +1,8 @@
 // Weights of four bits, as w4_layout.py packs them, decoded into the registers of a matrix instruction's A operand.
 //
-// For every 64 of K ("slab") and every 64 rows, 16 bytes a thread, of which word j holds
-// the thread's eight codes of the j-th 16 of K: those of registers 0 … 3 of wgmma's A fragment, two each (register r
-// is row g + 8 (r % 2), columns 2 t + 8 (r / 2) and the next, with g = lane / 4, t = lane % 4).
+// A "slab" is as much of K as 128 bytes of A hold. With A of 16 bits: for every slab and 16 rows a lane has 16 bytes, of
+// which word j holds its eight codes of the j-th 16 of K: those of registers 0 … 3 of the A fragment, two each (register
+// r is row g + 8 (r % 2), columns 2 t + 8 (r / 2) and the next, with g = lane / 4, t = lane % 4).
 //
 // Integers: the two codes of register r are nibble r of either half-word, q + 8 for signed ones.
 //   bf16: q as a subnormal is q 2^-133. Symmetric: q S - 8 S by one fused multiply-add with S = scale 2^126, so that
@@ -13,6 +13,11 @@
 // e2m1: its sign, exponent and mantissa are moved to bf16's sign and lowest exponent and highest mantissa bit (fp16's):
 //   that is the value times 2^-126 (2^-14). Times the scale as a power of two times e4m3's value or e8m0's: exact.
 // Sums are float32; REBASE takes the powers of two back.
+//
+// With A of int8 a slab is twice as long and a lane has two times 16 bytes: words 2 j and 2 j + 1 hold the codes of the
+// j-th 32 of K, registers 0 1 and 2 3 (columns 4 t + 16 (r / 2) and the next three), the first in the low nibbles. A code
+// becomes (q - zero) s with a whole s of 8 bits: four at a time, q s + 128 - zero s, whose bytes carry nothing over, and
+// the top bits flipped. Sums are int32, exact; the rows' float factors multiply them.
 #pragma once
 
 #include "instructions.h"
@@ -26,34 +31,45 @@
 #define SCALES_F32 3
 #define SCALES_E4M3 4  // as exponent + 3 (five bits) and mantissa: no subnormals
 #define SCALES_E8M0 5  // less the row's largest, + 254
+#define SCALES_U8 6    // whole numbers, for A of int8
 
 namespace qk {
 namespace w4 {
 
 using Type = TYPE;
 constexpr bool BF = Type::code == BF16::code;
+constexpr bool EIGHT = Type::code == S8::code;  // bits of A
+constexpr int SLAB = EIGHT ? 128 : 64;          // of K
+constexpr int PLANES = EIGHT ? 2 : 1;           // 16 bytes that a lane has of a slab
+using Sum = Type::Accumulator;
+static_assert(EIGHT ? CODES == CODES_INT4 && (SCALES == SCALES_NONE || SCALES == SCALES_U8) : SCALES != SCALES_U8,
+              "whole scales are for integers times int8");
 
 // What a pair of rows g, g + 8 has of scales and zero points in a slab: [row][group], in bytes; zero points two to one.
 constexpr int SCALE_BYTES = SCALES == SCALES_NONE ? 0 : SCALES == SCALES_F32 ? 4 : SCALES >= SCALES_E4M3 ? 1 : 2;
-constexpr int GROUPS = GROUP == 0 || GROUP >= 64 ? 1 : 64 / GROUP;  // of a slab
+constexpr int GROUPS = GROUP == 0 || GROUP >= SLAB ? 1 : SLAB / GROUP;  // of a slab
 constexpr int PAIR_BYTES = 2 * GROUPS * SCALE_BYTES;
-constexpr int PAIR_WORDS = PAIR_BYTES / 4;
-constexpr int GROUP_SLABS = GROUP == 0 ? 1 << 30 : GROUP < 64 ? 1 : GROUP / 64;
-static_assert(PAIR_BYTES % 4 == 0, "scales are read in words");
+constexpr int PAIR_WORDS = (PAIR_BYTES + 3) / 4;
+constexpr int GROUP_SLABS = GROUP == 0 ? 1 << 30 : GROUP < SLAB ? 1 : GROUP / SLAB;
+static_assert(PAIR_BYTES % 2 == 0, "scales are read in words, or half of one");
+
+template <bool Yes, class A, class B> struct Either { using type = A; };
+template <class A, class B> struct Either<false, A, B> { using type = B; };
 
 // Both halves of a register the same.
 QK_PURE constexpr uint32_t both(uint32_t half) { return half * 0x10001u; }
 constexpr uint32_t MINUS_ZERO = 0x80008000u;
 constexpr uint32_t ONE = BF ? 0x3f803f80u : 0x3c003c00u;
-QK_FUNCTION uint32_t multiply(uint32_t a, uint32_t b) { return fma_pair<Type>(a, b, MINUS_ZERO); }
-QK_FUNCTION uint32_t add(uint32_t a, uint32_t b) { return fma_pair<Type>(a, ONE, b); }
+using Pairs = Either<EIGHT, F16, Type>::type;  // for code that A of int8 leaves out
+QK_FUNCTION uint32_t multiply(uint32_t a, uint32_t b) { return fma_pair<Pairs>(a, b, MINUS_ZERO); }
+QK_FUNCTION uint32_t add(uint32_t a, uint32_t b) { return fma_pair<Pairs>(a, ONE, b); }
 QK_FUNCTION uint32_t pack_twice(float x) { return BF ? pack_bf16(x, x) : pack_f16(x, x); }
 QK_FUNCTION float unpacked(uint32_t pair) { return BF ? bf16_low(pair) : f16_low(pair); }
 
 // Scales in A's type need no second part.
 constexpr bool SPLIT = SCALES == SCALES_F32 || SCALES == (BF ? SCALES_F16 : SCALES_BF16);
 // What sums of decoded weights are multiplied by: the power of two that decoding left out.
-constexpr float REBASE = CODES == CODES_E2M1 ? (SCALES == SCALES_E8M0   ? 0.5f
+constexpr float REBASE = EIGHT ? 1.0f : CODES == CODES_E2M1 ? (SCALES == SCALES_E8M0   ? 0.5f
                                                 : SCALES == SCALES_E4M3 ? 0x1p7f
                                                 : BF                    ? 1.0f
                                                                         : 0x1p14f)
@@ -67,7 +83,9 @@ struct Factor { uint32_t scale, rest, offset; };
 
 // The scales of a pair of rows, from shared memory.
 QK_FUNCTION void load_pair(uint32_t (&raw)[PAIR_WORDS + 1], uint32_t at) {
-  if constexpr (PAIR_WORDS == 1) {
+  if constexpr (PAIR_BYTES == 2) {
+    raw[0] = ld_shared<uint16_t>(at);
+  } else if constexpr (PAIR_WORDS == 1) {
     raw[0] = ld_shared<uint32_t>(at);
   } else if constexpr (PAIR_WORDS == 2) {
     const U32x2 two = ld_shared<U32x2>(at);
@@ -80,7 +98,9 @@ QK_FUNCTION void load_pair(uint32_t (&raw)[PAIR_WORDS + 1], uint32_t at) {
 // Scale `i` of a pair's words.
 QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
   Factor f{0, 0, 0};
-  if constexpr (SCALES == SCALES_NONE) {
+  if constexpr (EIGHT) {
+    f.scale = SCALES == SCALES_NONE ? 1 : raw[i / 4] >> i % 4 * 8 & 0xff;
+  } else if constexpr (SCALES == SCALES_NONE) {
     f.scale = BF ? both(0x7e80) : ONE;  // 2^126
   } else if constexpr (SCALES == SCALES_E4M3) {
     const uint32_t code = prmt(raw[i / 4], 0, 0x4040 + i % 4 * 0x0101);
@@ -108,7 +128,8 @@ QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
 // With the zero point, or 8.
 QK_FUNCTION void set_zero(Factor& f, uint32_t zero, int row) {
   if (CODES != CODES_INT4) return;
-  if (BF && !ZEROS && !SPLIT) f.offset = multiply(f.scale, both(0x8008));  // -8 S 2^-133
+  if (EIGHT) f.offset = (128 - zero * f.scale) * 0x01010101u;
+  else if (BF && !ZEROS && !SPLIT) f.offset = multiply(f.scale, both(0x8008));  // -8 S 2^-133
   else if (BF) f.offset = both(0x8000 + zero);
   else f.offset = row == 0 ? both(0xe400 + zero) : both(0xd400 + zero * 16);  // -(1024 + zero), -(64 + zero)
 }
@@ -122,16 +143,16 @@ QK_FUNCTION void decode(uint32_t word, const Factor& upper, const Factor& lower,
       if constexpr (BF) {
         const uint32_t code = word >> 4 * r & both(0x000f);
         if constexpr (!ZEROS && !SPLIT) {
-          to[r] = fma_pair<Type>(code, f.scale, f.offset);
+          to[r] = fma_pair<Pairs>(code, f.scale, f.offset);
           continue;
         }
         value = add(code, f.offset);
       } else {
         const uint32_t near = r < 2 ? word : word >> 8;
         if (r % 2 == 0) value = add(lop3<(0xf0 & 0xcc) | 0xaa>(near, both(0x000f), both(0x6400)), f.offset);
-        else value = fma_pair<Type>(lop3<(0xf0 & 0xcc) | 0xaa>(near, both(0x00f0), both(0x6400)), both(0x2c00), f.offset);
+        else value = fma_pair<Pairs>(lop3<(0xf0 & 0xcc) | 0xaa>(near, both(0x00f0), both(0x6400)), both(0x2c00), f.offset);
       }
-      if constexpr (SPLIT) to[r] = fma_pair<Type>(value, f.scale, multiply(value, f.rest));
+      if constexpr (SPLIT) to[r] = fma_pair<Pairs>(value, f.scale, multiply(value, f.rest));
       else if constexpr (!BF && SCALES == SCALES_NONE) to[r] = value;
       else to[r] = multiply(value, f.scale);
     } else {
@@ -145,15 +166,42 @@ QK_FUNCTION void decode(uint32_t word, const Factor& upper, const Factor& lower,
   }
 }
 
-// Word `word` (0 … 3) of a thread's codes of a slab, with the pair's scales and zero points there.
-QK_FUNCTION void decode_word(const U32x4& words, int word, const uint32_t (&raw)[PAIR_WORDS + 1],
-                             const uint32_t (&zeros)[GROUPS], Registers<uint32_t, 4>& to) {
-  const int group = GROUPS > 1 ? word * GROUPS / 4 : 0;
+// Sixteen codes to the four registers of an instruction for int8.
+QK_FUNCTION void decode_bytes(uint32_t low, uint32_t high, const Factor& upper, const Factor& lower,
+                              Registers<uint32_t, 4>& to) {
+  QK_UNROLL for (int r = 0; r < 4; r++) {
+    const Factor& f = r % 2 ? lower : upper;
+    const uint32_t codes = (r < 2 ? low : high) >> r % 2 * 4 & 0x0f0f0f0fu;
+    to[r] = (codes * f.scale + f.offset) ^ 0x80808080u;
+  }
+}
+
+// What a lane has of instruction `depth` (0 … 3) of a slab, with the pair's scales and zero points there.
+QK_FUNCTION void decode_depth(const U32x4 (&words)[PLANES], int depth, const uint32_t (&raw)[PAIR_WORDS + 1],
+                              const uint32_t (&zeros)[GROUPS], Registers<uint32_t, 4>& to) {
+  const int group = GROUPS > 1 ? depth * GROUPS / 4 : 0;
   Factor upper = factor_of(raw, group), lower = factor_of(raw, GROUPS + group);
   set_zero(upper, ZEROS ? zeros[group] & 15 : 8, 0);
   set_zero(lower, ZEROS ? zeros[group] >> 4 : 8, 1);
-  decode(word == 0 ? words.x : word == 1 ? words.y : word == 2 ? words.z : words.w, upper, lower, to);
+  if constexpr (EIGHT) {
+    const U32x4& four = words[depth / 2 % PLANES];
+    if (depth % 2 == 0) decode_bytes(four.x, four.y, upper, lower, to);
+    else decode_bytes(four.z, four.w, upper, lower, to);
+  } else {
+    const U32x4& four = words[0];
+    decode(depth == 0 ? four.x : depth == 1 ? four.y : depth == 2 ? four.z : four.w, upper, lower, to);
+  }
 }
+
+// Sums as they are exchanged, and as the epilogue takes them.
+QK_FUNCTION uint32_t bits_of(float sum) { return portable::float_bits(sum); }
+QK_FUNCTION uint32_t bits_of(int32_t sum) { return static_cast<uint32_t>(sum); }
+QK_FUNCTION Sum sum_of(uint32_t bits) {
+  if constexpr (EIGHT) return static_cast<Sum>(bits);
+  else return portable::bits_float(bits);
+}
+QK_FUNCTION float rebased(float sum) { return sum * REBASE; }
+QK_FUNCTION int32_t rebased(int32_t sum) { return sum; }
 
 }  // namespace w4
 }  // namespace qk
