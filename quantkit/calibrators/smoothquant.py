@@ -14,7 +14,10 @@ from quantkit.statistics import ChannelStats
 
 # Least scale, as published: channels that are zero stay as they are.
 _LEAST = 1e-5
-ALPHAS = tuple(float(alpha) for alpha in np.arange(0, 21) / 20)
+# Not to 1, though the error on what calibration saw falls up to there: the largest value of every channel would lie on
+# the edge of the range, and whatever is larger in new data is clipped, in all of them. On a small Llama 0.7 and 0.8
+# gave a KL of 4.8 milli-nats, 0.5 gave 5.6, and 1 gave 5.7.
+ALPHAS = tuple(float(alpha) for alpha in np.arange(0, 17) / 20)
 
 
 def smooth_scale(
