@@ -1,4 +1,4 @@
-"""Both kernels for four-bit weights against their oracle, in every mode of the emulator and on a GPU if there is one."""
+"""The kernels for four-bit weights against their oracle, in every mode of the emulator and on a GPU if there is one."""
 
 import re
 from collections.abc import Mapping

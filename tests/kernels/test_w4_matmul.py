@@ -1,0 +1,172 @@
+"""matmul_w4 from the door to the launch, on arrays that only look like CuPy's: the emulator is the GPU."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from quantkit.errors import KernelError
+from quantkit.kernels import device as gpu
+from quantkit.kernels import w4
+from quantkit.kernels.emulator import Swizzle, TensorMap, load
+from quantkit.kernels.gemm_operands import Epilogue
+from quantkit.kernels.w4 import Workspace4, matmul_w4, pack_weight4
+from quantkit.kernels.w4_heuristics import W4Tile
+from quantkit.kernels.w4_layout import pack4
+from quantkit.kernels.w4_reference import w4_reference
+
+from .w4 import weight
+
+MULTIPROCESSORS = 4
+
+
+class Array(np.ndarray):
+    """A NumPy array with an address and a device where CuPy has them."""
+
+    @property
+    def data(self):  # type: ignore[override]
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    @property
+    def device(self):  # type: ignore[override]
+        return SimpleNamespace(id=0)
+
+
+class FakeCupy:
+    """What the launcher uses of CuPy; remembers what lies where, and launches on the emulator."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+        stream = SimpleNamespace(ptr=0, is_capturing=lambda: self.capturing)
+        self.cuda = SimpleNamespace(Device=lambda: SimpleNamespace(id=0), get_current_stream=lambda: stream)
+        self.memory: dict[int, np.ndarray] = {}
+        self.launched: list[tuple[str, dict[str, Any]]] = []
+
+    def asarray(self, values: Any) -> Array:
+        # At multiples of 16 bytes, as every allocation on a GPU.
+        whole = np.ascontiguousarray(values)
+        room = np.empty(whole.nbytes + 16, np.uint8)
+        start = -room.ctypes.data % 16
+        array = room[start : start + whole.nbytes].view(whole.dtype).reshape(whole.shape)
+        array[...] = whole
+        self.memory[array.ctypes.data] = array
+        return array.view(Array)
+
+    def empty(self, shape: Any, dtype: Any) -> Array:
+        return self.asarray(np.full(shape, 0x55, np.uint8 if dtype == np.uint8 else dtype))
+
+    def zeros(self, shape: Any, dtype: Any) -> Array:
+        return self.asarray(np.zeros(shape, dtype))
+
+    def scalar(self, device: int, value: float) -> Array:
+        return self.asarray(np.array([value], np.float32))
+
+    def tensor_map(self, address: int, kind: str, shape: Any, pitch: int, box: Any) -> TensorMap:
+        dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+        held = self.memory[address]
+        return TensorMap(
+            array=held if held.dtype == dtype else held.view(dtype), box=box, swizzle=Swizzle.BYTES_128,
+            shape=shape, strides_bytes=(pitch, dtype.itemsize),
+        )  # fmt: skip
+
+    def function_of(self, device: int, source: Any, name: str, defines: Any, shared_bytes: int):
+        def launch(grid, block, arguments, shared_mem):
+            assert shared_mem == shared_bytes
+            self.launched.append((name, dict(defines)))
+            held = [self.memory[int(a)] if isinstance(a, np.uint64) and int(a) else a for a in arguments]
+            load(source, name, dict(defines)).launch(
+                *held, grid=grid, block=block[0], shared_bytes=shared_mem, cluster=dict(defines)["CLUSTER"],
+                multiprocessors=MULTIPROCESSORS,
+            )  # fmt: skip
+
+        return launch
+
+
+@pytest.fixture
+def cupy(monkeypatch, compiler) -> FakeCupy:
+    fake = FakeCupy()
+    monkeypatch.setattr(gpu, "cupy", lambda: fake)
+    monkeypatch.setattr(gpu, "scalar", fake.scalar)
+    monkeypatch.setattr(gpu, "tensor_map", fake.tensor_map)
+    monkeypatch.setattr(gpu, "function_of", fake.function_of)
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(w4, "_workspaces", {})
+    return fake
+
+
+def activations(m: int, k: int, dtype: Any) -> np.ndarray:
+    return np.random.default_rng(m * k).integers(-4, 5, (m, k)).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("m", "kind", "dtype", "output"),
+    [
+        (1, ("int4", 128), ml_dtypes.bfloat16, "bfloat16"),
+        (16, ("nvfp4", 16), np.float16, "float16"),
+        (30, ("mxfp4", 32), ml_dtypes.bfloat16, "float32"),
+        (5, ("int4", 128), np.int8, "bfloat16"),
+        (70, ("int4", None), np.int8, "float32"),
+    ],
+)
+def test_products_take_the_chosen_kernel_and_are_exact(cupy, m, kind, dtype, output):
+    w = weight(np.random.default_rng(0), 136, 400, *kind)
+    bits = 8 * np.dtype(dtype).itemsize
+    a = activations(m, 400, dtype)
+    d = matmul_w4(cupy.asarray(a), pack_weight4(w, activation_bits=bits), out_dtype=output)
+    assert cupy.launched[-1][0] == ("gemm_w4_few" if m <= 16 else "gemm_w4_sm90")
+    np.testing.assert_array_equal(d, w4_reference(a, pack4(w, activation_bits=bits), output=output))
+
+
+def test_the_epilogue_reaches_the_kernel(cupy):
+    w = weight(np.random.default_rng(0), 72, 130, "uint4", 64, zeros=True)
+    a = activations(6, 130, np.float16)
+    row, bias = np.random.default_rng(1).random(6, np.float32), np.arange(72, dtype=np.float32)
+    residual = np.ones((2, 3, 72), np.float32)
+    epilogue = Epilogue(
+        row_scale=cupy.asarray(row),
+        bias=cupy.asarray(bias),
+        activation="relu",
+        residual=cupy.asarray(residual),
+    )
+    d = matmul_w4(cupy.asarray(a.reshape(2, 3, 130)), pack_weight4(w), epilogue=epilogue, out_dtype="float32")
+    want = w4_reference(a, pack4(w), row_scale=row, bias=bias, activation="relu", output="float32") + 1
+    np.testing.assert_array_equal(d, want.reshape(2, 3, 72))
+
+
+def test_a_captured_call_cuts_tiles_only_with_a_workspace_of_its_own(cupy):
+    w = weight(np.random.default_rng(0), 72, 900, "int4", 128)
+    a, packed = cupy.asarray(activations(20, 900, np.float16)), pack_weight4(w)
+    want = w4_reference(np.asarray(a), pack4(w), output="float32")
+    tile = W4Tile(tile_n=32, consumers=1, slabs=2, grain=2, stages=2)
+    cupy.capturing = True
+    np.testing.assert_array_equal(matmul_w4(a, packed, out_dtype="float32", tile=tile), want)
+    assert not w4._workspaces
+    own = Workspace4(1 << 20, 64)
+    np.testing.assert_array_equal(matmul_w4(a, packed, out_dtype="float32", tile=tile, workspace=own), want)
+    assert not own.arrivals.any() and not w4._workspaces
+    with pytest.raises(KernelError, match="this product takes"):
+        matmul_w4(a, packed, out_dtype="float32", tile=tile, workspace=Workspace4(16, 1))
+    cupy.capturing = False
+    np.testing.assert_array_equal(matmul_w4(a, packed, out_dtype="float32", tile=tile), want)
+    assert w4._workspaces
+
+
+def test_what_does_not_fit_is_refused(cupy, monkeypatch):
+    packed = pack_weight4(weight(np.random.default_rng(0), 8, 64, "int4", 32))
+    for dtype, options, complaint in (
+        (np.float32, {}, "float32 on sm_90a; pass bfloat16"),
+        (np.int8, {}, "packed for activations of 16 bits"),
+        (np.float16, {"out_dtype": "int32"}, "int32 would hold sums without their scales"),
+        (np.float16, {"epilogue": Epilogue(bias=cupy.asarray(np.ones(3, np.float32)))}, "bias: 3 values"),
+        (np.float16, {"out": cupy.asarray(np.ones((2, 9), np.float16))}, "out: .* is not a contiguous"),
+    ):
+        with pytest.raises(KernelError, match=complaint):
+            matmul_w4(cupy.asarray(np.ones((2, 64), dtype)), packed, **options)
+    with pytest.raises(KernelError, match="does not end in the weight's k = 64"):
+        matmul_w4(cupy.asarray(np.ones((2, 32), np.float16)), packed)
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_80")
+    with pytest.raises(KernelError, match="on sm_80"):
+        matmul_w4(cupy.asarray(np.ones((2, 64), np.float16)), packed)
