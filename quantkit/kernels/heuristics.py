@@ -145,6 +145,8 @@ def candidates(problem: Problem) -> Iterator[Tile]:
     for shape in shapes:
         if not shape.get("swap") and int(shape["tile_n"]) % wide:
             continue
+        if shape.get("pingpong") and problem.m <= 64:  # streaming weights leaves no products to hide behind
+            continue
         if shape.get("split", 1) > max(1, steps // 2):  # every block has two steps at least
             continue
         tile = _deepest(**shape)
@@ -178,11 +180,11 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     blocks = clusters * tile.blocks
     stage = (tile.tile_m + tile.tile_n / tile.cluster) * _ROW
     loads = stage / min(device.l2_bytes_per_us / blocks, _RATE)
-    latency = 1.0 / tile.stages
+    latency = max(0.1, 1.0 / tile.stages)  # of four instructions one after the other; of what is on its way
     step = max(products, loads, latency)
     output = tile.tile_m * tile.tile_n * OUTPUT_BYTES[problem.output]
     epilogue = 0.5 + output / 2.6e4
-    exchange = 0.5 + tile.tile_n / 48 + 0.3 * tile.split if tile.split > 1 else 0.0
+    exchange = 0.5 + tile.tile_n / 48 + 0.2 * tile.split if tile.split > 1 else 0.0
     finish = exchange + (epilogue / tile.split if tile.split > 1 else epilogue)
     # All but the last hide behind products in ping-pong, and behind loads.
     between = 0.0 if tile.pingpong else (waves - 1) * finish
@@ -195,7 +197,7 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     # The tiles of a last, smaller wave take their time however little there is to read.
     last = (tiles - (waves - 1) * clusters) / tiles
     alone = steps * max(products, stage / _RATE, latency)
-    streamed = streamed * (1 - last) + max(streamed * last, alone)
+    streamed = streamed * (1 - last) + max(streamed * last, alone) + (waves - 1) * exchange
     together = 1.0 if tile.cluster > 1 else 0.0  # the blocks of a cluster start together
     return 3.5 + together + max(waves * steps * step + between, streamed) + finish
 
