@@ -6,6 +6,7 @@ The CuPy launcher and the emulator's tests both launch from this, so what the te
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.errors import KernelError
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
 from quantkit.kernels.heuristics import ITEM_BYTES, Problem, Tile
 
@@ -37,7 +38,14 @@ class Launch:
 
 
 def launch_of(problem: Problem, tile: Tile, kind: EpilogueKind, multiprocessors: int) -> Launch:
-    """Return the launch that computes `problem` with `tile` on a GPU of `multiprocessors`."""
+    """Return the launch that computes `problem` with `tile` on a GPU of `multiprocessors`.
+
+    Raises:
+        KernelError: K has fewer steps of 128 bytes than the tile has parts.
+    """
+    steps = -(-problem.row_bytes // 128)
+    if tile.split > steps:
+        raise KernelError(f"tile: {tile.split} parts of a K of {steps} steps; split into {steps} at most.")
     width = OUTPUT_BYTES[problem.output]
     tma_store = problem.n * width % 16 == 0
     k = 128 // ITEM_BYTES[problem.format]

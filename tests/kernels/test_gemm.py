@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quantkit.errors import KernelError
 from quantkit.kernels.compile import compile_kernel, is_available
 from quantkit.kernels.emulator import Mode
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind, EpilogueValues
@@ -316,6 +317,12 @@ def test_every_shape_gets_a_tile_with_work_for_every_block_of_a_cluster():
         tile = choose(problem)
         assert tile.clusters(problem, 132) >= 1
         assert all(t.split <= -(-problem.row_bytes // 128) for t in candidates(problem))
+
+
+def test_a_split_leaves_no_block_without_work():
+    problem = Problem(m=8, n=64, k=100, format="int8", output="bfloat16")
+    with pytest.raises(KernelError, match="split into 1 at most"):
+        launch_of(problem, TILES["some of two"], EpilogueKind(), 132)
 
 
 def test_few_tiles_and_a_long_k_are_split():
