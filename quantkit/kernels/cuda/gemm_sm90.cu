@@ -16,10 +16,9 @@
 // its own and the products of one hide the epilogue of the other. With CLUSTER 2 two blocks with neighbouring first
 // tiles fetch half of the second tile each and multicast it to both.
 //
-// SPLIT: the blocks of a cluster take one tile together, each a part of K, where there are too few tiles for the GPU
-// or a last wave of few. Then every block finishes its own columns of the accumulators: it receives the others'
-// partial sums in its buffers, written by them, and adds all in the order of their parts of K, so that every run
-// gives the same bits:
+// SPLIT: the blocks of a cluster take one tile together, each a part of K, where there are too few tiles to occupy the
+// GPU. Then every block finishes its own columns of the accumulators: it receives the others' partial sums in its
+// buffers, written by them, and adds all in the order of their parts of K, so that every run gives the same bits:
 //
 //   sender    wait for room   write into the owner's buffers   arrive on the owner's `partials`
 //   owner     wait for partials   add   arrive on every sender's `room`
