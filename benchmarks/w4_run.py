@@ -29,10 +29,10 @@ from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.compile import compile_kernel
 from quantkit.kernels.epilogue import EpilogueKind
-from quantkit.kernels.w4 import PackedWeight4, Workspace4, matmul_w4, pack_weight4
-from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, deepest, few_tiles, w4_choose
-from quantkit.kernels.w4_launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
-from quantkit.kernels.w4_layout import Layout4
+from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, deepest, few_tiles, w4_choose
+from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
+from quantkit.kernels.w4.layout import Layout4
+from quantkit.kernels.w4.matmul import PackedWeight4, Workspace4, matmul_w4, pack_weight4
 
 KIND = EpilogueKind(column_scale="each")
 FORMS = {

@@ -4,7 +4,7 @@ from quantkit.kernels.family import Family, Prediction
 from quantkit.kernels.gemm_family import GemmFamily
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.mma_family import MmaFamily
-from quantkit.kernels.w4_family import W4Family
+from quantkit.kernels.w4.family import W4Family
 from quantkit.kernels.work import Work
 
 FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily(), W4Family())

@@ -11,7 +11,7 @@ from quantkit.kernels import dense_family, gemm
 from quantkit.kernels.emulator import find_compiler
 from quantkit.kernels.families import FAMILIES, family_of
 from quantkit.kernels.gpus import GPUS, get_gpu
-from quantkit.kernels.w4_layout import pack4
+from quantkit.kernels.w4.layout import pack4
 from quantkit.kernels.work import FORMATS, Work
 
 

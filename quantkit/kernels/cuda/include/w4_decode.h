@@ -1,4 +1,4 @@
-// Weights of four bits, as w4_layout.py packs them, decoded into the registers of a matrix instruction's A operand.
+// Weights of four bits, as w4/layout.py packs them, decoded into the registers of a matrix instruction's A operand.
 //
 // A "slab" is as much of K as 128 bytes of A hold. With A of 16 bits: for every slab and 16 rows a lane has 16 bytes, of
 // which word j holds its eight codes of the j-th 16 of K: those of registers 0 … 3 of the A fragment, two each (register

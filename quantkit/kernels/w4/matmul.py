@@ -1,6 +1,6 @@
 """Products with weights of four bits on a Hopper GPU: pack a weight once, multiply bf16, fp16 or int8 by it.
 
-D[m, n] = activation((A @ W.T)[m, n] · row_scale[m] + bias[n]) + residual[m, n]. `w4_reference` says what a weight is
+D[m, n] = activation((A @ W.T)[m, n] · row_scale[m] + bias[n]) + residual[m, n]. `reference` says what a weight is
 decoded to; sums are float32. Scales of whole rows, and NVFP4's global scale, multiply the sums.
 """
 
@@ -19,8 +19,8 @@ from quantkit.kernels.gemm_checks import check_product, residual_type
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 from quantkit.kernels.gemm_run import aligned
 from quantkit.kernels.heuristics import Device
-from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, w4_choose
-from quantkit.kernels.w4_launch import (
+from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, w4_choose
+from quantkit.kernels.w4.launch import (
     FEW_KERNEL,
     FEW_SOURCE,
     KERNEL,
@@ -30,7 +30,7 @@ from quantkit.kernels.w4_launch import (
     w4_few_launch_of,
     w4_launch_of,
 )
-from quantkit.kernels.w4_layout import Layout4, Packed4, pack4
+from quantkit.kernels.w4.layout import Layout4, Packed4, pack4
 
 _ACTIVATIONS = {"bfloat16": "bfloat16", "uint16": "bfloat16", "float16": "float16", "int8": "int8"}
 
@@ -39,7 +39,7 @@ _ACTIVATIONS = {"bfloat16": "bfloat16", "uint16": "bfloat16", "float16": "float1
 class PackedWeight4:
     """A weight of four bits laid out for gemm_w4_sm90.cu and gemm_w4_few.cu, on the device.
 
-    codes, scales, zeros, channel_scale: as in `w4_layout.Packed4`.
+    codes, scales, zeros, channel_scale: as in `layout.Packed4`.
     """
 
     layout: Layout4
@@ -80,7 +80,7 @@ class Workspace4:
 def pack_weight4(
     weight: QTensor, *, scale_type: str | None = None, activation_bits: int = 16, arch: str | None = None
 ) -> PackedWeight4:
-    """Return `weight` [n, k] on the current GPU; what is taken, and how, is what `w4_layout.pack4` says.
+    """Return `weight` [n, k] on the current GPU; what is taken, and how, is what `layout.pack4` says.
 
     Raises:
         KernelError: a weight that the kernels have not, or no GPU.

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from quantkit.errors import KernelError
 from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.kernels import device
-from quantkit.kernels.emulated_w4 import emulated_w4
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.family import Family, Operands, Prediction
 from quantkit.kernels.gemm_operands import Epilogue
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.reference import gemm_reference
-from quantkit.kernels.w4 import matmul_w4, pack_weight4
-from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, w4_choose
-from quantkit.kernels.w4_launch import FEW_KERNEL, FEW_SOURCE, KERNEL, SOURCE, w4_few_launch_of, w4_launch_of
-from quantkit.kernels.w4_layout import pack4
+from quantkit.kernels.w4.emulated import emulated_w4
+from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, w4_choose
+from quantkit.kernels.w4.launch import FEW_KERNEL, FEW_SOURCE, KERNEL, SOURCE, w4_few_launch_of, w4_launch_of
+from quantkit.kernels.w4.layout import pack4
+from quantkit.kernels.w4.matmul import matmul_w4, pack_weight4
 from quantkit.kernels.work import FORMATS, Work
 
 # By format: the codes of the packed weight, and what its scales are stored in.

@@ -17,7 +17,7 @@ _SCALE_BYTES = {"none": 0, "bfloat16": 2, "float16": 2, "float32": 4, "e4m3": 1,
 class W4Problem:
     """D[m, n] = A[m, k] @ W[n, k].T, W of four bits.
 
-    activations: bfloat16, float16 or int8. output: D's type. codes, group, scales, zeros: as in `w4_layout.Layout4`.
+    activations: bfloat16, float16 or int8. output: D's type. codes, group, scales, zeros: as in `layout.Layout4`.
     """
 
     m: int

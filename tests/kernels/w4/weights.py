@@ -1,4 +1,4 @@
-"""gemm_w4_sm90.cu on a test's machine, and weights for it."""
+"""gemm_w4_sm90.cu and gemm_w4_few.cu on a test's machine, and weights for it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from quantkit.formats.quantize import QTensor
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.emulator import Swizzle, TensorMap
 from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
-from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile
-from quantkit.kernels.w4_launch import FEW_KERNEL, FEW_SOURCE, KERNEL, SOURCE, w4_few_launch_of, w4_launch_of
-from quantkit.kernels.w4_layout import Packed4
+from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile
+from quantkit.kernels.w4.launch import FEW_KERNEL, FEW_SOURCE, KERNEL, SOURCE, w4_few_launch_of, w4_launch_of
+from quantkit.kernels.w4.layout import Packed4
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -16,7 +16,7 @@ from quantkit.kernels.compile import compile_kernel, is_available
 from quantkit.kernels.emulator import Mode
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.heuristics import SHARED_LIMIT
-from quantkit.kernels.w4_heuristics import (
+from quantkit.kernels.w4.heuristics import (
     W4Few,
     W4Problem,
     W4Tile,
@@ -25,15 +25,15 @@ from quantkit.kernels.w4_heuristics import (
     w4_choose,
     w4_rank,
 )
-from quantkit.kernels.w4_launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
-from quantkit.kernels.w4_layout import pack4
-from quantkit.kernels.w4_reference import decoded4, w4_reference
+from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
+from quantkit.kernels.w4.layout import pack4
+from quantkit.kernels.w4.reference import decoded4, w4_reference
 
-from .backends import EmulatorBackend
-from .layouts import small_integers
-from .pairs import pairwise
-from .sass import listing, opcodes, tools
-from .w4 import DTYPES, KINDS, run_w4, weight
+from ..backends import EmulatorBackend
+from ..layouts import small_integers
+from ..pairs import pairwise
+from ..sass import listing, opcodes, tools
+from .weights import DTYPES, KINDS, run_w4, weight
 
 # Every arrangement of warps, depth of granules and kind of sharing, as small as they come.
 TILES = {

@@ -15,9 +15,9 @@ from quantkit.formats.packing import code_bits
 from quantkit.formats.qparams import QParams
 from quantkit.formats.quantize import QTensor
 from quantkit.formats.spec import QuantSpec
-from quantkit.kernels.w4_layout import pack4, two_levels, unpack4
+from quantkit.kernels.w4.layout import pack4, two_levels, unpack4
 
-from .w4 import KINDS, weight
+from .weights import KINDS, weight
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from quantkit.formats.format import FP4_E2M1
 from quantkit.formats.packing import codes_from_bits
 from quantkit.kernels.reference import gemm_reference
-from quantkit.kernels.w4_layout import Packed4, held_scales, unpack4
+from quantkit.kernels.w4.layout import Packed4, held_scales, unpack4
 
 _FRACTION_BITS = {"bfloat16": 8, "float16": 11}  # with the leading one
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
-from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile, schedule_of
+from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, schedule_of
 
-SOURCE = Path(__file__).parent / "cuda" / "gemm_w4_sm90.cu"
+SOURCE = Path(__file__).parent.parent / "cuda" / "gemm_w4_sm90.cu"
 KERNEL = "gemm_w4_sm90"
-FEW_SOURCE = Path(__file__).parent / "cuda" / "gemm_w4_few.cu"
+FEW_SOURCE = Path(__file__).parent.parent / "cuda" / "gemm_w4_few.cu"
 FEW_KERNEL = "gemm_w4_few"
 
 _TYPES = {"bfloat16": "BF16", "float16": "F16", "int8": "S8"}

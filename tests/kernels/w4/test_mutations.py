@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from quantkit.kernels.compile import INCLUDE
-from quantkit.kernels.w4_heuristics import W4Few, W4Tile
-from quantkit.kernels.w4_launch import FEW_SOURCE, SOURCE
-from quantkit.kernels.w4_layout import pack4
-from quantkit.kernels.w4_reference import w4_reference
+from quantkit.kernels.w4.heuristics import W4Few, W4Tile
+from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE
+from quantkit.kernels.w4.layout import pack4
+from quantkit.kernels.w4.reference import w4_reference
 
-from .layouts import small_integers
-from .mutations import assert_caught, outcomes
-from .w4 import DTYPES, run_w4, weight
+from ..layouts import small_integers
+from ..mutations import assert_caught, outcomes
+from .weights import DTYPES, run_w4, weight
 
 DECODE = INCLUDE / "w4_decode.h"
 

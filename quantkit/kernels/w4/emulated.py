@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from quantkit.kernels.emulator import Mode, Swizzle, TensorMap, load
 from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
-from quantkit.kernels.w4_heuristics import W4Few, W4Problem, W4Tile
-from quantkit.kernels.w4_launch import (
+from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile
+from quantkit.kernels.w4.launch import (
     FEW_KERNEL,
     FEW_SOURCE,
     KERNEL,
@@ -17,7 +17,7 @@ from quantkit.kernels.w4_launch import (
     w4_few_launch_of,
     w4_launch_of,
 )
-from quantkit.kernels.w4_layout import Packed4
+from quantkit.kernels.w4.layout import Packed4
 
 _MULTIPROCESSORS = 4
 

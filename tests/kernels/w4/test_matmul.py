@@ -9,15 +9,15 @@ import pytest
 
 from quantkit.errors import KernelError
 from quantkit.kernels import device as gpu
-from quantkit.kernels import w4
 from quantkit.kernels.emulator import Swizzle, TensorMap, load
 from quantkit.kernels.gemm_operands import Epilogue
-from quantkit.kernels.w4 import Workspace4, matmul_w4, pack_weight4
-from quantkit.kernels.w4_heuristics import W4Tile
-from quantkit.kernels.w4_layout import pack4
-from quantkit.kernels.w4_reference import w4_reference
+from quantkit.kernels.w4 import matmul as w4
+from quantkit.kernels.w4.heuristics import W4Tile
+from quantkit.kernels.w4.layout import pack4
+from quantkit.kernels.w4.matmul import Workspace4, matmul_w4, pack_weight4
+from quantkit.kernels.w4.reference import w4_reference
 
-from .w4 import weight
+from .weights import weight
 
 MULTIPROCESSORS = 4
 

@@ -1,0 +1,1 @@
+"""Products with weights of four bits: how a weight is packed, which tile multiplies it, and the oracle."""
