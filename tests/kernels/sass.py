@@ -26,21 +26,18 @@ def tools() -> Path | None:
     return next((folder for folder in folders if all((folder / name).exists() for name in names)), None)
 
 
-def listing(cubin: Path) -> list[str]:
+@cache
+def listing(cubin: Path) -> tuple[str, ...]:
     """The cubin's instructions, one a line, in their order."""
     folder = tools()
     assert folder is not None
     environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
     command = [folder / "cuobjdump", "-sass", cubin]
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return [line for line in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line)]
+    return tuple(line for line in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line))
 
 
 def opcodes(cubin: Path) -> Counter[str]:
     """How often each opcode, without its modifiers, occurs in the cubin."""
-    folder = tools()
-    assert folder is not None
-    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
-    command = [folder / "cuobjdump", "-sass", cubin]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text))
+    pattern = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+    return Counter(found[1] for line in listing(cubin) if (found := pattern.search(line)))

@@ -19,7 +19,7 @@ from quantkit.kernels.reference import residual_reference
 
 from .backends import EmulatorBackend, gpu
 from .gemms import DTYPES, Case, Tensors, oracle, run, tensors_of
-from .sass import opcodes, tools
+from .sass import listing, opcodes, tools
 
 # What the epilogue is asked for: every factor in every granularity, every activation, every type of residual.
 KINDS = {
@@ -291,6 +291,11 @@ def test_chosen_configurations_run_on_the_tensor_core_and_keep_to_registers(prob
     assert {name for name in found if name.endswith("MMA")} == {OPCODES[problem.format]}
     assert found["LDL"] == found["STL"] == built.spill_bytes == 0
     assert not built.warnings
+    # One load of each operand, by a thread that the compiler knows to be one: no loop over the lanes around it.
+    assert found["UTMALDG"] == 2
+    lines = listing(built.cubin)
+    loads = [number for number, line in enumerate(lines) if "UTMALDG" in line]
+    assert not any("BRA.U.ANY" in line for at in loads for line in lines[at : at + 4])
 
 
 # ---- which tile --------------------------------------------------------------------------------------------------

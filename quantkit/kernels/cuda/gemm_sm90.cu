@@ -131,13 +131,14 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
 
   if (warpgroup == 0) {
     if (CONSUMERS > 1) decrease_registers<40>();
-    if (tid == 0) {
+    // One thread, and the compiler knows: copies then need no loop over lanes.
+    if (shuffle(tid / 32, 0) == 0 && elect_one()) {
       int s = 0;
       uint32_t parity = 1;  // the first round finds every stage empty
-      for (int tile = cluster; tile < tiles; tile += clusters) {
+      QK_ROLLED for (int tile = cluster; tile < tiles; tile += clusters) {
         const Place place = place_of(tile, tiles_first, tiles_second);
         const int first = (place.first * CLUSTER + place_in_pair) * TILE_M, second = place.second * TILE_N;
-        for (int step = 0; step < steps; step++) {
+        QK_ROLLED for (int step = 0; step < steps; step++) {
           const uint32_t stage = base + s * STAGE_BYTES;
           mbarrier_wait_ring(empty + 8 * s, parity);
           mbarrier_arrive_expect(full + 8 * s, STAGE_BYTES);
