@@ -20,19 +20,21 @@ if TYPE_CHECKING:
     from quantkit.data import ImagePreprocessing
     from quantkit.errors import QuantkitError
     from quantkit.evaluation import Evaluation
-    from quantkit.pipeline import Exported, calibrate_model, evaluate_model, export_model
+    from quantkit.exported import Exported
+    from quantkit.exporting import export_model
+    from quantkit.pipeline import calibrate_model, evaluate_model
 
 _HOMES = {
     "Benchmark": "quantkit.bench.result",
     "CalibrationCache": "quantkit.cache",
     "Evaluation": "quantkit.evaluation",
-    "Exported": "quantkit.pipeline",
+    "Exported": "quantkit.exported",
     "ImagePreprocessing": "quantkit.data",
     "QuantkitError": "quantkit.errors",
     "bench_model": "quantkit.bench.run",
     "calibrate_model": "quantkit.pipeline",
     "evaluate_model": "quantkit.pipeline",
-    "export_model": "quantkit.pipeline",
+    "export_model": "quantkit.exporting",
 }
 
 __all__ = [

@@ -30,7 +30,10 @@ def clipping_warnings(plan: Plan, histograms: Mapping[str, FloatHistogram]) -> l
     """Return a line if the method clips tensors by more than finer steps win back; KL does, of heavy tails."""
     worst: tuple[float, str, float, float] | None = None
     count = 0
-    for name, activation in plan.activations.items():
+    for activation in plan.activations.values():
+        if activation.qparams is None:
+            continue
+        name = activation.name
         histogram = histograms[name]
         whole = qparams_from_range(Range(histogram.min, histogram.max), activation.spec)
         kept = expected_sqnr_db(histogram, whole, activation.spec)

@@ -100,6 +100,75 @@ def check_output(
         os.close(lock)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary folder; what the block writes there becomes the folder `path` if the block ends well.
+
+    A folder that is at `path` already is replaced if it is empty or holds files of the same names alone; otherwise
+    somebody keeps other things there. Nothing is left behind where anything fails; a killed process leaves at most a
+    hidden folder, as with `atomic_write`.
+
+    Raises:
+        FileError: the folder cannot be written there, or what is there would be lost.
+    """
+    final = Path(path)
+    try:
+        check_folder(final)
+        _clear_stale(final.parent)
+        holder, lock = _make_folder(final.parent)
+    except OSError as error:
+        raise _refused(final, error) from error
+    fresh, old = holder / "new", holder / "old"
+    try:
+        fresh.mkdir()
+        yield fresh
+        written = {p.name for p in fresh.iterdir()}
+        for name in written:
+            _flush(fresh / name, os.O_RDWR)
+        if final.is_dir():
+            others = sorted({p.name for p in final.iterdir()} - written)
+            if others:
+                raise _holds_others(final, others)
+            os.replace(final, old)
+        try:
+            os.replace(fresh, final)
+        except OSError:
+            if old.exists():
+                os.replace(old, final)
+            raise
+    except OSError as error:
+        if _is_foreign(error, holder, final.parent):
+            raise
+        raise _refused(final, error) from error
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Do nothing if `atomic_folder(path)` could begin now.
+
+    Raises:
+        FileError: a file is in its place, or no folder can be made there.
+    """
+    final = Path(path)
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        raise FileError(f"{final}: is a file, and a folder is to be written; choose another path.")
+    try:
+        folder, lock = _make_folder(final.parent)
+    except OSError as error:
+        raise _refused(final, error) from error
+    folder.rmdir()
+    if lock is not None:
+        os.close(lock)
+
+
+def _holds_others(path: Path, names: list[str]) -> FileError:
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    return FileError(f"{path}: holds other files ({shown}), which would be lost; choose another folder.")
+
+
 def _publish(folder: Path, final: Path) -> None:
     names = sorted(p.name for p in folder.iterdir() if p.name != final.name)
     assert (folder / final.name).is_file(), f"the block did not write {final.name}"

@@ -206,7 +206,7 @@ def _wanted(graph: Graph) -> dict[str, int | None]:
     wanted: dict[str, int | None] = {}
     sites, left = find_sites(graph)
     for site in sites:
-        if site.role != "weight":
+        if site.role not in ("weight", "embedding"):
             axis = site.axis if site.role == "input" else None
             wanted[site.name] = wanted.get(site.name) if wanted.get(site.name) is not None else axis
     # The tensors of an Add alone serve no export: it is quantized for the sake of a convolution beside it.

@@ -1,13 +1,44 @@
-"""Which of a graph's sites a preset quantizes for a target: the step between finding sites and solving them."""
+"""Which of a graph's sites are quantized for a target: the step between finding sites and solving them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
+import onnx_ir as ir
+
+from quantkit.calibrators import Calibrator
 from quantkit.formats import QuantSpec
 from quantkit.graph import Graph, LeftAlone, Site, find_sites
 from quantkit.graph.sites import is_depthwise_or_narrow
-from quantkit.presets import Preset, Target
+from quantkit.presets import Preset, Target, kind_of
+from quantkit.settings import NodeSettings, node_settings
 
 Reader = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedActivation:
+    """A tensor to quantize.
+
+    Attributes:
+        name: the tensor.
+        spec: its format.
+        calibrator: the method for its range; None where ranges are fixed.
+        readers: the (node, input index) pairs that read it quantized; () where every reader does.
+    """
+
+    name: str
+    spec: QuantSpec
+    calibrator: Calibrator | None
+    readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedWeight:
+    """A weight as one node reads it, and how it is quantized: the axis of `spec` is set."""
+
+    site: Site
+    spec: QuantSpec
+    settings: NodeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,26 +46,47 @@ class Placement:
     """Where quantization goes.
 
     Attributes:
-        activations: tensor → the (node, input index) pairs that read it quantized; () where every reader does.
-        weights: the weight sites to quantize.
-        nodes: the linear nodes that run quantized.
+        activations: the tensors to quantize, by name; one that is wanted in two formats is there twice.
+        weights: the weights to quantize.
+        nodes: the nodes that run quantized → their operator.
         left: linear nodes that do not, with the reason.
-        spec: how activations are quantized; None where they stay in float.
+        settings: node → what it was to become.
     """
 
-    activations: dict[str, tuple[Reader, ...]]
-    weights: list[Site]
+    activations: list[PlacedActivation]
+    weights: list[PlacedWeight]
     nodes: dict[str, str]
     left: list[LeftAlone]
-    spec: QuantSpec | None
+    settings: Mapping[str, NodeSettings]
+
+    def readers(self) -> dict[str, tuple[Reader, ...]]:
+        """Return {tensor: who reads it quantized}."""
+        return {a.name: a.readers for a in self.activations}
 
 
 @dataclass
 class _Choice:
     """Tensors that some read quantized, with those readers, and tensors that everything reads so."""
 
-    readers: dict[str, set[Reader]] = field(default_factory=dict)
-    everywhere: set[str] = field(default_factory=set)
+    readers: dict[tuple[str, QuantSpec], set[Reader]] = field(default_factory=dict)
+    everywhere: set[tuple[str, QuantSpec]] = field(default_factory=set)
+    calibrators: dict[tuple[str, QuantSpec], Calibrator | None] = field(default_factory=dict)
+
+    def read(self, name: str, settings: NodeSettings, reader: Reader) -> None:
+        """Let `reader` read the tensor as `settings` say."""
+        assert settings.activations is not None
+        key = name, settings.activations
+        self.readers.setdefault(key, set()).add(reader)
+        self.calibrators.setdefault(key, settings.calibrator)
+
+    def written(self, name: str, settings: NodeSettings) -> None:
+        """Let everything read the tensor as `settings` say."""
+        assert settings.activations is not None
+        self.everywhere.add((name, settings.activations))
+        self.calibrators.setdefault((name, settings.activations), settings.calibrator)
+
+    def is_quantized(self, name: str) -> bool:
+        return any(name == other for other, _ in (*self.readers, *self.everywhere))
 
 
 def place(
@@ -43,74 +95,133 @@ def place(
     target: Target,
     *,
     everything: bool = False,
-    unfit: dict[str, str] | None = None,
+    unfit: Mapping[str, str] | None = None,
+) -> Placement:
+    """Choose the sites that a preset quantizes; see `place_nodes`."""
+    sites, _ = find_sites(graph)
+    settings = node_settings(preset, target)
+    nodes = {s.node: settings for s in sites if s.role in ("input", "weight")}
+    return place_nodes(graph, nodes, target, everything=everything, unfit=unfit)
+
+
+def place_nodes(
+    graph: Graph,
+    settings: Mapping[str, NodeSettings],
+    target: Target,
+    *,
+    kept: Mapping[str, str] | None = None,
+    everything: bool = False,
+    unfit: Mapping[str, str] | None = None,
 ) -> Placement:
     """Choose the sites to quantize.
 
     Args:
         graph: the cleaned model.
-        preset: what the user asked for.
+        settings: node → what it is to become; a node without stays in float, for the reason in `kept`.
         target: what will run it.
-        everything: also what the preset would leave in float (`--all`).
+        kept: node → why it stays in float.
+        everything: also what a preset would leave in float (`--all`).
         unfit: tensors that cannot be quantized, with the reason (never observed, not finite); the nodes that read
             them stay in float.
     """
     sites, left = find_sites(graph)
     unfit = unfit or {}
-    reasons = _float_nodes(graph, sites, preset, everything, unfit)
+    reasons = dict(kept or {}) | _float_nodes(graph, sites, settings, target, everything, unfit)
+    operators = {s.node: s.op_type for s in sites if s.role in ("weight", "input", "embedding")}
+    nodes = {name: op for name, op in operators.items() if name in settings and name not in reasons}
     left = left + [
         LeftAlone(node=node, op_type=graph.node(node).op_type, reason=reason)
         for node, reason in reasons.items()
+        if node in operators
     ]
-    spec = target.int8_activations if preset.integer_activations else preset.activations
-    linear = {s.node: s.op_type for s in sites if s.role == "weight" or s.role == "input"}
-    nodes = {name: op_type for name, op_type in linear.items() if name not in reasons}
     choice = _Choice()
     for site in sites:
-        if site.role == "input" and site.node in nodes and spec is not None:
-            choice.readers.setdefault(site.name, set()).add((site.node, site.index))
-    if target.outputs and preset.integer_activations:
-        _choose_outputs(graph, sites, nodes, unfit, choice)
-    elif preset.skips:
+        if site.role == "input" and site.node in nodes and settings[site.node].activations is not None:
+            choice.read(site.name, settings[site.node], (site.node, site.index))
+    if target.outputs:
+        _choose_outputs(graph, sites, settings, nodes, unfit, choice)
+    else:
         for site in sites:
-            if site.role == "skip" and site.name not in unfit and _sums_quantized(graph, site, nodes):
-                choice.readers.setdefault(site.name, set()).add((site.node, site.index))
-    for name in choice.everywhere:
-        choice.readers[name] = set()
+            if site.role == "skip" and site.name not in unfit:
+                summed = _summed(graph, site, nodes)
+                if summed and settings[summed].preset.skips and settings[summed].integer_activations:
+                    choice.read(site.name, settings[summed], (site.node, site.index))
     return Placement(
-        activations={name: tuple(sorted(readers)) for name, readers in sorted(choice.readers.items())},
-        weights=[s for s in sites if s.role == "weight" and s.node in nodes],
+        activations=_settle(graph, choice),
+        weights=[
+            PlacedWeight(site=s, spec=_on_axis(settings[s.node].preset, s), settings=settings[s.node])
+            for s in sites
+            if s.role in ("weight", "embedding") and s.node in nodes
+        ],
         nodes=nodes,
         left=left,
-        spec=spec,
+        settings={node: settings[node] for node in nodes},
     )
 
 
+def _on_axis(preset: Preset, site: Site) -> QuantSpec:
+    """The preset's weight format, along the axis of this weight."""
+    spec = preset.weights
+    if spec.block_shape is not None or spec.axis is None:
+        return spec
+    return replace(spec, axis=site.contraction if spec.block_size is not None else site.axis)
+
+
+def _settle(graph: Graph, choice: _Choice) -> list[PlacedActivation]:
+    """The tensors and their readers; where everything reads one format and some another, who reads which is said."""
+    found = []
+    for key in sorted({*choice.readers, *choice.everywhere}, key=lambda k: (k[0], str(k[1]))):
+        name, spec = key
+        others = {r for k, readers in choice.readers.items() if k[0] == name and k != key for r in readers}
+        readers = choice.readers.get(key, set())
+        if key in choice.everywhere:
+            readers = _all_readers(graph.values[name]) - others if others else set()
+        found.append(
+            PlacedActivation(
+                name=name, spec=spec, calibrator=choice.calibrators[key], readers=tuple(sorted(readers))
+            )
+        )
+    return found
+
+
+def _all_readers(value: ir.Value) -> set[Reader]:
+    return {(str(node.name), index) for node, index in value.uses()}
+
+
 def _float_nodes(
-    graph: Graph, sites: list[Site], preset: Preset, everything: bool, unfit: dict[str, str]
+    graph: Graph,
+    sites: Iterable[Site],
+    settings: Mapping[str, NodeSettings],
+    target: Target,
+    everything: bool,
+    unfit: Mapping[str, str],
 ) -> dict[str, str]:
     """Linear nodes that stay in float, with the reason."""
     reasons: dict[str, str] = {}
     for site in sites:
-        if site.role not in ("input", "weight"):
+        if site.role not in ("input", "weight", "embedding") or site.node not in settings:
             continue
-        read = [str(v.name) for v in graph.node(site.node).inputs if v is not None]
-        broken = [name for name in read if name in unfit]
+        wanted, node = settings[site.node], graph.node(site.node)
+        preset = wanted.preset
+        broken = [str(v.name) for v in node.inputs if v is not None and str(v.name) in unfit]
+        weighted = any(v is not None and v.is_initializer() for v in node.inputs[:2])
         if broken:
             reasons.setdefault(site.node, unfit[broken[0]])
-        elif preset.activations is None and not any(
-            v is not None and v.is_initializer() for v in graph.node(site.node).inputs[:2]
-        ):
+        elif wanted.activations is None and not weighted:
             reasons.setdefault(site.node, f"no weight, and {preset.name} quantizes weights alone")
+        elif wanted.activations is not None and not target.can_activate(wanted.activations):
+            reasons.setdefault(site.node, f"{target.name} has no {kind_of(wanted.activations)} activations")
         elif preset.in_blocks and site.op_type in ("Conv", "ConvTranspose"):
-            reasons.setdefault(site.node, f"{preset.name} weights lie in blocks, which no target has for it")
-        elif everything:
+            reasons.setdefault(site.node, _no_blocks(preset))
+        elif weighted and (why := target.why_not(preset.weights, site.op_type)):
+            reasons.setdefault(site.node, why)
+        elif everything or wanted.asked:
             continue
         elif not preset.gemm and site.op_type == "Gemm":
             reasons.setdefault(
                 site.node, f"{preset.name} leaves Gemm in float by default (--all quantizes it)"
             )
-        elif not preset.narrow_convolutions and is_depthwise_or_narrow(graph.node(site.node)):
+        elif not preset.narrow_convolutions and is_depthwise_or_narrow(node):
             reasons.setdefault(
                 site.node,
                 "depthwise or ≤ 16 channels: no faster "
@@ -119,16 +230,33 @@ def _float_nodes(
     return reasons
 
 
+def _no_blocks(preset: Preset) -> str:
+    """Why a convolution stays in float where weights lie in blocks."""
+    free = preset.weights.block_size is not None and preset.weights.scale_format is None
+    hint = "; --group channel quantizes it" if free else ""
+    return f"{preset.name} weights lie in blocks, which no target has for it{hint}"
+
+
 def _choose_outputs(
-    graph: Graph, sites: list[Site], nodes: dict[str, str], unfit: dict[str, str], choice: _Choice
+    graph: Graph,
+    sites: list[Site],
+    settings: Mapping[str, NodeSettings],
+    nodes: Mapping[str, str],
+    unfit: Mapping[str, str],
+    choice: _Choice,
 ) -> None:
     """Quantize what convolutions write, and the Adds between them, so that they run on integers from end to end."""
     outputs = set(graph.outputs)
+    by_output: dict[str, NodeSettings] = {}
     for site in sites:
         if site.name in unfit or site.name in outputs:
             continue
-        if site.role == "output" and site.node in nodes:
-            choice.everywhere.add(site.name)
+        if site.role == "output" and site.node in nodes and settings[site.node].integer_activations:
+            choice.written(site.name, settings[site.node])
+            by_output[site.name] = settings[site.node]
+    readers = {
+        site.name: settings[site.node] for site in sites if site.role == "input" and site.node in nodes
+    }
     adds: dict[str, list[Site]] = {}
     for site in sites:
         if site.op_type == "Add":
@@ -137,19 +265,20 @@ def _choose_outputs(
         operands = [s for s in parts if s.role == "operand"]
         output = next(s for s in parts if s.role == "output")
         names = {s.name for s in operands} | {output.name}
-        if (
-            names & unfit.keys()
-            or output.name in outputs
-            or not any(s.name in choice.everywhere or s.name in choice.readers for s in operands)
-        ):
+        if names & unfit.keys() or output.name in outputs:
+            continue
+        known = [s.name for s in operands if choice.is_quantized(s.name)]
+        of = next((by_output.get(n) or readers.get(n) for n in known), None)
+        if of is None or not of.integer_activations:
             continue
         for site in operands:
-            choice.readers.setdefault(site.name, set()).add((site.node, site.index))
-        choice.everywhere.add(output.name)
+            choice.read(site.name, by_output.get(site.name, of), (site.node, site.index))
+        choice.written(output.name, of)
+        by_output[output.name] = of
 
 
-def _sums_quantized(graph: Graph, site: Site, nodes: dict[str, str]) -> bool:
-    """Whether the Add's other operand is computed by a convolution that runs quantized."""
+def _summed(graph: Graph, site: Site, nodes: Mapping[str, str]) -> str:
+    """The convolution that runs quantized and computes the Add's other operand; "" where none does."""
     other = graph.node(site.node).inputs[1 - site.index]
     producer = other.producer() if other is not None else None
-    return producer is not None and str(producer.name) in nodes
+    return str(producer.name) if producer is not None and str(producer.name) in nodes else ""

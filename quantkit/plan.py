@@ -1,11 +1,12 @@
 """A plan: for every tensor that is quantized, how. The verdict of the calibrators, and all that an emitter reads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.formats import QParams, QTensor, QuantSpec, Range
+from quantkit.formats import QParams, QTensor, QuantSpec, Range, dynamic_qparams, fake_quantize, quantize
 from quantkit.graph import LeftAlone
 
 # (node name, input index)
@@ -19,25 +20,57 @@ class ActivationPlan:
     Attributes:
         name: the tensor.
         spec: its format.
-        range: the real values it is to hold.
-        qparams: scale and zero point, of shape ().
+        range: the real values it is to hold; of a dynamic one, those that were observed, None where nothing was.
+        qparams: scale and zero point, of shape (); None where `spec` is dynamic.
+        global_scale: float32, of shape (): that of the scales of dynamic blocks, where they are in few bits.
         readers: which node inputs read it quantized; () where all do.
     """
 
     name: str
     spec: QuantSpec
-    range: Range
-    qparams: QParams
+    range: Range | None
+    qparams: QParams | None
     readers: tuple[Reader, ...]
+    global_scale: NDArray[np.float32] | None = None
+
+    def apply(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Return `x` as its readers see it: quantized and dequantized."""
+        found = x.astype(np.float32)
+        qparams = self.qparams
+        if qparams is None:
+            qparams = dynamic_qparams(found, self.spec, global_scale=self.global_scale)
+        return fake_quantize(found, qparams, self.spec)
+
+    @property
+    def static(self) -> QParams:
+        """Scale and zero point of an activation that is not dynamic."""
+        assert self.qparams is not None
+        return self.qparams
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPlan:
-    """A weight's codes, and the node inputs that read them. A weight read along two axes has two plans."""
+    """How one weight is quantized, and the node inputs that read it so. A weight read along two axes has two plans.
+
+    Attributes:
+        name: the initializer.
+        spec: its format.
+        qparams: its scales and zero points.
+        readers: the node inputs.
+        codes: of the weight's shape, where a method chose them; None where every value goes to its nearest code.
+    """
 
     name: str
-    qtensor: QTensor
+    spec: QuantSpec
+    qparams: QParams
     readers: tuple[Reader, ...]
+    codes: NDArray[np.generic] | None = None
+
+    def quantize(self, w: NDArray[np.floating]) -> QTensor:
+        """Return the codes of the weight `w`; a plan holds none that can be had from the model."""
+        if self.codes is not None:
+            return QTensor(self.codes, self.qparams, self.spec)
+        return quantize(w, self.qparams, self.spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +90,14 @@ class Plan:
     Attributes:
         model: the name of the model it is for.
         fingerprint: the cleaned graph's.
-        preset, target, method: what was asked for.
-        activations: by tensor name.
+        preset, target, method: what was asked for; the preset is "recipe" where rules alone said so.
+        activations: by tensor name. Where readers want a tensor in several formats, the others have entries too, under
+            the name and the format.
         weights: in the graph's order.
         biases: in the graph's order; empty where the target adds biases in float.
-        nodes: the linear nodes that run quantized → their operator.
+        nodes: the nodes that run quantized → their operator.
         left: the linear nodes that do not, with the reason.
+        formats: node → how its weight and its activations are quantized, in words.
     """
 
     model: str
@@ -75,3 +110,4 @@ class Plan:
     biases: list[BiasPlan] = field(default_factory=list)
     nodes: dict[str, str]
     left: list[LeftAlone]
+    formats: Mapping[str, str] = field(default_factory=dict)

@@ -12,6 +12,7 @@
     match = "blocks.3.*"
     weights = "int4"          # weights and activations may have presets of their own
     activations = "fp8"
+    group = 32                # weights that share a scale
     method = "percentile"
     percentile = 99.99        # what is left are the method's options
 
@@ -28,7 +29,11 @@ from typing import Any
 
 from quantkit.errors import RecipeError
 
-_OWN_KEYS = frozenset({"match", "op_types", "preset", "weights", "activations", "method", "keep"})
+FLOAT = "float"
+# What `preset` says of activations: what it has for them, if anything.
+AS_PRESET = "preset"
+
+_OWN_KEYS = frozenset({"match", "op_types", "preset", "weights", "activations", "group", "method", "keep"})
 _TEXTS = ("match", "preset", "weights", "activations", "method", "keep")
 
 
@@ -38,17 +43,21 @@ class Settings:
 
     Attributes:
         weights: the preset of its weights.
-        activations: the preset of its activations.
-        method: the calibration method.
+        activations: the preset of its activations; "float" where they stay so, "preset" where they are as `weights`.
+        group: weights that share a scale.
+        method: the method: of its activations, or of its weights where they alone are quantized.
         method_options: the method's options.
         keep_float: it stays in float.
+        asked: a rule for these nodes in particular wants them quantized.
     """
 
     weights: str | None = None
     activations: str | None = None
+    group: int | None = None
     method: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
     keep_float: bool = False
+    asked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +67,7 @@ class Rule:
     Attributes:
         match: a glob over node names, or a regular expression between slashes (searched, not anchored); None for all.
         op_types: the operators it is for; empty for all.
-        weights, activations, method, method_options: as in `Settings`.
+        weights, activations, group, method, method_options: as in `Settings`.
         keep_float: True keeps the matching nodes in float, False quantizes what an earlier rule kept.
 
     Raises:
@@ -69,6 +78,7 @@ class Rule:
     op_types: frozenset[str] = frozenset()
     weights: str | None = None
     activations: str | None = None
+    group: int | None = None
     method: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
     keep_float: bool | None = None
@@ -101,7 +111,9 @@ class Rule:
     def apply(self, settings: Settings) -> Settings:
         """Return `settings` with what this rule says of them."""
         changes: dict[str, Any] = {
-            name: value for name in ("weights", "activations") if (value := getattr(self, name)) is not None
+            name: value
+            for name in ("weights", "activations", "group")
+            if (value := getattr(self, name)) is not None
         }
         if self.method is not None:
             changes |= {"method": self.method, "method_options": dict(self.method_options)}
@@ -110,6 +122,8 @@ class Rule:
         elif changes:
             # A rule that says how a layer is quantized wants it quantized.
             changes["keep_float"] = False
+        if changes.get("keep_float") is False and self.match not in (None, "*"):
+            changes["asked"] = True
         return replace(settings, **changes)
 
     def _is_expression(self) -> bool:
@@ -176,6 +190,9 @@ def _rule(where: str, table: dict[str, Any]) -> Rule:
     for key in _TEXTS:
         if key in table and not isinstance(table[key], str):
             raise RecipeError(f"{where}: {key} = {table[key]!r}: not a text; put it in quotes.")
+    group = table.get("group")
+    if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
+        raise RecipeError(f"{where}: group = {group!r}: not a number of weights; write one, such as 32.")
     op_types = table.get("op_types", [])
     if not isinstance(op_types, list) or not all(isinstance(o, str) for o in op_types):
         raise RecipeError(
@@ -191,16 +208,17 @@ def _rule(where: str, table: dict[str, Any]) -> Rule:
             f"{', '.join(sorted(_OWN_KEYS))}."
         )
     preset = table.get("preset")
-    said = preset, table.get("weights"), table.get("activations"), table.get("method")
+    said = preset, table.get("weights"), table.get("activations"), group, table.get("method")
     if keep is None and not any(said):
         raise RecipeError(
-            f"{where}: it says nothing to do; give preset, weights, activations, method or keep."
+            f"{where}: it says nothing to do; give preset, weights, activations, group, method or keep."
         )
     return Rule(
         match=table.get("match"),
         op_types=frozenset(op_types),
         weights=table.get("weights", preset),
-        activations=table.get("activations", preset),
+        activations=table.get("activations", None if preset is None else AS_PRESET),
+        group=group,
         method=table.get("method"),
         method_options=options,
         keep_float=True if keep else None,

@@ -3,15 +3,15 @@
 It shares neither the Q/DQ nodes nor the kernels of the files that emitters write, so it can judge them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from quantkit.formats import dequantize, fake_quantize
+from quantkit.formats import dequantize
 from quantkit.graph import Graph
-from quantkit.plan import ActivationPlan, Plan, Reader
+from quantkit.plan import ActivationPlan, Plan, Reader, WeightPlan
 from quantkit.runtime import Session
 
 _QUANTIZED = "::quantized"
@@ -57,21 +57,23 @@ def _follow(
 ) -> dict[str, np.ndarray]:
     """Every tensor that a stage computes, by name; the stages behind go on from the observed value if there is one."""
     model = graph.model.clone()
-    _replace_constants(model, plan)
-    _cut(model, plan.activations)
+    _replace_constants(graph, model, plan)
+    cuts = _cut(model, plan.activations.values())
     known: dict[str, np.ndarray] = {}
     found: dict[str, np.ndarray] = {}
 
     def enter(name: str, array: np.ndarray) -> None:
         found[name] = array
-        known[name] = observed.get(name, array)
-        _quantize_into(known, name, plan.activations)
+        # A file in less precision tells of it in less.
+        known[name] = observed.get(name, array).astype(array.dtype, copy=False)
+        for cut, activation in cuts.get(name, ()):
+            known[cut] = activation.apply(known[name]).astype(known[name].dtype)
 
     for name, array in feeds.items():
         enter(name, array)
     owners = _owners(model)
     for stage in _stages(model):
-        outputs = _needed_later(stage, owners, plan.activations)
+        outputs = _needed_later(stage, owners, cuts)
         inputs = sorted({str(v.name) for n in stage for v in _reads(n) if str(v.name) in known})
         part = ir.Model(ir.convenience.extract(model.graph, inputs, outputs), ir_version=model.ir_version)
         part.graph.name = "part"
@@ -82,11 +84,11 @@ def _follow(
     return found
 
 
-def _replace_constants(model: ir.Model, plan: Plan) -> None:
+def _replace_constants(graph: Graph, model: ir.Model, plan: Plan) -> None:
     """Let readers read what the codes stand for, made anew for the part of the graph that is run: one at a time."""
     nodes = {str(n.name): n for n in model.graph}
     read: list[tuple[str, Callable[[], np.ndarray], tuple[Reader, ...]]] = [
-        (w.name, partial(dequantize, w.qtensor), w.readers) for w in plan.weights
+        (w.name, partial(_decoded, graph, w), w.readers) for w in plan.weights
     ]
     read += [(b.name, partial(np.multiply, b.qvalue, b.scale), (b.reader,)) for b in plan.biases]
     for number, (name, values, readers) in enumerate(read):
@@ -101,22 +103,31 @@ def _replace_constants(model: ir.Model, plan: Plan) -> None:
             nodes[node].replace_input_with(index, value)
 
 
+def _decoded(graph: Graph, weight: WeightPlan) -> np.ndarray:
+    return dequantize(weight.quantize(graph.array(weight.name)))
+
+
 def _as_tensor(values: Callable[[], np.ndarray], dtype: ir.DataType) -> ir.TensorProtocol:
     return ir.tensor(values().astype(dtype.numpy(), copy=False), dtype=dtype)
 
 
-def _cut(model: ir.Model, activations: Mapping[str, ActivationPlan]) -> None:
-    """Give every quantized tensor a graph input of its own that its readers read instead."""
+def _cut(
+    model: ir.Model, activations: Iterable[ActivationPlan]
+) -> dict[str, list[tuple[str, ActivationPlan]]]:
+    """Give every quantized tensor graph inputs of its own that its readers read instead; return them by tensor."""
     values = {str(v.name): v for n in model.graph for v in n.outputs} | {
         str(v.name): v for v in model.graph.inputs
     }
-    for name, plan in activations.items():
-        value = values[name]
-        cut = ir.Value(name=name + _QUANTIZED, shape=value.shape, type=value.type)
+    cuts: dict[str, list[tuple[str, ActivationPlan]]] = {}
+    for plan in activations:
+        value, known = values[plan.name], cuts.setdefault(plan.name, [])
+        cut = ir.Value(name=f"{plan.name}{_QUANTIZED}{len(known)}", shape=value.shape, type=value.type)
+        known.append((str(cut.name), plan))
         model.graph.inputs.append(cut)
         for node, index in list(value.uses()):
             if not plan.readers or (str(node.name), index) in plan.readers:
                 node.replace_input_with(index, cut)
+    return cuts
 
 
 def _stages(model: ir.Model) -> Iterator[list[ir.Node]]:
@@ -127,8 +138,8 @@ def _stages(model: ir.Model) -> Iterator[list[ir.Node]]:
         deepest = 0
         for value in _reads(node):
             name = str(value.name)
-            if name.endswith(_QUANTIZED):
-                deepest = max(deepest, depth.get(name.removesuffix(_QUANTIZED), -1) + 1)
+            if _QUANTIZED in name:
+                deepest = max(deepest, depth.get(name.rpartition(_QUANTIZED)[0], -1) + 1)
             else:
                 deepest = max(deepest, depth.get(name, 0))
         for output in node.outputs:
@@ -138,9 +149,7 @@ def _stages(model: ir.Model) -> Iterator[list[ir.Node]]:
         yield stage
 
 
-def _needed_later(
-    stage: list[ir.Node], owners: Mapping[int, int], activations: Mapping[str, ActivationPlan]
-) -> list[str]:
+def _needed_later(stage: list[ir.Node], owners: Mapping[int, int], cuts: Mapping[str, object]) -> list[str]:
     inside = {id(n) for n in stage}
     return [
         str(value.name)
@@ -149,7 +158,7 @@ def _needed_later(
         if value.name
         and (
             value.is_graph_output()
-            or str(value.name) in activations
+            or str(value.name) in cuts
             or any(owners[id(user)] not in inside for user, _ in value.uses())
         )
     ]
@@ -186,14 +195,3 @@ def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
             yield from attribute.as_graphs()
-
-
-def _quantize_into(
-    known: dict[str, np.ndarray], name: str, activations: Mapping[str, ActivationPlan]
-) -> None:
-    plan = activations.get(name)
-    if plan is not None:
-        array = known[name]
-        known[name + _QUANTIZED] = fake_quantize(array.astype(np.float32), plan.qparams, plan.spec).astype(
-            array.dtype
-        )

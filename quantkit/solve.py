@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,36 +19,19 @@ from quantkit.calibrators import (
     weight_range,
 )
 from quantkit.errors import CacheError, PlanError, SpecError, UnknownNameError
-from quantkit.formats import QParams, QuantSpec, Range, qparams_from_range, quantize
-from quantkit.formats.scales import SMALLEST_SCALE
+from quantkit.formats import QParams, QuantSpec, Range, qparams_from_range
+from quantkit.formats.scales import SMALLEST_SCALE, global_scale_of
 from quantkit.graph import Graph, LeftAlone, Site, find_sites, sharing_groups
 from quantkit.graph.sites import LINEAR_OPS, QUANTIZED_ALREADY
-from quantkit.placement import Placement, place
+from quantkit.placement import PlacedActivation, PlacedWeight, Placement, place_nodes
 from quantkit.plan import ActivationPlan, BiasPlan, Plan, WeightPlan
 from quantkit.presets import Preset, Target
+from quantkit.settings import Assignment, node_settings
 from quantkit.statistics import FloatHistogram
 
 _INT32_MAX = 2**31 - 1
-# Of weights in few bits and blocks the scale of least squared error; of the others the largest magnitude, which keeps
-# as much and is what TensorRT does.
-_WEIGHT_METHOD: Mapping[bool, WeightMethod] = {True: "mse", False: "amax"}
-
-
-def weight_method_of(preset: Preset, method: str | None = None) -> WeightMethod:
-    """Return how weights are solved: of presets that quantize nothing else `method` says so, else it is fixed.
-
-    Raises:
-        UnknownNameError: `method` is none for weights.
-    """
-    if preset.activations is not None or method is None:
-        return _WEIGHT_METHOD[preset.in_blocks]
-    for known in get_args(WeightMethod):
-        if method == known:
-            return cast(WeightMethod, known)
-    raise UnknownNameError(
-        f"method {method}: {preset.name} quantizes weights alone, whose methods are "
-        f"{' and '.join(get_args(WeightMethod))}; choose one of them, or leave --method out."
-    )
+# Block sizes that kernels take; those that divide a weight are named where the size asked for does not.
+_SIZES = (16, 32, 64, 128, 256)
 
 
 def calibrator_of(
@@ -95,7 +78,34 @@ def solve(
     ranges: Mapping[str, Range] | None = None,
     weight_method: WeightMethod | None = None,
 ) -> Plan:
-    """Return the plan that `calibrator` finds.
+    """Return the plan of one preset for all of a model; see `solve_nodes`.
+
+    Args:
+        graph, histograms, target, everything, ranges: as there.
+        preset: formats and what stays in float by default.
+        calibrator: the method for activations. None where the ranges are fixed.
+        weight_method: how weights are solved; None for the preset's own way (`weight_method_of`).
+    """
+    default = node_settings(preset, target, calibrator=calibrator, weight_method=weight_method)
+    nodes = {s.node: default for s in find_sites(graph)[0] if s.role in ("input", "weight")}
+    assignment = Assignment(nodes=nodes, kept={})
+    return solve_nodes(
+        graph, histograms, assignment, preset.name, target, everything=everything, ranges=ranges
+    )
+
+
+def solve_nodes(
+    graph: Graph,
+    histograms: Mapping[str, FloatHistogram],
+    assignment: Assignment,
+    name: str,
+    target: Target,
+    *,
+    everything: bool = False,
+    ranges: Mapping[str, Range] | None = None,
+    scale_dtype: np.dtype | None = None,
+) -> Plan:
+    """Return the plan that gives every node what it is to become.
 
     Tensors that MaxPool, Concat and their like tie together are solved from their merged histogram, so they get one
     scale. A tensor whose statistics hold no finite value, or NaN or infinities (an attention mask's −inf, say), and
@@ -104,75 +114,94 @@ def solve(
     Args:
         graph: the cleaned model.
         histograms: statistics by tensor name, as calibration gathered them.
-        preset: formats and what stays in float by default.
+        assignment: what every node is to become.
+        name: what the plan's preset is called.
         target: what will run the model.
-        calibrator: the method for activations. Weights are known whole: theirs is their largest magnitude.
-            None where the ranges are fixed.
-        everything: quantize also what the preset leaves in float.
+        everything: quantize also what presets leave in float.
         ranges: fixed ranges by tensor name, in place of histograms. They are taken as they are: tensors that are
             tied together keep each its own.
-        weight_method: how weights are solved; None for the preset's own way (`weight_method_of`).
+        scale_dtype: the float type that the file's scales will have, where it is not the tensors' own.
 
     Raises:
         PlanError: there is nothing that can be quantized so.
-        SpecError: a plug-in's calibrator does not give a range.
+        SpecError: a plug-in's calibrator does not give a range, or a weight cannot be cut into whole blocks.
     """
     ranges = ranges or {}
-    unfit = _unfit(graph, preset, histograms, ranges)
+    unfit = _unfit(graph, assignment, histograms, ranges)
     while True:
-        placement = place(graph, preset, target, everything=everything, unfit=unfit)
-        activations, misfits = _solve_activations(graph, histograms, placement, calibrator, ranges)
+        placement = place_nodes(
+            graph, assignment.nodes, target, kept=assignment.kept, everything=everything, unfit=unfit
+        )
+        activations, misfits = _solve_activations(graph, histograms, placement, ranges, scale_dtype)
         if not misfits:
             break
         # Without them the placement is another one; each round takes at least one tensor out.
         unfit |= misfits
     if not placement.nodes:
-        raise PlanError(_nothing_left(graph, preset, placement.left))
-    integer_bias = target.integer_bias and preset.integer_activations
-    weight_method = weight_method or weight_method_of(preset)
-    weights, biases = _solve_weights(
-        graph,
-        placement,
-        preset,
-        activations,
-        method=weight_method,
-        integer_bias=integer_bias,
-        whole_blocks=target.whole_blocks,
-    )
+        raise PlanError(_nothing_left(graph, name, placement.left))
+    weights, biases = _solve_weights(graph, placement, activations, target, scale_dtype)
     return Plan(
         model=graph.name,
         fingerprint=graph.fingerprint,
-        preset=preset.name,
+        preset=name,
         target=target.name,
-        method=_method_name(preset, calibrator, weight_method),
+        method=_method_name(placement),
         activations=activations,
         weights=weights,
         biases=biases,
         nodes=placement.nodes,
         left=placement.left,
+        formats=_formats(placement, weights, activations),
     )
 
 
-def _method_name(preset: Preset, calibrator: Calibrator | None, weight_method: WeightMethod) -> str:
-    if preset.activations is None:
-        return weight_method
-    return IMPORTED if calibrator is None else calibrator.name
+def _method_name(placement: Placement) -> str:
+    """The methods of the activations that have one, or else of the weights."""
+    static = [a for a in placement.activations if a.spec.dynamic is None]
+    if not static:
+        return "+".join(sorted({w.settings.weight_method for w in placement.weights})) or "none"
+    return "+".join(sorted({IMPORTED if a.calibrator is None else a.calibrator.name for a in static}))
+
+
+def _formats(
+    placement: Placement, weights: Iterable[WeightPlan], activations: Mapping[str, ActivationPlan]
+) -> dict[str, str]:
+    """Node → its weight's and its activations' formats in words."""
+    held = {node: str(w.spec) for w in weights for node, _ in w.readers}
+    found = {}
+    for node in placement.nodes:
+        inputs = placement.settings[node].activations
+        words = [held[node]] if node in held else []
+        found[node] = " × ".join([*words, str(inputs) if inputs is not None else "float"])
+    return found
 
 
 def _unfit(
-    graph: Graph, preset: Preset, histograms: Mapping[str, FloatHistogram], ranges: Mapping[str, Range]
+    graph: Graph,
+    assignment: Assignment,
+    histograms: Mapping[str, FloatHistogram],
+    ranges: Mapping[str, Range],
 ) -> dict[str, str]:
     unfit: dict[str, str] = {}
+    finite: dict[str, bool] = {}
+    # Nothing has to be known of tensors that are not quantized, or by scales that the runtime finds.
+    known = any(is_observed(s.activations) for s in assignment.nodes.values())
     for site in find_sites(graph)[0]:
-        if site.role == "weight":
+        if site.role in ("weight", "embedding"):
             if 0 in site.shape:
                 unfit[site.name] = f"weight {site.name} is empty"
-            elif site.name not in unfit and not np.all(
-                np.isfinite(graph.array(site.name).astype(np.float32))
-            ):
-                unfit[site.name] = f"weight {site.name} holds NaN or infinity"
+            elif site.node in assignment.nodes:
+                if site.name not in finite:
+                    finite[site.name] = _is_finite(graph.array(site.name))
+                if not finite[site.name]:
+                    unfit[site.name] = f"weight {site.name} holds NaN or infinity"
             continue
-        if preset.activations is None:
+        if not known or (
+            site.role == "input"
+            and (
+                site.node not in assignment.nodes or not is_observed(assignment.nodes[site.node].activations)
+            )
+        ):
             continue
         if ranges:
             if site.name not in ranges:
@@ -196,12 +225,23 @@ def _unfit(
     return unfit
 
 
-def _nothing_left(graph: Graph, preset: Preset, left: list[LeftAlone]) -> str:
+def is_observed(spec: QuantSpec | None) -> bool:
+    """Whether what was observed of a tensor bears on how it is quantized."""
+    return spec is not None and (spec.dynamic is None or spec.has_global_scale)
+
+
+def _is_finite(w: np.ndarray) -> bool:
+    # NaN is neither least nor greatest without showing, and no copy of the weight is made.
+    ends = (w.min(), w.max()) if w.size else ()
+    return all(bool(np.isfinite(np.float32(end))) for end in ends)
+
+
+def _nothing_left(graph: Graph, preset: str, left: list[LeftAlone]) -> str:
     if not left:
         return f"{graph.name}: it has no Conv, MatMul or Gemm; give a model that has some."
     reasons = Counter(node.reason for node in left)
     shown = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-    return f"{graph.name}: {preset.name} leaves every Conv, MatMul and Gemm in float ({shown}); {_mend(reasons)}."
+    return f"{graph.name}: {preset} leaves every Conv, MatMul and Gemm in float ({shown}); {_mend(reasons)}."
 
 
 def _mend(reasons: Iterable[str]) -> str:
@@ -212,6 +252,10 @@ def _mend(reasons: Iterable[str]) -> str:
         return "give the float model it was made from"
     if any(reason.startswith(("tensor", "weight", "bias")) for reason in reasons):
         return "mend the model or the calibration data"
+    if any("recipe" in reason or "as asked" in reason for reason in reasons):
+        return "let a rule, or --include, name some"
+    if any(" has no " in reason for reason in reasons):
+        return "choose another preset or another --target"
     if any("weights alone" in reason or "lie in blocks" in reason for reason in reasons):
         return "choose another preset, int8 or fp8"
     return "give a float model whose layers have constant weights"
@@ -221,101 +265,151 @@ def _solve_activations(
     graph: Graph,
     histograms: Mapping[str, FloatHistogram],
     placement: Placement,
-    calibrator: Calibrator | None,
     ranges: Mapping[str, Range],
+    scale_dtype: np.dtype | None,
 ) -> tuple[dict[str, ActivationPlan], dict[str, str]]:
     """Return the plans, and the tensors that cannot have one with the reason."""
-    plans: dict[str, ActivationPlan] = {}
+    plans: dict[tuple[str, QuantSpec], ActivationPlan] = {}
     misfits: dict[str, str] = {}
-    if placement.spec is None:
-        return plans, misfits
-    solved: set[str] = set()
     tied = [] if ranges else sharing_groups(graph)
-    for group in [*tied, *({name} for name in placement.activations)]:
-        members = sorted((group & placement.activations.keys()) - solved)
-        if not members:
-            continue
-        solved.update(members)
-        if calibrator is None:
-            found = ranges[members[0]]
-        else:
-            merged = reduce(FloatHistogram.merge, (histograms[name] for name in members))
-            found = solve_range(calibrator, merged, placement.spec, tensor=members[0])
-        for name in members:
-            try:
-                qparams = qparams_from_range(found, placement.spec, scale_dtype=_float_dtype(graph, name))
-            except SpecError as error:
-                misfits[name] = f"tensor {name}: {error}"
-                continue
-            if found.amax > 0 and qparams.scale <= SMALLEST_SCALE:
-                # GPUs take subnormal numbers for zero: with a scale that is none, the codes would all be zero.
-                misfits[name] = (
-                    f"tensor {name} is at most {float(found.amax):.2g}, too small for a float32 scale"
+    root = {name: min(group) for group in tied for name in group}
+    groups: dict[tuple[str, QuantSpec, str], list[PlacedActivation]] = {}
+    for placed in placement.activations:
+        key = root.get(placed.name, placed.name), placed.spec, repr(placed.calibrator)
+        groups.setdefault(key, []).append(placed)
+    for (_, spec, _), members in groups.items():
+        calibrator = members[0].calibrator
+        if not is_observed(spec):
+            for member in members:
+                plans[member.name, spec] = ActivationPlan(
+                    name=member.name, spec=spec, range=None, qparams=None, readers=member.readers
                 )
-                continue
-            plans[name] = ActivationPlan(
-                name=name,
-                spec=placement.spec,
-                range=found,
-                qparams=qparams,
-                readers=placement.activations[name],
+            continue
+        first = members[0].name
+        if calibrator is None and ranges:
+            found = ranges[first]
+        else:
+            merged = reduce(FloatHistogram.merge, (histograms[member.name] for member in members))
+            # Dynamic blocks have scales of their own: what all of them share must hold the largest value.
+            found = (
+                Range(merged.min, merged.max)
+                if spec.dynamic is not None or calibrator is None
+                else solve_range(calibrator, merged, spec, tensor=first)
             )
-    return dict(sorted(plans.items())), misfits
+        for member in members:
+            plan = _activation_plan(graph, member, found, misfits, scale_dtype)
+            if plan is not None:
+                plans[member.name, spec] = plan
+    return _by_name(plans), misfits
+
+
+def _activation_plan(
+    graph: Graph,
+    placed: PlacedActivation,
+    found: Range,
+    misfits: dict[str, str],
+    scale_dtype: np.dtype | None,
+) -> ActivationPlan | None:
+    name, spec = placed.name, placed.spec
+    if spec.dynamic is not None:
+        shared = global_scale_of(found.amax, spec)
+        return ActivationPlan(
+            name=name, spec=spec, range=found, qparams=None, readers=placed.readers, global_scale=shared
+        )
+    try:
+        qparams = qparams_from_range(found, spec, scale_dtype=_float_dtype(graph, name, scale_dtype))
+    except SpecError as error:
+        misfits[name] = f"tensor {name}: {error}"
+        return None
+    if found.amax > 0 and qparams.scale <= SMALLEST_SCALE:
+        # GPUs take subnormal numbers for zero: with a scale that is none, the codes would all be zero.
+        misfits[name] = f"tensor {name} is at most {float(found.amax):.2g}, too small for a float32 scale"
+        return None
+    return ActivationPlan(name=name, spec=spec, range=found, qparams=qparams, readers=placed.readers)
+
+
+def _by_name(plans: Mapping[tuple[str, QuantSpec], ActivationPlan]) -> dict[str, ActivationPlan]:
+    found: dict[str, ActivationPlan] = {}
+    for (name, spec), plan in sorted(plans.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+        found[name if name not in found else f"{name}, {spec}"] = plan
+    return found
 
 
 def _solve_weights(
     graph: Graph,
     placement: Placement,
-    preset: Preset,
     activations: Mapping[str, ActivationPlan],
-    *,
-    method: WeightMethod,
-    integer_bias: bool,
-    whole_blocks: bool,
+    target: Target,
+    scale_dtype: np.dtype | None,
 ) -> tuple[list[WeightPlan], list[BiasPlan]]:
-    sites: dict[tuple[str, int | None], list[Site]] = {}
-    for site in placement.weights:
-        axis = site.contraction if preset.in_blocks else site.axis
-        sites.setdefault((site.name, axis), []).append(site)
+    readers: dict[tuple[str, QuantSpec, WeightMethod], list[PlacedWeight]] = {}
+    for placed in placement.weights:
+        key = placed.site.name, placed.spec, placed.settings.weight_method
+        readers.setdefault(key, []).append(placed)
+    scales = {reader: a for a in activations.values() for reader in a.readers}
+    everywhere = {a.name: a for a in activations.values() if not a.readers}
     weights: list[WeightPlan] = []
     biases: list[BiasPlan] = []
-    for (name, axis), readers in sites.items():
+    # s_x · s_w is often less than float16 can hold.
+    with_biases = target.integer_bias and scale_dtype in (None, np.float32)
+    for (name, spec, method), placed_here in readers.items():
         w = graph.array(name)
-        spec = replace(preset.weights, axis=axis)
-        if whole_blocks:
+        if target.whole_blocks:
             _check_blocks(name, w.shape, spec)
-        dtype = _float_dtype(graph, name)
-        qparams = _weight_qparams(name, w, spec, dtype, method)
-        with_bias = [s for s in readers if integer_bias and _bias(graph.node(s.node)) is not None]
-        for site in with_bias:
-            qparams = _wide_enough(graph, site, qparams, _input_scale(graph, site, activations))
+        qparams = _weight_qparams(name, w, spec, _float_dtype(graph, name, scale_dtype), method)
+        with_bias: list[tuple[Site, np.float32]] = []
+        for placed in placed_here if with_biases and _can_add_bias(spec) else ():
+            site = placed.site
+            if placed.settings.integer_activations and _bias(graph.node(site.node)) is not None:
+                other = graph.node(site.node).inputs[1 - site.index]
+                assert other is not None
+                # An input that the model itself quantizes is in no plan; its node keeps a float bias.
+                held = scales.get((site.node, 1 - site.index)) or everywhere.get(str(other.name))
+                if held is not None and held.spec.format.bits == 8:
+                    with_bias.append((site, np.float32(held.static.scale)))
+        for site, input_scale in with_bias:
+            qparams = _wide_enough(graph, site, qparams, input_scale)
         weights.append(
             WeightPlan(
                 name=name,
-                qtensor=quantize(w, qparams, spec),
-                readers=tuple((s.node, s.index) for s in readers),
+                spec=spec,
+                qparams=qparams,
+                readers=tuple((p.site.node, p.site.index) for p in placed_here),
             )
         )
-        for site in with_bias:
-            biases.append(_solve_bias(graph, site, qparams, _input_scale(graph, site, activations)))
+        for site, input_scale in with_bias:
+            biases.append(_solve_bias(graph, site, qparams, input_scale))
     return weights, biases
+
+
+def _can_add_bias(spec: QuantSpec) -> bool:
+    """Whether an integer kernel multiplies by such weights, so that the bias can be added to its sums."""
+    return spec.format.kind == "integer" and spec.format.bits == 8 and spec.block_size is None
 
 
 def _check_blocks(name: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
     if spec.axis is None or spec.block_size is None or shape[spec.axis] % spec.block_size == 0:
         return
     size = shape[spec.axis]
-    divisors = [d for d in range(1, size + 1) if size % d == 0 and 8 <= d <= 256] or [size]
+    divisors = [d for d in _SIZES if size % d == 0] or [
+        d for d in range(1, size + 1) if size % d == 0 and 8 <= d <= 256
+    ]
+    fixed = spec.scale_format is not None
+    mend = (
+        "leave it in float with --exclude"
+        if fixed or not divisors
+        else f"choose --group {' or '.join(map(str, divisors))}, or leave it in float with --exclude"
+    )
     raise SpecError(
         f"{name}: its axis {spec.axis} has {size} elements, not a multiple of the group size {spec.block_size}, as "
-        f"this target needs; choose --group {' or '.join(map(str, divisors))}, or keep the layer in float."
+        f"this target needs; {mend}."
     )
 
 
 def _weight_qparams(
     name: str, w: np.ndarray, spec: QuantSpec, dtype: np.dtype, method: WeightMethod
 ) -> QParams:
-    if spec.block_size is not None:
+    if spec.block_size is not None or spec.block_shape is not None or spec.format.bits < 8:
         return weight_qparams(w, spec, method=method, scale_dtype=dtype, name=name)
     range_ = weight_range(w.astype(np.float32), spec, method=method, name=name)
     return qparams_from_range(_holdable(range_, spec, dtype), spec, scale_dtype=dtype)
@@ -356,12 +450,6 @@ def _bias(node: ir.Node) -> ir.Value | None:
     return bias
 
 
-def _input_scale(graph: Graph, site: Site, activations: Mapping[str, ActivationPlan]) -> np.float32:
-    other = graph.node(site.node).inputs[1 - site.index]
-    assert other is not None
-    return np.float32(activations[str(other.name)].qparams.scale)
-
-
 def _wide_enough(graph: Graph, site: Site, qparams: QParams, input_scale: np.float32) -> QParams:
     """Enlarge the weight scales of channels so small that their bias would overflow int32."""
     bias = graph.array(_bias_name(graph, site)).astype(np.float64)
@@ -384,7 +472,8 @@ def _bias_name(graph: Graph, site: Site) -> str:
     return str(bias.name)
 
 
-def _float_dtype(graph: Graph, name: str) -> np.dtype:
-    """The float type of a tensor, in which its scale is stored."""
+def _float_dtype(graph: Graph, name: str, scale_dtype: np.dtype | None) -> np.dtype:
+    """The float type in which the scale of a tensor is stored: its own, unless float32 is cast to another one."""
     dtype = graph.values[name].dtype
-    return np.dtype(np.float32) if dtype is None else np.dtype(dtype.numpy())
+    own = np.dtype(np.float32) if dtype is None else np.dtype(dtype.numpy())
+    return scale_dtype if scale_dtype is not None and own == np.float32 else own

@@ -688,7 +688,7 @@ def test_weights_that_would_go_beside_an_export_do_not_replace_the_models(
     for tensor in moved.graph.initializer:
         next(e for e in tensor.external_data if e.key == "location").value = "x.onnx.data"
     Path("split.onnx").write_bytes(moved.SerializeToString())
-    monkeypatch.setattr("quantkit.pipeline._EXTERNAL_BYTES", 0)
+    monkeypatch.setattr("quantkit.exporting._EXTERNAL_BYTES", 0)
     before = files(calibrated)
     result = run("export", "split.onnx", "--int8", "--out", "x.onnx")
     assert result.code == 2
@@ -766,7 +766,7 @@ def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_run(
 
         monkeypatch.setattr("quantkit.files.tempfile.mkdtemp", refuse)
     monkeypatch.setattr("quantkit.pipeline.observe", None)
-    monkeypatch.setattr("quantkit.pipeline.solve", None)
+    monkeypatch.setattr("quantkit.exporting.plan_model", None)
     result = run(*words.split())
     assert result.code == 2
     assert "cannot be written (permission denied); choose a folder that you may write to" in result.err

@@ -341,7 +341,7 @@ def test_a_file_that_fails_its_check_gets_no_name(calibrated: Path, monkeypatch:
     def refuse(*_: object) -> None:
         raise ExportError("model.int8.onnx: differs; report this.")
 
-    monkeypatch.setattr("quantkit.pipeline.verify", refuse)
+    monkeypatch.setattr("quantkit.exporting.verify", refuse)
     with pytest.raises(ExportError):
         quantkit.export_model(None, "model.calib")
     assert sorted(p.name for p in calibrated.iterdir()) == ["model.calib", "model.onnx"]

@@ -10,7 +10,7 @@ from quantkit.cli import options
 
 if TYPE_CHECKING:
     from quantkit.cache import CalibrationCache
-    from quantkit.pipeline import Exported
+    from quantkit.exported import Exported
 
 
 def export(
@@ -61,8 +61,8 @@ def export(
     """Write a quantized model from a calibration cache, check it, and say what was quantized and what was not."""
     from quantkit.cache import CalibrationCache, find_cache
     from quantkit.errors import SpecError
+    from quantkit.exporting import export_model
     from quantkit.files import check_output
-    from quantkit.pipeline import export_model
 
     chosen = [name for name, given in (("int8", int8), ("fp8", fp8), ("int4", int4)) if given]
     if len(chosen) != 1:

@@ -5,46 +5,85 @@ Relu before it (1.31 and 1.32, CPU), so QuantizeLinear names its type in `output
 DequantizeLinear on both sides of a Conv or MatMul makes it look for integer kernels of float8 that do not exist (1.31:
 the model does not load), so codes are turned back by Cast and Mul, which mean the same.
 
-Matrices in blocks of 4 bits become MatMulNBits, which both providers have kernels for.
+Matrices in blocks of few bits become MatMulNBits, and embeddings GatherBlockQuantized, which both providers have
+kernels for.
 
 Biases of int8 models are int32: where they are float, the pass `WeightBiasQuantization` makes its own at every level
 (1.31: mobilenetv2 then differs from the plan by as much as the plan from float, 29 dB).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
-from quantkit.export.rewrite import QdqStyle, insert_qdq
+from quantkit.errors import SpecError
+from quantkit.export.ort_blocks import holds_gather, holds_matmul_nbits, write_gather, write_matmul_nbits
+from quantkit.export.rewrite import QdqStyle, QdqWriter, insert_qdq, least_opset
 from quantkit.formats import INT8, QuantSpec
 from quantkit.graph import Graph
-from quantkit.plan import Plan
+from quantkit.plan import Plan, WeightPlan
 from quantkit.presets import Target
+
+# What its kernels take: no float4, and no scales that are powers of two.
+_BLOCKS = frozenset({"int4 block", "uint4 block+zero", "int2 block", "uint2 block+zero", "int8 block"})
+_PER_CHANNEL = frozenset({"int8", "fp8", "int4", "uint4+zero", "int16"})
 
 TARGET = Target(
     name="ort",
     int8_activations=QuantSpec(format=INT8),
     outputs=False,
     integer_bias=True,
+    matrices=_BLOCKS | _PER_CHANNEL | {"fp8 tile", "fp8 block"},
+    convolutions=_PER_CHANNEL,
+    embeddings=_BLOCKS - {"int2 block", "uint2 block+zero"},
+    activations=frozenset({"int8", "uint8+zero", "fp8", "uint16+zero", "int16"}),
 )
+
+# MatMulIntegerToFloat wants the zero points of batched weights in another shape than DequantizeLinear has them.
+STYLE = QdqStyle(float_zero_points=False, cast=True, batched_zero_points=False)
+_ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
 class OrtEmitter:
-    """The emitter of `--target ort`."""
+    """The emitter of `--target ort`.
+
+    accuracy_level: of MatMulNBits: 1 to 4 let it compute in float32, float16, bfloat16 or int8; 0 leaves it to ONNX
+    Runtime, which takes float32 then.
+
+    Raises:
+        SpecError: no such level.
+    """
 
     target: Target = TARGET
+    accuracy_level: int = 0
+
+    def __post_init__(self) -> None:
+        if self.accuracy_level not in _ACCURACY_LEVELS:
+            raise SpecError(
+                f"accuracy level {self.accuracy_level}: MatMulNBits has 0 to 4; choose 4 for int8, 0 for float."
+            )
 
     def emit(self, graph: Graph, plan: Plan) -> ir.Model:
         """Return the quantized model."""
-        return insert_qdq(graph, plan, ort_style(plan))
+        writer = partial(OrtWriter, style=STYLE, accuracy_level=self.accuracy_level)
+        return insert_qdq(graph, plan, writer, least_opset(plan, STYLE))
 
 
-def ort_style(plan: Plan) -> QdqStyle:
-    """Integer Q/DQ with their zero points; float8 without, and cast back; weights in blocks as MatMulNBits."""
-    if any(weight.qtensor.spec.block_size is not None for weight in plan.weights):
-        return QdqStyle(opset=21, zero_points=False, matmul_nbits=True)
-    if all(a.spec.format.kind == "integer" for a in plan.activations.values()):
-        # MatMulIntegerToFloat wants the zero points of batched weights in another shape than DequantizeLinear has them.
-        return QdqStyle(opset=19, zero_points=True, batched_zero_points=False)
-    return QdqStyle(opset=21, zero_points=False, cast=True)
+class OrtWriter(QdqWriter):
+    """Q/DQ, and ONNX Runtime's own operators for blocks."""
+
+    def __init__(self, model: ir.Model, graph: Graph, style: QdqStyle, accuracy_level: int) -> None:
+        super().__init__(model, graph, style)
+        self.accuracy_level = accuracy_level
+
+    def weight(self, plan: WeightPlan) -> None:
+        """Store a weight as codes."""
+        readers = [self.reader(n, plan.name, i) for n, i in plan.readers]
+        if holds_matmul_nbits(plan, readers):
+            write_matmul_nbits(self, self.graph, plan, self.accuracy_level)
+        elif holds_gather(plan, readers):
+            write_gather(self, self.graph, plan)
+        else:
+            super().weight(plan)

@@ -8,7 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from quantkit.decode import beyond_onnxruntime, decode
 from quantkit.errors import ExportError, ModelError
+from quantkit.export.verify_weights import verify_weights
 from quantkit.graph import Graph
 from quantkit.metrics import SignalToNoise
 from quantkit.plan import Plan
@@ -16,40 +18,40 @@ from quantkit.runtime import Session, reason
 from quantkit.simulate import simulate, simulate_steps
 
 # From one quantized tensor to the next, file and plan differ in the order of float sums alone, which leaves 120 dB
-# of float32 and 60 of float16. One more rounding to 8 bits would leave 50.
-_STEP_DB = 70.0
-_HALF_STEP_DB = 45.0
+# of float32, 60 of float16 and 40 of bfloat16. One more rounding to 8 bits would leave 50, to 4 bits 20.
+_STEP_DB = {ir.DataType.FLOAT: 70.0, ir.DataType.FLOAT16: 45.0, ir.DataType.BFLOAT16: 28.0}
 # Through the whole network that difference may grow to that of quantization itself, since it moves values across
 # rounding boundaries now and then; what is wrong in a file costs more.
 _WHOLE_DB = -10.0
+_WHOLE_LIMIT_DB = 45.0
+# Running a larger model, and NumPy's reading of it, would hold its weights several times over.
+_RUN_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What running a written file once showed.
+    """What holding a written file against its plan showed.
 
     Attributes:
-        tensor: the quantized tensor or output at which file and plan agree least.
+        tensor: the quantized tensor, output or weight at which file and plan agree least.
         plan_sqnr_db: the file's value there against NumPy's reading of the plan, from the file's own tensors before it.
-        output: the first output.
-        float_sqnr_db: there, the plan followed from end to end against the float model.
+        output: the first output; "" where the model was not run, but its weights were read back one by one.
+        float_sqnr_db: there, the plan followed from end to end against the float model; None where it was not run.
+        decoded: what ONNX Runtime has no kernels for, so that the file ran with it turned into float operators.
     """
 
     tensor: str
     plan_sqnr_db: float
-    output: str
-    float_sqnr_db: float
+    output: str = ""
+    float_sqnr_db: float | None = None
+    decoded: tuple[str, ...] = ()
 
 
-def verify(path: Path, graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]) -> Verification:
-    """Check the file at `path` with onnx.checker, run it once, and compare it with the plan.
-
-    Every quantized tensor and every output is compared with what the plan makes of the file's own tensors before it;
-    then the first output, as the untouched file computes it, with the plan followed from end to end. Outputs of
-    integers, or whose shape depends on the data, are not compared: a float's last bit can change them (TopK, ArgMax).
+def check(path: Path) -> None:
+    """Run onnx.checker over a written file, with shape inference.
 
     Raises:
-        ExportError: the file is not valid, does not run, or does not do what the plan says.
+        ExportError: the file is not valid.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -58,11 +60,37 @@ def verify(path: Path, graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]
         raise ExportError(
             f"{path.name}: the written model is not valid ONNX ({reason(error)}); report this."
         ) from error
+
+
+def can_run(graph: Graph) -> bool:
+    """Whether a model is small enough to be run for its verification."""
+    return graph.weight_bytes <= _RUN_BYTES
+
+
+def verify(path: Path, graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]) -> Verification:
+    """Hold the file at `path` against its plan: by running it once, or, a large one or without feeds, by its weights.
+
+    Every quantized tensor and every output is compared with what the plan makes of the file's own tensors before it;
+    then the first output, as the untouched file computes it, with the plan followed from end to end. Outputs of
+    integers, or whose shape depends on the data, are not compared: a float's last bit can change them (TopK, ArgMax).
+
+    Raises:
+        ExportError: the file is not valid, does not run, or does not do what the plan says.
+    """
+    check(path)
+    if not feeds or not can_run(graph):
+        worst, agreement_db = verify_weights(path, graph, plan)
+        return Verification(tensor=worst, plan_sqnr_db=agreement_db)
     outputs = [name for name in graph.outputs if _is_compared(graph, name)]
-    names = [*outputs, *(name for name in plan.activations if name not in outputs)]
+    names = list(dict.fromkeys([*outputs, *(a.name for a in plan.activations.values())]))
+    model = ir.load(path)
+    precision = _precision(model)
+    beyond = beyond_onnxruntime(model)
+    runnable = decode(model) if beyond else model
+    _compute_in_float(runnable)
     try:
-        written = Session(path, optimize=False).run(feeds)
-        observed = Session(ir.load(path), outputs=names, optimize=False).run(feeds)
+        written = Session(runnable, optimize=False).run(feeds)
+        observed = Session(runnable, outputs=names, optimize=False).run(feeds)
     except ModelError as error:
         raise ExportError(f"{path.name}: the written model does not run ({error})") from error
     steps = simulate_steps(graph, plan, feeds, observed)
@@ -72,17 +100,30 @@ def verify(path: Path, graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]
     planned = simulate(graph, plan, feeds)[output]
     exact = Session(graph.model, outputs=[output], optimize=False).run(feeds)[output]
     lost, whole = _sqnr(exact, planned), _sqnr(planned, written[output])
-    if agreement[worst] < (_HALF_STEP_DB if _has_half(graph) else _STEP_DB):
+    if agreement[worst] < _STEP_DB[precision]:
         raise ExportError(
             f"{path.name}: its tensor {worst} differs from the plan's ({agreement[worst]:.1f} dB); "
             "the file was not kept; report this."
         )
-    if whole < min(lost, _HALF_STEP_DB) + _WHOLE_DB:
+    if whole < min(lost, _WHOLE_LIMIT_DB, _STEP_DB[precision]) + _WHOLE_DB:
         raise ExportError(
             f"{path.name}: its output {output} differs from the plan's ({whole:.1f} dB, where the plan itself is "
             f"{lost:.1f} dB from float); the file was not kept; report this."
         )
-    return Verification(tensor=worst, plan_sqnr_db=agreement[worst], output=output, float_sqnr_db=lost)
+    return Verification(
+        tensor=worst,
+        plan_sqnr_db=agreement[worst],
+        output=output,
+        float_sqnr_db=lost,
+        decoded=tuple(beyond),
+    )
+
+
+def _compute_in_float(model: ir.Model) -> None:
+    """Let MatMulNBits compute in float32: what it does in less by choice is no error of the file."""
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes.pop("accuracy_level", None)
 
 
 def _is_compared(graph: Graph, output: str) -> bool:
@@ -90,9 +131,11 @@ def _is_compared(graph: Graph, output: str) -> bool:
     return value.dtype is not None and value.dtype.is_floating_point() and not value.is_initializer()
 
 
-def _has_half(graph: Graph) -> bool:
-    """Whether any tensor has fewer bits than float32."""
-    return any(v.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for v in graph.values.values())
+def _precision(model: ir.Model) -> ir.DataType:
+    """The least precise of the float types that the model computes in."""
+    types = {v.dtype for node in model.graph for v in (*node.inputs, *node.outputs) if v is not None}
+    types |= {v.dtype for v in model.graph.inputs}
+    return next((t for t in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16) if t in types), ir.DataType.FLOAT)
 
 
 def _sqnr(reference: np.ndarray, other: np.ndarray) -> float:

@@ -1,5 +1,7 @@
 """A model being rewritten: new nodes and constants under names that are free, old ones found by name."""
 
+from collections.abc import Callable, Mapping, Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -44,21 +46,47 @@ class Writer:
         self.values[name] = value
         return value
 
+    def lazy_constant(
+        self, name: str, make: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.Value:
+        """Add an initializer whose contents are made when they are written, and each time anew."""
+        name = self._free_name(name)
+
+        def evaluate() -> ir.TensorProtocol:
+            array = make()
+            return ir.tensor(np.ascontiguousarray(array).reshape(array.shape), dtype=dtype, name=name)
+
+        tensor = ir.LazyTensor(evaluate, dtype, ir.Shape(shape), name=name)
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+        self.model.graph.register_initializer(value)
+        self.values[name] = value
+        return value
+
     def node(
         self,
         op_type: str,
         name: str,
-        inputs: list[ir.Value],
-        attributes: dict[str, int],
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, int],
         dtype: ir.DataType | None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
     ) -> ir.Node:
-        """Return a node with one output, both named after the tensor `name`; it is not in the graph yet."""
+        """Return a node, named with its first output after the tensor `name`; it is not in the graph yet."""
         output = self._free_name(f"{name}_{op_type}_Output")
         node_name = f"{name}_{op_type}"
         while node_name in self.node_names:
             node_name += "_"
         self.node_names.add(node_name)
-        node = ir.node(op_type, inputs, attributes=attributes, name=node_name)
+        node = ir.node(
+            op_type, inputs, attributes=dict(attributes), name=node_name, domain=domain, num_outputs=outputs
+        )
+        if domain:
+            self.model.graph.opset_imports.setdefault(domain, 1)
+        for number, other in enumerate(node.outputs[1:], 1):
+            other.name = self._free_name(f"{name}_{op_type}_Output{number}")
+            self.values[str(other.name)] = other
         value = node.outputs[0]
         value.name = output
         if dtype is not None:

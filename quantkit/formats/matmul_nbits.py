@@ -46,34 +46,60 @@ def to_matmul_nbits(weight: QTensor) -> MatMulNBits:
         SpecError: the operator has no such format, block size or axis.
     """
     spec, codes = weight.spec, weight.qvalue
-    bits, size = spec.format.bits, spec.block_size
-    if spec.format.kind != "integer" or bits not in _UNSIGNED or spec.scale_format is not None:
-        raise SpecError(f"{spec}: MatMulNBits holds integers of 2, 3, 4 or 8 bits; choose another operator.")
-    if size is None or size < 16 or size & (size - 1):
-        raise SpecError(f"{spec}: MatMulNBits wants blocks of a power of two from 16 up; choose 32 or 128.")
-    assert spec.axis is not None and weight.qparams.zero_point is not None
     if codes.ndim != 2:
         raise SpecError(f"{spec}: MatMulNBits holds matrices, not a weight of shape {codes.shape}.")
-    along_k = spec.axis % 2 == 1
-    scale, zero = weight.qparams.scale, weight.qparams.zero_point
-    if not along_k:
-        codes, scale, zero = codes.T, scale.T, zero.T
+    scales, offset = _arranged(weight.qparams, spec)
+    bits, size = spec.format.bits, spec.block_size
+    assert size is not None and spec.axis is not None
+    if spec.axis % 2 == 0:
+        codes = codes.T
     n, k = codes.shape
-    # Flipping the top bit adds 2^(bits − 1) to a two's complement.
-    flip = np.uint8(2 ** (bits - 1) if spec.format.min < 0 else 0)
-    unsigned, offset = code_bits(codes, spec.format) ^ flip, code_bits(zero, spec.format) ^ flip
     filled = np.repeat(offset, size, axis=1)
-    filled[:, :k] = unsigned
-    default = np.all(offset == 2 ** (bits - 1))
+    filled[:, :k] = code_bits(codes, spec.format) ^ _flip(spec)
     return MatMulNBits(
         b=pack_bits(filled.reshape(n, -1, size), bits),
-        scales=np.ascontiguousarray(scale),
-        zero_points=None if default else pack_bits(offset, bits),
+        scales=scales,
+        zero_points=_packed_zero_points(offset, bits),
         k=k,
         n=n,
         bits=bits,
         block_size=size,
     )
+
+
+def matmul_nbits_scales(
+    qparams: QParams, spec: QuantSpec
+) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+    """Return the `scales` and `zero_points` of a weight's `to_matmul_nbits`, which need no codes.
+
+    Raises:
+        SpecError: as there.
+    """
+    scales, offset = _arranged(qparams, spec)
+    return scales, _packed_zero_points(offset, spec.format.bits)
+
+
+def _arranged(qparams: QParams, spec: QuantSpec) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """The scales and the unsigned zero points, a row an output."""
+    bits, size = spec.format.bits, spec.block_size
+    if spec.format.kind != "integer" or bits not in _UNSIGNED or spec.scale_format is not None:
+        raise SpecError(f"{spec}: MatMulNBits holds integers of 2, 3, 4 or 8 bits; choose another operator.")
+    if size is None or size < 16 or size & (size - 1):
+        raise SpecError(f"{spec}: MatMulNBits wants blocks of a power of two from 16 up; choose 32 or 128.")
+    assert spec.axis is not None and qparams.zero_point is not None
+    scale, zero = qparams.scale, qparams.zero_point
+    if spec.axis % 2 == 0:
+        scale, zero = scale.T, zero.T
+    return np.ascontiguousarray(scale), code_bits(zero, spec.format) ^ _flip(spec)
+
+
+def _flip(spec: QuantSpec) -> np.uint8:
+    """The top bit of signed codes: flipping it adds 2^(bits − 1) to a two's complement."""
+    return np.uint8(2 ** (spec.format.bits - 1) if spec.format.min < 0 else 0)
+
+
+def _packed_zero_points(offset: NDArray[np.uint8], bits: int) -> NDArray[np.uint8] | None:
+    return None if np.all(offset == 2 ** (bits - 1)) else pack_bits(offset, bits)
 
 
 def from_matmul_nbits(packed: MatMulNBits) -> QTensor:

@@ -18,6 +18,7 @@ WEIGHT_SPECS: Mapping[str, QuantSpec] = MappingProxyType(
         "fp8-block": QuantSpec(format=FP8_E4M3, block_shape=(128, 128)),
         "int4": QuantSpec(format=INT4, axis=0, block_size=128),
         "w4a8": QuantSpec(format=INT4, axis=0, block_size=128),
+        "w4a8-fp8": QuantSpec(format=INT4, axis=0, block_size=128),
         "int2": QuantSpec(format=INT2, axis=0, block_size=32),
         "nvfp4": QuantSpec(format=FP4_E2M1, axis=0, block_size=16, scale_format=FP8_E4M3),
         "mxfp4": QuantSpec(format=FP4_E2M1, axis=0, block_size=32, scale_format=E8M0),
@@ -33,6 +34,7 @@ ACTIVATION_SPECS: Mapping[str, QuantSpec] = MappingProxyType(
         "fp8": QuantSpec(format=FP8_E4M3),
         "fp8-block": QuantSpec(format=FP8_E4M3, axis=-1, block_size=128, dynamic="block"),
         "w4a8": QuantSpec(format=INT8),
+        "w4a8-fp8": QuantSpec(format=FP8_E4M3),
         "nvfp4": QuantSpec(format=FP4_E2M1, axis=-1, block_size=16, scale_format=FP8_E4M3, dynamic="block"),
         "mxfp4": QuantSpec(format=FP4_E2M1, axis=-1, block_size=32, scale_format=E8M0, dynamic="block"),
         "mxfp8": QuantSpec(format=FP8_E4M3, axis=-1, block_size=32, scale_format=E8M0, dynamic="block"),
@@ -40,7 +42,7 @@ ACTIVATION_SPECS: Mapping[str, QuantSpec] = MappingProxyType(
 )
 
 # What an integer becomes when its zero points are free: 0 … 15 is what runtimes store beside 4-bit zero points.
-_WITH_ZERO_POINTS: Mapping[str, Format] = MappingProxyType({"int4": UINT4, "int2": UINT2})
+WITH_ZERO_POINTS: Mapping[str, Format] = MappingProxyType({"int4": UINT4, "int2": UINT2})
 
 
 def weight_spec(
@@ -80,7 +82,7 @@ def weight_spec(
             )
         spec = replace(spec, scale_rule=scale_rule)
     if not symmetric:
-        spec = replace(spec, format=_WITH_ZERO_POINTS.get(spec.format.name, spec.format), symmetric=False)
+        spec = replace(spec, format=WITH_ZERO_POINTS.get(spec.format.name, spec.format), symmetric=False)
     if spec.block_shape is not None:
         return spec
     if per_tensor:

@@ -17,7 +17,7 @@ PASS_OPS = frozenset({"Concat", "Flatten", "MaxPool", "Reshape", "Squeeze", "Tra
 QUANTIZED_ALREADY = "already quantized in the model"
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
-Role = Literal["input", "weight", "skip", "operand", "output"]
+Role = Literal["input", "weight", "skip", "operand", "output", "embedding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Site:
 
     Attributes:
         name: the tensor.
-        role: "input" and "weight" of a linear operator; "skip": the branch of a residual Add that the convolution
-            does not compute; "operand" of an Add behind a convolution; "output" of a convolution or such an Add,
-            read behind the Relu or Clip that is fused into it.
+        role: "input" and "weight" of a linear operator; "embedding": the table of a Gather; "skip": the branch of a
+            residual Add that the convolution does not compute; "operand" of an Add behind a convolution; "output" of
+            a convolution or such an Add, read behind the Relu or Clip that is fused into it.
         node: the name of the node that reads it, or for "output" that computes it.
         op_type: that node's operator.
         index: which input (or output) of the node it is.
@@ -72,6 +72,8 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[LeftAlone]]:
                 sites.extend(s for s in _linear_sites(node) if not _quantized_already(node, s))
         elif node.op_type == "Add":
             sites.extend(s for s in _add_sites(node) if not _quantized_already(node, s))
+        elif node.op_type == "Gather":
+            sites.extend(_embedding_sites(node))
         left.extend(_inner_nodes(node))
     return sites, left
 
@@ -200,6 +202,20 @@ def _add_sites(node: ir.Node) -> Iterator[Site]:
         fused = from_conv.index(True) if not all(from_conv) else _later(operands)
         yield _site(node, 1 - fused, "skip", None)
     yield _output_site(node)
+
+
+def _embedding_sites(node: ir.Node) -> Iterator[Site]:
+    """The table of a Gather that takes whole rows of a constant matrix; its rows are what blocks lie along."""
+    table = node.inputs[0]
+    if (
+        table is None
+        or not table.is_initializer()
+        or table.dtype not in _FLOATS
+        or _int(node, "axis", 0) != 0
+    ):
+        return
+    if len(_shape(table)) == 2:
+        yield _site(node, 0, "embedding", 0, 1)
 
 
 def _later(operands: list[ir.Value]) -> int:

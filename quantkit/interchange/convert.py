@@ -135,7 +135,7 @@ def import_cache(file: str | os.PathLike[str], model: ModelLike, *, format: str 
     weights = graph.model.graph.initializers
     left_out = dict(table.left_out) | {name: "a weight" for name in table.ranges if name in weights}
     ranges = {name: range_ for name, range_ in table.ranges.items() if name not in left_out}
-    quantizable = {site.name for site in find_sites(graph)[0] if site.role != "weight"}
+    quantizable = {site.name for site in find_sites(graph)[0] if site.role not in ("weight", "embedding")}
     original = _names(model) | graph.values.keys()
     what = str(graph.path or graph.name)
     if not quantizable & ranges.keys():
@@ -273,7 +273,7 @@ def _solve_all(
     preset = get_preset("int8")
     every = {name: tensor.histogram for name, tensor in cache.statistics.items()}
     plan = solve(graph, every, preset=preset, target=TARGET, calibrator=calibrator)
-    ranges = {name: activation.range for name, activation in plan.activations.items()}
+    ranges = {a.name: a.range for a in plan.activations.values() if a.range is not None}
     tied = sharing_groups(graph)
     for group in [*tied, *({name} for name in histograms)]:
         bare = sorted((group & histograms.keys()) - ranges.keys())

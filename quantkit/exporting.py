@@ -1,0 +1,259 @@
+"""A float model and its cache become a quantized model on disk.
+
+    exported = quantkit.export_model("model.onnx", cache, preset="int8")
+
+The plan is solved, written in the target's own conventions, opened again and held against the plan; only then does the
+file get its name.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from quantkit.cache import CalibrationCache
+from quantkit.data import fill_batch
+from quantkit.errors import CacheError, PlanError, SpecError
+from quantkit.export import Emitter, FolderEmitter, get_emitter
+from quantkit.export.verify import Verification, can_run, verify
+from quantkit.exported import Exported
+from quantkit.files import atomic_folder, atomic_write, check_folder, check_output
+from quantkit.formats.spec import ScaleRule
+from quantkit.graph import Graph, ModelLike, load_graph
+from quantkit.graph.high_precision import HIGH_PRECISION, cast_floats
+from quantkit.interchange.probe import made_up_probe
+from quantkit.model_files import model_files
+from quantkit.plan import Plan
+from quantkit.plan_file import load_plan, save_plan
+from quantkit.planning import Planned, Request, plan_model
+from quantkit.recipe import Recipe, load_recipe
+
+# Files beyond this keep their weights beside them: protobuf holds 2 GiB at most.
+_EXTERNAL_BYTES = 2**31 - 2**24
+
+
+def export_model(
+    model: ModelLike | None,
+    cache: CalibrationCache | str | os.PathLike[str] | None = None,
+    *,
+    preset: str | None = "int8",
+    method: str | None = None,
+    method_options: Mapping[str, Any] | None = None,
+    target: str | None = None,
+    target_options: Mapping[str, Any] | None = None,
+    everything: bool = False,
+    group: int | Literal["channel"] | None = None,
+    symmetric: bool = True,
+    per_tensor: bool = False,
+    scale_rule: ScaleRule | None = None,
+    activations: bool | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    embeddings: bool = False,
+    head: bool = True,
+    high_precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+    plan: Plan | str | os.PathLike[str] | None = None,
+    plan_out: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> Exported:
+    """Solve a plan from the cache and write the quantized model; the float model is not run over data again.
+
+    The file is opened again, checked, run once on a sample that the cache keeps, and compared with NumPy's reading
+    of the plan before it gets its name. Models of more than 256 MiB are not run: their weights are read back instead.
+
+    Args:
+        model: the float model; None for the one the cache was made from.
+        cache: a cache or its path; None where activations stay in float.
+        preset: one of `list_presets()`; None where a recipe alone says what is quantized.
+        method: the calibration method; None for the cache's. Where weights alone are quantized how their scales are
+            solved: mse, or amax.
+        method_options: its options.
+        target: tensorrt (unless the plan is for another one), ort, ort-cpu, ort-qoperator, vllm, or a plug-in's.
+        target_options: what only that target has: {"trt": 10}, {"accuracy_level": 4}, {"name_map": {…}}.
+        everything: quantize also what the preset leaves in float for speed or accuracy.
+        group: weights that share a scale, for presets in groups, or "channel"; None for the preset's own (128).
+        symmetric: False for integer weights with zero points.
+        per_tensor: one scale for each weight.
+        scale_rule: the rule of MX scales, followed to the letter; None for rceil, and a search for the least error.
+        activations: False leaves them in float; True quantizes those that the preset leaves unless asked (nvfp4).
+        recipe: rules, or the path of a file of them.
+        include, exclude: patterns of node names: only these, and not these.
+        embeddings: quantize look-up tables too, where the target can.
+        head: quantize the last linear layer too.
+        high_precision: the type of what is not quantized.
+        plan: a plan, or the path of one, to obey: nothing is solved, and what says how to is refused.
+        plan_out: where to save the plan, as `plan` reads it.
+        out: the file to write; None for `<stem>.<preset>[.<target> unless tensorrt].onnx` in the current folder.
+
+    Raises:
+        CacheError: the cache is missing, damaged or of another model, or its ranges are fixed and `method` is another.
+        RecipeError, SpecError, UnknownNameError, PlanError: what is asked for does not exist or does not go together.
+        ExportError: the written file failed its check.
+        FileError: it could not be written, or is one of the float model's, or the cache.
+    """
+    if high_precision not in ("fp32", *HIGH_PRECISION):
+        raise SpecError(f"high precision {high_precision}: choose fp32, {' or '.join(HIGH_PRECISION)}.")
+    held = CalibrationCache.load(cache) if isinstance(cache, str | os.PathLike) else cache
+    found = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
+    if found is not None and target not in (None, found.target):
+        raise PlanError(
+            f"plan: it is for {found.target}, not {target}; leave --target out, or solve another plan."
+        )
+    target = target or (found.target if found is not None else "tensorrt")
+    emitter = get_emitter(target, **(target_options or {}))
+    request = Request(
+        preset=preset,
+        group=group,
+        symmetric=symmetric,
+        per_tensor=per_tensor,
+        scale_rule=scale_rule,
+        activations=activations,
+        method=method,
+        method_options=method_options,
+        everything=everything,
+        recipe=recipe
+        if isinstance(recipe, Recipe)
+        else Recipe()
+        if recipe is None
+        else load_recipe(Path(recipe)),
+        include=tuple(include),
+        exclude=tuple(exclude),
+        embeddings=embeddings,
+        head=head,
+        scale_dtype=HIGH_PRECISION[high_precision].numpy() if high_precision != "fp32" else None,
+    )
+    if found is None:
+        _check_early(request, held, model)
+    if model is None:
+        if held is None:
+            raise CacheError("export: neither a model nor a cache; give one of them.")
+        model = held.find_model("cache" if isinstance(cache, CalibrationCache | None) else cache)
+    graph = load_graph(model)
+    if held is not None:
+        held.check_model(graph.fingerprint, str(graph.path or graph.name))
+    folder = isinstance(emitter, FolderEmitter)
+    name = found.preset if found is not None else preset or "recipe"
+    path = Path(out) if out is not None else Path(default_name(graph.name, name, target, folder=folder))
+    read = [
+        *(model_files(graph.path) if graph.path else ()),
+        *(given for given in (cache, recipe, plan) if isinstance(given, str | os.PathLike)),
+    ]
+    if folder:
+        check_folder(path)
+    else:
+        check_output(path, inputs=read)
+        if _is_external(graph):
+            check_output(_external(Path(os.path.realpath(path))), inputs=read)
+    if plan_out is not None:
+        check_output(plan_out, inputs=[*read, path])
+    planned = (
+        Planned(graph=graph, plan=found)
+        if found is not None
+        else plan_model(graph, held, request, emitter.target)
+    )
+    exported = (
+        _write_folder(emitter, planned, path)
+        if isinstance(emitter, FolderEmitter)
+        else _write_file(emitter, planned, held, high_precision, path)
+    )
+    if plan_out is not None:
+        save_plan(planned.plan, plan_out)
+    return exported
+
+
+def _check_early(request: Request, held: CalibrationCache | None, model: ModelLike | None) -> None:
+    """Refuse what cannot be, before the model is read."""
+    preset = request.resolved()
+    if held is None and (model is None or (preset is not None and preset.needs_calibration)):
+        needs = (
+            "a calibration cache" if preset is None or preset.needs_calibration else "the model, or its cache"
+        )
+        raise CacheError(
+            f"export: {request.preset or 'the recipe'} needs {needs}; give one, or run `quantkit calibrate` first."
+        )
+
+
+def _write_file(
+    emitter: Emitter, planned: Planned, held: CalibrationCache | None, high_precision: str, path: Path
+) -> Exported:
+    graph, plan = planned.graph, planned.plan
+    written = emitter.emit(graph, plan)
+    if high_precision != "fp32":
+        written, _ = cast_floats(written, HIGH_PRECISION[high_precision])
+    made_up = held is None or bool(held.ranges)
+    probe: dict[str, NDArray[Any]] = {}
+    if can_run(graph):
+        probe = (
+            made_up_probe(graph, held.ranges if held else {})
+            if held is None or made_up
+            else fill_batch(dict(held.probe), graph.inputs)
+        )
+    with atomic_write(path) as temporary:
+        save(written, temporary, external=_is_external(graph))
+        checked = verify(temporary, graph, plan, probe)
+        size = sum(file.stat().st_size for file in temporary.parent.iterdir())
+    return _exported(planned, path, size, checked, _unproven(held, probe, can_run(graph)))
+
+
+def _write_folder(emitter: FolderEmitter, planned: Planned, path: Path) -> Exported:
+    with atomic_folder(path) as temporary:
+        emitter.write(planned.graph, planned.plan, temporary)
+        checked = emitter.verify(temporary, planned.graph, planned.plan)
+        size = sum(file.stat().st_size for file in temporary.iterdir())
+    return _exported(planned, path, size, checked, [])
+
+
+def _exported(
+    planned: Planned, path: Path, size: int, checked: Verification, warnings: list[str]
+) -> Exported:
+    return Exported(
+        path=path,
+        plan=planned.plan,
+        size_bytes=size,
+        float_size_bytes=planned.graph.weight_bytes,
+        verification=checked,
+        warnings=(*warnings, *planned.warnings),
+    )
+
+
+def _unproven(held: CalibrationCache | None, probe: Mapping[str, object], could_run: bool) -> list[str]:
+    """What a file leaves open that was not run on a real sample."""
+    if not could_run:
+        return [
+            "the model is large: its weights were read back, but it was not run; evaluate it on real data"
+        ]
+    if held is not None and not held.ranges:
+        return []
+    why = "the imported ranges come without a sample" if held is not None else "no calibration, so no sample"
+    if probe:
+        return [f"{why}: the file was run on made-up input alone; evaluate it on real data"]
+    return [f"{why}, and no made-up input runs: the file was not run; evaluate it on real data"]
+
+
+def default_name(stem: str, preset: str, target: str, *, folder: bool = False) -> str:
+    """Return the name of the exported file: `<stem>.<preset>[.<target> unless tensorrt].onnx`, of a folder without `.onnx`."""
+    name = f"{stem}.{preset}" if target == "tensorrt" else f"{stem}.{preset}.{target}"
+    return name if folder else f"{name}.onnx"
+
+
+def save(model: ir.Model, path: Path, *, external: bool = False) -> None:
+    """Write the model, its weights beside it where that is asked for or protobuf could not hold them."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    beside = external or size > _EXTERNAL_BYTES
+    ir.save(model, path, external_data=_external(path).name if beside else None)
+
+
+def _is_external(graph: Graph) -> bool:
+    """Whether the model's own weights lie beside it, or are too many for one file."""
+    return graph.weight_bytes > _EXTERNAL_BYTES or any(
+        isinstance(v.const_value, ir.ExternalTensor) for v in graph.model.graph.initializers.values()
+    )
+
+
+def _external(path: Path) -> Path:
+    """The file beside a model that holds its weights, where they are many."""
+    return path.with_name(f"{path.name}.data")

@@ -1,0 +1,220 @@
+"""What every node of a model is to become: the preset and the command line say it for all, a recipe for some."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import cast, get_args
+
+from quantkit.calibrators import Calibrator, WeightMethod, get_calibrator
+from quantkit.errors import RecipeError, UnknownNameError
+from quantkit.formats import QuantSpec
+from quantkit.graph import Graph, find_sites
+from quantkit.presets import Preset, Target, get_preset
+from quantkit.recipe import AS_PRESET, FLOAT, Recipe, Settings
+
+# Of weights in few bits and blocks the scale of least squared error; of the others the largest magnitude, which keeps
+# as much and is what TensorRT does.
+_WEIGHT_METHOD: Mapping[bool, WeightMethod] = {True: "mse", False: "amax"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """How one node is to be quantized.
+
+    Attributes:
+        preset: whose weights it gets, and what that preset leaves in float unless it is asked for.
+        activations: how its inputs are quantized; None where they stay in float.
+        calibrator: the method for them; None where their ranges are fixed.
+        weight_method: how the scales of its weight are solved.
+        asked: it was named, by a rule or a pattern, so nothing of it is left in float for speed.
+    """
+
+    preset: Preset
+    activations: QuantSpec | None
+    calibrator: Calibrator | None = None
+    weight_method: WeightMethod = "amax"
+    asked: bool = False
+
+    @property
+    def integer_activations(self) -> bool:
+        """Whether its inputs become integers."""
+        return self.activations is not None and self.activations.format.kind == "integer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """The settings of every node.
+
+    Attributes:
+        nodes: node → its settings.
+        kept: node → why it stays in float.
+        unmatched: rules and patterns that are for no node.
+    """
+
+    nodes: Mapping[str, NodeSettings]
+    kept: Mapping[str, str]
+    unmatched: tuple[str, ...] = ()
+
+
+def node_settings(
+    preset: Preset,
+    target: Target,
+    *,
+    calibrator: Calibrator | None = None,
+    weight_method: WeightMethod | None = None,
+) -> NodeSettings:
+    """Return the settings of a node that a preset alone is for."""
+    return NodeSettings(
+        preset=preset,
+        activations=target.activation_spec(preset),
+        calibrator=calibrator,
+        weight_method=weight_method or default_weight_method(preset),
+    )
+
+
+def default_weight_method(preset: Preset) -> WeightMethod:
+    """Return how the scales of a preset's weights are solved unless something else is asked for."""
+    return _WEIGHT_METHOD[preset.in_blocks or preset.weights.format.bits < 8]
+
+
+def assign(
+    graph: Graph,
+    target: Target,
+    default: NodeSettings | None,
+    recipe: Recipe,
+    *,
+    calibrator: Calibrator | None = None,
+    embeddings: bool = False,
+    head: bool = True,
+) -> Assignment:
+    """Return the settings of every node that a preset or a recipe could be for.
+
+    Args:
+        graph: the cleaned model.
+        target: what will run it.
+        default: what holds where no rule says otherwise; None keeps what no rule names in float.
+        recipe: ordered rules over it.
+        calibrator: the method for activations of nodes whose rules name none; None where ranges are fixed.
+        embeddings: quantize embeddings too, where no rule names them.
+        head: quantize the last linear node before an output too, where no rule names it.
+
+    Raises:
+        RecipeError: a rule names weights without activations' needs, or what does not go together.
+        UnknownNameError, SpecError: an unknown preset or method, or an option that it does not have.
+    """
+    sites, left = find_sites(graph)
+    candidates = {s.node: s.op_type for s in sites if s.role in ("input", "weight", "embedding")}
+    known = list({**candidates, **{x.node: x.op_type for x in left}}.items())
+    settled = recipe.settle(known, Settings())
+    last = set() if head else _heads(graph, candidates)
+    nodes: dict[str, NodeSettings] = {}
+    kept: dict[str, str] = {}
+    for node, op_type in candidates.items():
+        said = settled[node]
+        if said.keep_float:
+            kept[node] = "the recipe keeps it in float"
+        elif said == Settings() and default is None:
+            kept[node] = "no rule of the recipe is for it"
+        elif not said.asked and op_type == "Gather" and not embeddings:
+            # Embeddings are left out of the table, too: nobody expects them in it.
+            continue
+        elif not said.asked and node in last:
+            kept[node] = "the last layer, left out as asked"
+        else:
+            nodes[node] = _resolve(node, said, default, target, calibrator)
+    return Assignment(nodes=nodes, kept=kept, unmatched=tuple(str(r) for r in recipe.unmatched(known)))
+
+
+def _resolve(
+    node: str,
+    said: Settings,
+    default: NodeSettings | None,
+    target: Target,
+    calibrator: Calibrator | None,
+) -> NodeSettings:
+    """What the rules say of a node, over the default."""
+    if said.weights == FLOAT or (said.weights is None and default is None and said.activations == FLOAT):
+        raise RecipeError(
+            f'recipe: {node}: weights in float beside quantized activations run nowhere; write keep = "float".'
+        )
+    weights = said.weights
+    if weights is None and default is None:
+        weights = said.activations
+    if weights is None:
+        assert default is not None
+        settings = default if said.group is None else _regrouped(default, said.group)
+    else:
+        settings = node_settings(_preset(weights, said.group), target, calibrator=calibrator)
+        if default is not None and said.activations is None:
+            settings = replace(settings, activations=default.activations)
+    if said.activations == FLOAT:
+        settings = replace(settings, activations=None)
+    elif said.activations not in (None, AS_PRESET):
+        found = get_preset(said.activations, activations=True) if said.activations else None
+        assert found is not None
+        settings = replace(settings, activations=target.activation_spec(found))
+    if said.method is not None and settings.activations is None:
+        settings = replace(settings, weight_method=weight_method_of(settings.preset, said.method))
+    elif said.method is not None:
+        settings = replace(settings, calibrator=get_calibrator(said.method, **said.method_options))
+    return replace(settings, asked=said.asked)
+
+
+def _regrouped(settings: NodeSettings, group: int) -> NodeSettings:
+    weights = settings.preset.weights
+    if weights.block_size is None or weights.scale_format is not None:
+        raise RecipeError(
+            f"recipe: group = {group}: the weights of {settings.preset.name} have no groups to choose; leave it out."
+        )
+    return replace(settings, preset=replace(settings.preset, weights=replace(weights, block_size=group)))
+
+
+def weight_method_of(preset: Preset, method: str | None = None) -> WeightMethod:
+    """Return the method for weights of that name; the preset's own where none is given.
+
+    Raises:
+        UnknownNameError: `method` is none for weights.
+    """
+    if method is None:
+        return default_weight_method(preset)
+    for known in get_args(WeightMethod):
+        if method == known:
+            return cast(WeightMethod, known)
+    raise UnknownNameError(
+        f"method {method}: {preset.name} quantizes weights alone, whose methods are "
+        f"{' and '.join(get_args(WeightMethod))}; choose one of them, or leave --method out."
+    )
+
+
+@cache
+def _preset(name: str, group: int | None) -> Preset:
+    return get_preset(name, block_size=group)
+
+
+def _heads(graph: Graph, candidates: Mapping[str, str]) -> set[str]:
+    """The linear nodes whose result reaches an output with nothing but reshaping, adding or casting between."""
+    found = set()
+    for name in candidates:
+        value = graph.node(name).outputs[0]
+        while not value.is_graph_output():
+            users = [user for user, _ in value.uses()]
+            if len(users) != 1 or users[0].op_type not in _BEFORE_OUTPUTS:
+                break
+            value = users[0].outputs[0]
+        else:
+            found.add(name)
+    return found
+
+
+_BEFORE_OUTPUTS = frozenset(
+    {"Add", "Cast", "Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Softmax"}
+)
+
+
+def unmatched_warning(unmatched: tuple[str, ...]) -> list[str]:
+    """Return the line that says which rules were for nothing."""
+    if not unmatched:
+        return []
+    return [
+        f"no node matches {', '.join(unmatched)}: a misspelt name? (`quantkit export --json` lists the nodes)"
+    ]
