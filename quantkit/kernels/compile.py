@@ -15,9 +15,10 @@ from typing import Any
 
 from quantkit.errors import KernelError
 from quantkit.files import atomic_write
+from quantkit.kernels.caches import ROOT, make_cache
 
 INCLUDE = Path(__file__).resolve().parent / "cuda" / "include"
-DEFAULT_CACHE = Path.home() / ".cache" / "quantkit" / "cubin"
+DEFAULT_CACHE = ROOT / "cubin"
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
@@ -98,7 +99,7 @@ def compile_kernel(
     log = cubin.with_suffix(".log")
     if not cubin.exists() or not log.exists():
         data, message = _compile(source.name, text, headers, options)
-        cache.mkdir(parents=True, exist_ok=True)
+        make_cache(cache)
         with atomic_write(cubin) as temporary:
             temporary.with_suffix(".log").write_text(message)
             temporary.write_bytes(data)

@@ -24,6 +24,7 @@ from typing import Any
 from quantkit.errors import FileError
 from quantkit.files import atomic_write
 from quantkit.kernels import device as hardware
+from quantkit.kernels.caches import ROOT, make_cache
 from quantkit.kernels.compile import INCLUDE, is_available, nvrtc_version
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.gemm_launch import KERNEL as SM90
@@ -34,7 +35,7 @@ from quantkit.kernels.present import present_gpu
 from quantkit.kernels.timing import Timing
 from quantkit.kernels.timing_table import Entry, Key, TimingTable, key_of
 
-DEFAULT_CACHE = Path.home() / ".cache" / "quantkit" / "timings"
+DEFAULT_CACHE = ROOT / "timings"
 SHIPPED = Path(__file__).parent / "tuned"
 
 
@@ -151,12 +152,7 @@ def add_entries(path: Path, new: TimingTable, facts: Mapping[str, Any]) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"{path.parent}: cannot be made ({(error.strerror or str(error)).lower()}); check your home folder."
-        ) from error
+    make_cache(path.parent)
     with _locked(path.with_suffix(".lock")):
         merged = _read(path).merged(new)
         with atomic_write(path) as temporary:

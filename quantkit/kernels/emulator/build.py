@@ -10,15 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from quantkit.errors import KernelError
 from quantkit.files import atomic_write
+from quantkit.kernels.caches import ROOT, make_cache
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE.parent / "cuda" / "include"
-DEFAULT_CACHE = Path.home() / ".cache" / "quantkit" / "emulator"
+DEFAULT_CACHE = ROOT / "emulator"
 
 # -ffp-contract=off: a * b + c rounds twice, as in the kernels NVRTC builds (--fmad=false).
 _FLAGS = ("-std=c++20", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared")
@@ -56,17 +58,32 @@ def _headers() -> list[bytes]:
     return [path.read_bytes() for folder in (INCLUDE, HERE) for path in sorted(folder.glob("*.h"))]
 
 
-def _compile(compiler: str, arguments: Sequence[str | Path], target: Path, what: str) -> None:
-    """Run the compiler and publish what it makes as `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as temporary:
-        command = [compiler, *map(str, arguments), "-o", str(temporary)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            errors = [
-                line for line in done.stderr.splitlines() if "error" in line
-            ] or done.stderr.splitlines()
-            raise KernelError(f"{what}: the emulator's build failed: {' | '.join(errors[:3])}")
+class _EditedError(Exception):
+    """A source changed while it was compiled."""
+
+
+def _built(
+    compiler: str, arguments: Sequence[str | Path], cache: Path, stem: str, key: Callable[[], str], what: str
+) -> Path:
+    """Return the library that `key` names, compiled and published if the cache lacks it.
+
+    The compiler reads the sources after they were hashed: what was edited in between is hashed and compiled again.
+    """
+    while True:
+        name = key()
+        target = cache / f"{stem}-{name}.so"
+        if target.exists():
+            return target
+        make_cache(cache)
+        with suppress(_EditedError), atomic_write(target) as temporary:
+            command = [compiler, *map(str, arguments), "-o", str(temporary)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = done.stderr.splitlines()
+                errors = [line for line in said if "error" in line] or said
+                raise KernelError(f"{what}: the emulator's build failed: {' | '.join(errors[:3])}")
+            if key() != name:
+                raise _EditedError
 
 
 def _require_compiler() -> str:
@@ -82,17 +99,15 @@ def build_library(cache: Path = DEFAULT_CACHE) -> Path:
     KernelError: no compiler, or the build fails. FileError: the cache cannot be written.
     """
     compiler = _require_compiler()
-    sources = sorted(HERE.glob("*.cpp"))
     flags = ("-O3", *_FLAGS)
-    key = _hash(
-        _compiler_fingerprint(compiler), *flags, *_headers(), *(path.read_bytes() for path in sources)
-    )
-    target = cache / f"library-{key}.so"
-    if not target.exists():
-        _compile(
-            compiler, [*flags, f"-I{INCLUDE}", f"-I{HERE}", *sources], target, "quantkit.kernels.emulator"
-        )
-    return target
+    sources = sorted(HERE.glob("*.cpp"))
+
+    def key() -> str:
+        texts = (path.read_bytes() for path in sources)
+        return _hash(_compiler_fingerprint(compiler), *flags, *_headers(), *texts)
+
+    arguments: list[str | Path] = [*flags, f"-I{INCLUDE}", f"-I{HERE}", *sources]
+    return _built(compiler, arguments, cache, "library", key, "quantkit.kernels.emulator")
 
 
 def build_kernel(
@@ -100,26 +115,29 @@ def build_kernel(
     defines: Mapping[str, str | int] | None = None,
     cache: Path = DEFAULT_CACHE,
     include: Path | None = None,
+    *,
+    library: Path | None = None,
 ) -> Path:
     """Return the shared library of one kernel source with its configuration macros, built if the cache lacks it.
 
-    `include` is a further folder of headers that the source uses.
-    KernelError: no compiler, or the source does not compile.
+    `include` is a further folder of headers that the source uses; `library` the build of the emulator that the kernel
+    is linked with, build_library's by default.
+    KernelError: no compiler, or the source does not compile. FileError: the cache cannot be written.
     """
     compiler = _require_compiler()
-    library = build_library(cache)
+    linked = library or build_library(cache)
     macros = [f"-D{name}={value}" for name, value in sorted((defines or {}).items())]
     folders = [INCLUDE, HERE, *([include] if include else [])]
     # -w: kernels carry pragmas and attributes that only CUDA knows.
     flags = ["-O1", *_FLAGS, "-w", *macros]
-    extra = [path.read_bytes() for path in sorted(include.glob("*.h"))] if include else []
-    key = _hash(
-        _compiler_fingerprint(compiler), str(library), *flags, source.read_bytes(), *_headers(), *extra
-    )
-    target = cache / f"{source.stem}-{key}.so"
-    if not target.exists():
-        # The library is named by its full path, so the kernel finds this very build of it.
-        search = [f"-I{folder}" for folder in folders]
-        arguments: list[str | Path] = [*flags, *search, "-x", "c++", source, "-x", "none", library]
-        _compile(compiler, arguments, target, source.name)
-    return target
+
+    def key() -> str:
+        extra = [path.read_bytes() for path in sorted(include.glob("*.h"))] if include else []
+        return _hash(
+            _compiler_fingerprint(compiler), str(linked), *flags, source.read_bytes(), *_headers(), *extra
+        )
+
+    # The library is named by its full path, so the kernel finds this very build of it.
+    search = [f"-I{folder}" for folder in folders]
+    arguments: list[str | Path] = [*flags, *search, "-x", "c++", source, "-x", "none", linked]
+    return _built(compiler, arguments, cache, source.stem, key, source.name)

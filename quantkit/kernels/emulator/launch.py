@@ -193,7 +193,9 @@ def load(
 
     KernelError: no C++ compiler, the source does not compile, or it has no such kernel.
     """
-    return Kernel(name, build_kernel(source, defines, cache, include), build_library(cache))
+    # One library for both: sources may be edited at any time, and a launch belongs to the build it is linked with.
+    library = build_library(cache)
+    return Kernel(name, build_kernel(source, defines, cache, include, library=library), library)
 
 
 def launch(

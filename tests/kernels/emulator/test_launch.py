@@ -1,5 +1,6 @@
 """The emulator's Python side: arguments, buffers, tensor maps, builds."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit.errors import KernelError
+from quantkit.errors import FileError, KernelError
 from quantkit.kernels.emulator import Mode, Swizzle, TensorMap, build, launch, load
 
 SOURCE = Path(__file__).with_name("instructions.cu")
@@ -196,6 +197,44 @@ def test_a_cached_kernel_is_built_once_and_anew_when_anything_changes(compiler, 
     assert build.build_kernel(source, {"VALUE": 2}, tmp_path / "cache") != first
     source.write_text(source.read_text() + "// changed\n")
     assert build.build_kernel(source, {"VALUE": 1}, tmp_path / "cache") != first
+
+
+def test_a_kernel_runs_on_the_library_it_is_linked_with(compiler, tmp_path, monkeypatch):
+    """Also when the emulator's sources are edited while a kernel is built."""
+    library, asked = build.build_library(), []
+
+    def once(cache):
+        asked.append(cache)
+        assert len(asked) == 1, "what is built now may be another library"
+        return library
+
+    for module in (build, importlib.import_module("quantkit.kernels.emulator.launch")):
+        monkeypatch.setattr(module, "build_library", once)
+    data = np.zeros(16, np.uint8)
+    load(write(tmp_path, "data[0] = 9;"), "small").launch(data, grid=1, block=32)
+    assert data[0] == 9
+
+
+def test_what_is_edited_while_it_is_compiled_is_compiled_again(compiler, tmp_path, monkeypatch):
+    source, run = write(tmp_path, "data[0] = 1;"), subprocess.run
+
+    def edit_first(command, **options):
+        monkeypatch.setattr(build.subprocess, "run", run)
+        write(tmp_path, "data[0] = 2;")
+        return run(command, **options)
+
+    library = build.build_library()
+    monkeypatch.setattr(build.subprocess, "run", edit_first)
+    cache = tmp_path / "cache"
+    built = build.build_kernel(source, cache=cache, library=library)
+    assert [path.name for path in cache.iterdir()] == [built.name]
+    assert build.build_kernel(source, cache=cache, library=library) == built
+
+
+def test_a_cache_that_cannot_be_made_is_one_error(compiler, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"file/cache: cannot be made \(not a directory\); choose"):
+        build.build_library(tmp_path / "file" / "cache")
 
 
 def test_processes_may_build_the_same_kernel_at_once(compiler, tmp_path):
