@@ -81,6 +81,13 @@ def test_e4m3_codes_are_those_of_a_division(machine, scale):
     np.testing.assert_array_equal(got.view(np.uint8)[finite], want.view(np.uint8)[finite])
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_negative_zero_keeps_its_sign(machine, scale):
+    x = np.array([0.0, -0.0, -1e-45, -1e-38], np.float32)
+    got = finish(on(machine), x, EpilogueKind(), EpilogueValues(scale=scale), "float8_e4m3fn")
+    assert np.signbit(got.astype(np.float32)).tolist() == [False, True, True, True]
+
+
 def test_a_product_with_the_reciprocal_alone_would_not_do(compiler, tmp_path):
     """The ties above tell a division from what it is made of."""
     header = (INCLUDE / "epilogue.h").read_text()
