@@ -3,7 +3,7 @@ from itertools import product
 import pytest
 
 from quantkit.export import get_emitter
-from quantkit.formats import FP8_E4M3, INT8, UINT8
+from quantkit.formats import FP8_E4M3, INT8, UINT8, QuantSpec
 from quantkit.graph import load_graph
 from quantkit.placement import Placement, place
 from quantkit.presets import get_preset
@@ -46,37 +46,40 @@ def test_a_linear_node_is_quantized_or_left_with_a_reason(tiny: TinyModel) -> No
 
 
 def test_formats_come_from_the_target_for_int8_and_from_the_preset_for_fp8() -> None:
-    assert placed("conv_relu").spec.format is INT8
-    assert placed("conv_relu", "ort").spec.symmetric
-    assert placed("conv_relu", "ort-cpu").spec.format is UINT8
-    assert not placed("conv_relu", "ort-cpu").spec.symmetric
-    assert {placed("conv_relu", t, "fp8").spec.format for t in TARGETS} == {FP8_E4M3}
+    def spec(target: str, preset: str = "int8") -> QuantSpec:
+        return placed("conv_relu", target, preset).activations[0].spec
+
+    assert spec("tensorrt").format is INT8
+    assert spec("ort").symmetric
+    assert spec("ort-cpu").format is UINT8
+    assert not spec("ort-cpu").symmetric
+    assert {spec(t, "fp8").format for t in TARGETS} == {FP8_E4M3}
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "ort"])
 def test_only_inputs_are_quantized_and_only_for_those_who_read_them_so(target: str) -> None:
-    assert placed("conv_relu", target).activations == {"x": (("Conv", 0),), "r": (("Conv_1", 0),)}
+    assert placed("conv_relu", target).readers() == {"x": (("Conv", 0),), "r": (("Conv_1", 0),)}
 
 
 def test_ort_cpu_quantizes_what_convolutions_write_but_not_the_models_output() -> None:
-    found = placed("conv_relu", "ort-cpu").activations
+    found = placed("conv_relu", "ort-cpu").readers()
     assert found == {"x": (("Conv", 0),), "r": ()}
 
 
 def test_ort_cpu_leaves_float_readers_of_a_matmuls_input_alone() -> None:
     # The residual stream of a transformer: rounding it for the Add would cost accuracy and win nothing.
-    assert placed("layernorm_mlp", "ort-cpu").activations == {"n": (("MatMul", 0),), "h": (("MatMul_1", 0),)}
+    assert placed("layernorm_mlp", "ort-cpu").readers() == {"n": (("MatMul", 0),), "h": (("MatMul_1", 0),)}
     model = model_of("""(float[N,6,8] x) => (float[N,6,8] y) <float[8,8] w> {
         t = Tanh (x) m = MatMul (t, w) y = Add (t, m) }""")
     found = place(load_graph(model), get_preset("int8"), get_emitter("ort-cpu").target)
-    assert found.activations == {"t": (("MatMul", 0),)}
+    assert found.readers() == {"t": (("MatMul", 0),)}
 
 
 def test_the_skip_of_a_residual_add_is_quantized_for_tensorrt_in_int8_alone() -> None:
-    assert ("Add", 1) in placed("residual_identity").activations["s"]
-    assert placed("residual_downsample").activations["d"] == (("Add", 0),)
+    assert ("Add", 1) in placed("residual_identity").readers()["s"]
+    assert placed("residual_downsample").readers()["d"] == (("Add", 0),)
     for everything in (False, True):
-        fp8 = placed("residual_identity", preset="fp8", everything=everything).activations
+        fp8 = placed("residual_identity", preset="fp8", everything=everything).readers()
         assert not any(("Add", index) in readers for readers in fp8.values() for index in (0, 1))
 
 
@@ -84,12 +87,12 @@ def test_ort_cpu_quantizes_both_sides_of_a_residual_add_and_its_sum() -> None:
     model = MODELS["residual_identity"].build()
     node = model.graph.node.add(op_type="Neg", input=["y"], output=["z2"])
     model.graph.output[0].name = node.output[0]
-    found = place(load_graph(model), get_preset("int8"), get_emitter("ort-cpu").target).activations
+    found = place(load_graph(model), get_preset("int8"), get_emitter("ort-cpu").target).readers()
     assert found == {"x": (("Conv", 0),), "s": (), "r": (), "c": (), "y": ()}
 
 
 def test_a_skip_is_not_quantized_when_the_convolution_beside_it_is_not() -> None:
-    found = placed("residual_identity", unfit={"r": "it is broken"}).activations
+    found = placed("residual_identity", unfit={"r": "it is broken"}).readers()
     assert found["s"] == (("Conv_1", 0),)
 
 
@@ -110,22 +113,22 @@ def test_nodes_that_read_an_unfit_tensor_stay_in_float_with_its_reason(target: s
     name, node = names[tensor]
     found = placed(name, target, everything=True, unfit={tensor: "it is broken"})
     assert left(found) == {node: "it is broken"}
-    assert tensor not in found.activations
-    assert tensor not in {site.name for site in found.weights}
+    assert tensor not in found.readers()
+    assert tensor not in {weight.site.name for weight in found.weights}
     assert node not in found.nodes
 
 
 def test_ort_cpu_leaves_an_add_alone_that_touches_an_unfit_tensor() -> None:
-    found = placed("residual_downsample", "ort-cpu", unfit={"d": "it is broken"}).activations
+    found = placed("residual_downsample", "ort-cpu", unfit={"d": "it is broken"}).readers()
     assert "d" not in found
     assert found == {"x": (("Conv", 0), ("Conv_1", 0)), "r": (), "c": ()}
 
 
 def test_an_output_that_a_layer_reads_too_is_quantized_for_that_layer() -> None:
     for target in TARGETS:
-        assert placed("intermediate_output", target).activations["r"] == (("Conv_1", 0),)
+        assert placed("intermediate_output", target).readers()["r"] == (("Conv_1", 0),)
 
 
 def test_a_weight_used_along_two_axes_is_placed_twice() -> None:
-    axes = [(s.name, s.axis) for s in placed("shared_weight_axes").weights]
+    axes = [(w.site.name, w.site.axis) for w in placed("shared_weight_axes").weights]
     assert axes == [("w", 1), ("w", 0)]

@@ -46,7 +46,7 @@ def activation(name: str, scale: float, zero_point: int, spec: QuantSpec) -> Act
 def weight(name: str, w: np.ndarray, scales: list[float], reader: str) -> WeightPlan:
     spec = QuantSpec(format=INT8, axis=1)
     qparams = QParams(np.array(scales, np.float32), np.zeros(len(scales), np.int8))
-    return WeightPlan(name=name, qtensor=quantize(w, qparams, spec), readers=((reader, 1),))
+    return WeightPlan(name=name, spec=spec, qparams=qparams, readers=((reader, 1),))
 
 
 def test_a_symmetric_plan_is_what_integer_arithmetic_gives() -> None:

@@ -136,11 +136,11 @@ def test_every_weight_is_within_half_a_step_of_its_codes(tiny: TinyModel, preset
     held = calibrated(tiny.name)
     for weight in held.plan(preset=preset).weights:
         exact = held.graph.array(weight.name).astype(np.float64)
-        found = dequantize(weight.qtensor).astype(np.float64)
-        axis = weight.qtensor.spec.axis
+        found = dequantize(weight.quantize(held.graph.array(weight.name))).astype(np.float64)
+        axis = weight.spec.axis
         assert axis is not None
         scale = np.expand_dims(
-            weight.qtensor.qparams.scale.astype(np.float64),
+            weight.qparams.scale.astype(np.float64),
             tuple(a for a in range(exact.ndim) if a != axis % exact.ndim),
         )
         # E4M3 has 3 bits behind the leading one, and steps of 2⁻⁹ below its smallest normal number.
@@ -149,10 +149,10 @@ def test_every_weight_is_within_half_a_step_of_its_codes(tiny: TinyModel, preset
 
 
 def test_an_all_zero_channel_keeps_a_scale_that_can_be_divided_by() -> None:
-    plan = calibrated("zero_weight_channel").plan()
-    for weight in plan.weights:
-        assert weight.qtensor.qparams.scale[2] == 1
-        assert not weight.qtensor.qvalue[2].any()
+    held = calibrated("zero_weight_channel")
+    for weight in held.plan().weights:
+        assert weight.qparams.scale[2] == 1
+        assert not weight.quantize(held.graph.array(weight.name)).qvalue[2].any()
 
 
 @pytest.mark.parametrize("name", ["w0", "b0"])
@@ -177,7 +177,7 @@ def test_a_weight_read_twice_is_stored_once() -> None:
 
 def test_a_weight_read_along_two_axes_is_stored_along_both() -> None:
     weights = calibrated("shared_weight_axes").plan().weights
-    assert [(w.name, w.qtensor.spec.axis) for w in weights] == [("w", 1), ("w", 0)]
+    assert [(w.name, w.spec.axis) for w in weights] == [("w", 1), ("w", 0)]
 
 
 # --- biases -------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_weight_read_along_two_axes_is_stored_along_both() -> None:
 def scales_of(plan: Plan, bias: BiasPlan, data: str) -> np.ndarray:
     """s_x · s_w of the node that adds a bias."""
     weight = next(w for w in plan.weights if bias.reader[0] in {n for n, _ in w.readers})
-    return plan.activations[data].qparams.scale * weight.qtensor.qparams.scale
+    return plan.activations[data].qparams.scale * weight.qparams.scale
 
 
 @pytest.mark.parametrize("target", ["ort", "ort-cpu"])
@@ -226,7 +226,7 @@ def test_a_channel_too_small_for_its_bias_gets_a_larger_scale() -> None:
         b=np.full(4, 50, np.float32),
     )
     held = calibrate(model, images(3, 8, 8))
-    small, plain = (held.plan(t).weights[0].qtensor.qparams.scale for t in ("ort", "tensorrt"))
+    small, plain = (held.plan(t).weights[0].qparams.scale for t in ("ort", "tensorrt"))
     assert small[1] > plain[1]
     np.testing.assert_array_equal(np.delete(small, 1), np.delete(plain, 1))
     (bias,) = held.plan("ort").biases
@@ -253,7 +253,7 @@ def test_a_subnormal_channel_with_a_bias_can_be_solved_for_every_target() -> Non
 def test_scales_of_a_float16_model_are_float16_values(target: str, preset: str) -> None:
     plan = calibrated("fp16").plan(target, preset)
     scales = [a.qparams.scale for a in plan.activations.values()]
-    scales += [w.qtensor.qparams.scale for w in plan.weights]
+    scales += [w.qparams.scale for w in plan.weights]
     for scale in scales:
         np.testing.assert_array_equal(scale, scale.astype(np.float16).astype(np.float32))
 
@@ -269,9 +269,10 @@ def test_a_float16_channel_too_small_for_a_scale_is_still_quantized(preset: str)
     held = calibrate(model, MODELS["fp16"].feeds(4))
     plan = held.plan("ort", preset)
     (weight,) = (w for w in plan.weights if w.name == "w0")
-    assert weight.qtensor.qparams.scale[1] == np.float32(2**-24)
-    np.testing.assert_allclose(dequantize(weight.qtensor)[1], 6e-8, rtol=0.01)
-    assert not dequantize(weight.qtensor)[2].any()
+    assert weight.qparams.scale[1] == np.float32(2**-24)
+    found = dequantize(weight.quantize(held.graph.array("w0")))
+    np.testing.assert_allclose(found[1], 6e-8, rtol=0.01)
+    assert not found[2].any()
 
 
 def test_an_activation_too_small_for_float16_scales_leaves_its_node_in_float() -> None:
@@ -337,7 +338,11 @@ def test_solving_twice_gives_the_same_plan(tiny: TinyModel) -> None:
         ("conv_relu", "fp8", "2 × depthwise or ≤ 16 channels"),
         ("gemm", "fp8", "(--all quantizes it)); export with --all"),
         ("quantized_throughout", "int8", "already quantized in the model); give the float model"),
-        ("conv_relu", "int4", "lie in blocks, which no target has for it); choose another preset"),
+        (
+            "conv_relu",
+            "int4",
+            "lie in blocks, which no target has for it; --group channel quantizes it); choose another preset",
+        ),
     ],
 )
 def test_a_plan_that_would_quantize_nothing_is_refused(name: str, preset: str, found: str) -> None:

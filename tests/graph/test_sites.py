@@ -103,7 +103,7 @@ def test_sites_name_what_their_nodes_read_and_write(tiny: TinyModel) -> None:
         value = fused_output(node) if site.role == "output" else node.inputs[site.index]
         assert value is not None
         assert value.name == site.name
-        assert value.is_initializer() == (site.role == "weight")
+        assert value.is_initializer() == (site.role in ("weight", "embedding"))
 
 
 @pytest.mark.parametrize(
