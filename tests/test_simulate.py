@@ -5,7 +5,7 @@ import pytest
 
 from quantkit.calibrators import get_calibrator
 from quantkit.export import get_emitter
-from quantkit.formats import INT8, UINT8, QParams, QuantSpec, Range, quantize
+from quantkit.formats import INT8, UINT8, QParams, QuantSpec, Range
 from quantkit.graph import load_graph
 from quantkit.plan import ActivationPlan, BiasPlan, Plan, WeightPlan
 from quantkit.presets import get_preset

@@ -341,7 +341,7 @@ def test_solving_twice_gives_the_same_plan(tiny: TinyModel) -> None:
         (
             "conv_relu",
             "int4",
-            "lie in blocks, which no target has for it; --group channel quantizes it); choose another preset",
+            "which no target has for it; --group channel quantizes it); choose another preset",
         ),
     ],
 )
