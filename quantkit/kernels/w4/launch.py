@@ -68,7 +68,7 @@ def w4_launch_of(problem: W4Problem, tile: W4Tile, kind: EpilogueKind, multiproc
     share, extra = divmod(cut * tile.steps(problem), clusters)
     return W4Launch(
         defines={
-            **_decoding(problem),
+            **decoding(problem),
             "CONSUMERS": tile.consumers,
             "MI": tile.blocks_of_64,
             "TILE_N": tile.tile_n,
@@ -111,7 +111,7 @@ def w4_few_launch_of(problem: W4Problem, tile: W4Few, kind: EpilogueKind) -> W4F
     """Return the launch that computes `problem` with `tile`; `kind` as in `w4_launch_of`."""
     return W4FewLaunch(
         defines={
-            **_decoding(problem),
+            **decoding(problem),
             "WARPS_W": tile.warps_w,
             "WARPS_K": tile.warps_k,
             "MI": tile.groups,
@@ -129,8 +129,8 @@ def w4_few_launch_of(problem: W4Problem, tile: W4Few, kind: EpilogueKind) -> W4F
     )
 
 
-def _decoding(problem: W4Problem) -> dict[str, str | int]:
-    """The macros of w4_decode.h."""
+def decoding(problem: W4Problem) -> dict[str, str | int]:
+    """Return the macros of w4_decode.h."""
     return {
         "TYPE": _TYPES[problem.activations],
         "CODES": _CODES[problem.codes],
