@@ -235,7 +235,7 @@ def _unproven(held: CalibrationCache | None, probe: Mapping[str, object], could_
 
 
 def default_name(stem: str, preset: str, target: str, *, folder: bool = False) -> str:
-    """Return the name of an exported file, `<stem>.<preset>[.<target> unless tensorrt].onnx`; a folder has no `.onnx`."""
+    """Return an exported file's name: `<stem>.<preset>[.<target> unless tensorrt].onnx`; a folder has no `.onnx`."""
     name = f"{stem}.{preset}" if target == "tensorrt" else f"{stem}.{preset}.{target}"
     return name if folder else f"{name}.onnx"
 

@@ -47,7 +47,7 @@ def test_a_linear_node_is_quantized_or_left_with_a_reason(tiny: TinyModel) -> No
 
 def test_formats_come_from_the_target_for_int8_and_from_the_preset_for_fp8() -> None:
     def spec(target: str, preset: str = "int8") -> QuantSpec:
-        return placed("conv_relu", target, preset).activations[0].spec
+        return placed("conv_relu", target, preset, everything=True).activations[0].spec
 
     assert spec("tensorrt").format is INT8
     assert spec("ort").symmetric
