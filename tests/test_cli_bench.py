@@ -81,7 +81,10 @@ def test_a_roofline_is_drawn_beside_the_table(run: Run) -> None:
     [
         (("bench", "--shapes", "64x512"), "--shapes 64x512: write MxNxK"),
         (("bench", "--shapes", "64x512x0"), "--shapes 64x512x0: write MxNxK"),
+        (("bench", "--shapes", ""), "--shapes : write MxNxK"),
+        (("bench", "--shapes", f"{2**31}x1x1"), "each below 2^31"),
         ((*SHAPE, "--format", "int5"), "int5: no format of a product"),
+        ((*SHAPE, "--format", ","), "--format ',': names nothing; give a name"),
         ((*SHAPE, "--batch", "0"), "--batch 0: write whole numbers from 1 up"),
         ((*SHAPE, "--json", "--csv"), "bench: --json and --csv were given"),
         ((*SHAPE, "--dry-run", "--emulate"), "bench: --dry-run and --emulate were given"),
@@ -91,6 +94,9 @@ def test_a_roofline_is_drawn_beside_the_table(run: Run) -> None:
         (("bench", "gone.onnx"), "gone.onnx: no such file"),
         (("tune", "--shapes", "64x512x256"), "no GPU here (CUDA counts none); run this on a machine with"),
         (("kernels", "build", "--arch", "sm_75"), "sm_75: no kernel is written for it; choose of"),
+        (("kernels", "build", "--arch", ""), "--arch '': names nothing"),
+        (("kernels", "build", "--format", "int5"), "int5: no format of a product"),
+        (("kernels", "build", "--format", "int2"), "int2: no kernel multiplies it; choose of bf16"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(

@@ -145,17 +145,21 @@ class Benchmark:
 
     def summary(self) -> Table:
         """Return the totals as a table: what one run of all products takes, by batch and format."""
-        rows: list[tuple[Cell, ...]] = [
-            (
-                None if batch is None else batch,
-                name,
-                _digits(told["time_us"]),
-                _times(told.get("speedup_over_cublas_bf16")),
-                _times(told.get("speedup_over_cublaslt_same_format")),
-            )
-            for (batch, name), told in self.totals().items()
+        totals = self.totals()
+        columns: list[tuple[str, list[Cell]]] = [
+            ("batch", [batch for batch, _ in totals]),
+            ("format", [name for _, name in totals]),
+            ("µs for all products", [_digits(told["time_us"]) for told in totals.values()]),
         ]
-        return Table(("batch", "format", "µs for all products", "× bf16", "× same"), rows)
+        if self.mode == "measured":
+            columns += [
+                ("× bf16", [_times(told.get("speedup_over_cublas_bf16")) for told in totals.values()]),
+                (
+                    "× same",
+                    [_times(told.get("speedup_over_cublaslt_same_format")) for told in totals.values()],
+                ),
+            ]
+        return Table([title for title, _ in columns], zip(*(cells for _, cells in columns), strict=True))
 
     def __str__(self) -> str:
         return self.table().text()

@@ -104,7 +104,7 @@ def bench(
             model,
             cache,
             shapes=None if shapes is None else parse_shapes(shapes),
-            formats=None if formats is None else words(formats),
+            formats=None if formats is None else named("--format", formats),
             batches=numbers("--batch", batch),
             data=data,
             image=options.image_preprocessing(mean, std, image_size, layout, image_preset),
@@ -163,10 +163,10 @@ def parse_shapes(text: str) -> list[tuple[int, int, int]]:
     from quantkit.errors import SpecError
 
     found = []
-    for word in words(text):
+    for word in words(text) or [text]:
         sizes = word.lower().replace("×", "x").split("x")
-        if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-            raise SpecError(f"--shapes {word}: write MxNxK, such as 4096x7168x16384.")
+        if len(sizes) != 3 or not all(size.isdecimal() and 0 < int(size) < 2**31 for size in sizes):
+            raise SpecError(f"--shapes {word}: write MxNxK, such as 4096x7168x16384, each below 2^31.")
         m, n, k = map(int, sizes)
         found.append((m, n, k))
     return found
@@ -175,6 +175,22 @@ def parse_shapes(text: str) -> list[tuple[int, int, int]]:
 def words(text: str) -> list[str]:
     """Return what stands between commas."""
     return [word for word in text.replace(",", " ").split() if word]
+
+
+def named(option: str, text: str) -> list[str]:
+    """Return the names that stand between commas, one at least.
+
+    Raises:
+        SpecError: none stands there.
+    """
+    from quantkit.errors import SpecError
+
+    found = words(text)
+    if not found:
+        raise SpecError(
+            f"{option} {text!r}: names nothing; give a name, several with commas, or leave it out."
+        )
+    return found
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.bench import Batches, Dims, Formats, numbers, progress, sizes, words
+from quantkit.cli.bench import Batches, Dims, Formats, named, numbers, progress, sizes
 
 app = typer.Typer(help="The GPU kernels: compile them ahead.", no_args_is_help=True)
 
@@ -41,7 +41,7 @@ def build(
     from quantkit.kernels.build import build_all, jobs_of, usual_works
     from quantkit.kernels.compile import DEFAULT_CACHE
 
-    asked = None if formats is None else words(formats)
+    asked = None if formats is None else named("--format", formats)
     if model is None:
         works = usual_works(asked)
     else:
@@ -50,7 +50,7 @@ def build(
         )
         works = [case.work for case in products.cases]
     folder = cache_folder or DEFAULT_CACHE
-    jobs = jobs_of(works, words(arch))
+    jobs = jobs_of(works, named("--arch", arch))
     before = set(folder.glob("*.cubin"))
     with progress("build", shown=not as_json) as on_built:
         built = build_all(jobs, cache=folder, on_built=on_built)

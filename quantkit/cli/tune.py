@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.bench import Batches, Dims, Formats, numbers, parse_shapes, progress, sizes, words
+from quantkit.cli.bench import Batches, Dims, Formats, named, numbers, parse_shapes, progress, sizes
 
 
 def tune(
@@ -43,7 +43,7 @@ def tune(
             model,
             cache,
             shapes=None if shapes is None else parse_shapes(shapes),
-            formats=None if formats is None else words(formats),
+            formats=None if formats is None else named("--format", formats),
             batches=numbers("--batch", batch),
             dims=sizes(dims),
             depth=depth,

@@ -15,7 +15,7 @@ from quantkit.kernels.compile import DEFAULT_CACHE, CompiledKernel, compile_kern
 from quantkit.kernels.families import FAMILIES, architectures, best_family
 from quantkit.kernels.family import Family
 from quantkit.kernels.gpus import GPUS, Gpu
-from quantkit.kernels.work import Work
+from quantkit.kernels.work import Work, get_gemm_format
 
 # What a build without a model covers: from one token to a large batch, the layers of well-known networks.
 ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
@@ -107,8 +107,16 @@ def jobs_of(works: Sequence[Work], archs: Sequence[str]) -> list[Job]:
 
 
 def usual_works(formats: Sequence[str] | None = None) -> list[Work]:
-    """Return the works that a build without a model covers, in every format that has a kernel."""
-    names = formats or sorted({name for family in FAMILIES for name in family.formats})
+    """Return the works that a build without a model covers: in the formats named, else in each that has a kernel.
+
+    Raises:
+        UnknownNameError: no such format. KernelError: no kernel multiplies it.
+    """
+    known = {name for family in FAMILIES for name in family.formats}
+    names = [get_gemm_format(name).name for name in formats or sorted(known)]
+    for name in names:
+        if name not in known:
+            raise KernelError(f"{name}: no kernel multiplies it; choose of {', '.join(sorted(known))}.")
     return [Work(m=m, n=n, k=k, format=name) for name in names for n, k in LAYERS for m in ROWS]
 
 

@@ -15,6 +15,8 @@ _CARRIERS = {
     "bfloat16": ("bfloat16", "uint16"),
     "float16": ("float16",),
 }
+# Sides are int32 in the kernels, and rounded up to whole tiles there.
+LARGEST_SIDE = 2**31 - 2**16
 _RESIDUALS = {
     "float32": "float32",
     "float16": "float16",
@@ -79,6 +81,11 @@ def _complaints_of_operands(a: Any, weight: PackedWeight, device: int, arch: str
             f"a: {a.dtype} for a weight of {weight.format}; pass {' or '.join(carriers)}",
         ),
         (weight.k == 0, "k = 0: there is nothing to multiply"),
+        (
+            max(int(np.prod(a.shape[:-1], dtype=np.int64)), weight.n, weight.k * a.itemsize) > LARGEST_SIDE,
+            f"a {tuple(a.shape)} by ({weight.n}, {weight.k}): kernels count up to {LARGEST_SIDE} rows, columns and "
+            "bytes of k; cut the product into parts",
+        ),
     ]
 
 

@@ -46,7 +46,6 @@ class GemmFamily(DenseFamily):
         tile = configuration
         words = [f"{tile.tile_m}x{tile.tile_n}", f"s{tile.stages}"]
         words += [f"c{tile.cluster}"] if tile.cluster > 1 else []
-        words += [f"k{tile.split}"] if tile.split > 1 else []
         words += [f"split{tile.split}"] if tile.split > 1 else []
         words += ["pingpong"] if tile.pingpong else []
         words += ["swap"] if tile.swap else []

@@ -61,6 +61,7 @@ def test_what_fits_is_let_through():
         ({"a": array((4, 31), np.int8)}, "does not end in the weight's k = 32"),
         ({"a": array((4, 32), np.float32)}, "pass int8 or uint8"),
         ({"weight": replace(WEIGHT, arch="sm_80")}, "packed for sm_80"),
+        ({"a": np.broadcast_to(np.int8(0), (2**31 - 9, 32)).view(Array)}, "cut the product into parts"),
         ({"a": array((4, 32), np.int8, device=1)}, "a lies on GPU 1, not on 0; move it"),
         ({"out_dtype": "int4"}, "one of int32"),
         ({"out_dtype": "int32", "epilogue": Epilogue(bias=array(8))}, "plain sums of int8 only"),

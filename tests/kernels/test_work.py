@@ -1,5 +1,7 @@
 """Formats of products, GPUs, and what a roofline allows."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,9 @@ from quantkit.errors import KernelError, UnknownNameError
 from quantkit.kernels.build import jobs_of, usual_works
 from quantkit.kernels.compile import ARCHITECTURES
 from quantkit.kernels.families import FAMILIES, architectures, best_family
+from quantkit.kernels.gemm_family import GemmFamily
 from quantkit.kernels.gpus import GPUS, describe_gpu, find_gpu, get_gpu
+from quantkit.kernels.heuristics import Tile
 from quantkit.kernels.work import FORMATS, Work, get_gemm_format
 
 SIZES = st.integers(1, 20_000)
@@ -126,6 +130,12 @@ def test_there_is_a_kernel_for_every_architecture_and_the_formats_of_eight_bits(
     for gpu in GPUS.values():
         for name in ("int8", "fp8", "bf16"):
             assert best_family(Work(m=1, n=8, k=16, format=name), gpu) is not None
+
+
+def test_a_tile_is_described_by_each_thing_that_it_does_once() -> None:
+    tile = Tile(blocks_of_64=1, tile_n=64, stages=8, swap=True, split=2)
+    assert GemmFamily().describe(tile) == "128x64 s8 split2 swap"
+    assert GemmFamily().describe(replace(tile, split=1, swap=False, cluster=2)) == "128x64 s8 c2"
 
 
 def test_a_build_compiles_each_configuration_once() -> None:
