@@ -1,4 +1,4 @@
-"""Products with weights of four bits on a Hopper GPU: pack a weight once, multiply bf16, fp16 or int8 by it.
+"""Products with weights of four bits on a GPU: pack a weight once, multiply bf16, fp16 or int8 by it.
 
 D[m, n] = activation((A @ W.T)[m, n] · row_scale[m] + bias[n]) + residual[m, n]. `reference` says what a weight is
 decoded to; sums are float32. Scales of whole rows, and NVFP4's global scale, multiply the sums.
@@ -19,6 +19,7 @@ from quantkit.kernels.gemm_checks import check_product, residual_type
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 from quantkit.kernels.gemm_run import aligned
 from quantkit.kernels.heuristics import Device
+from quantkit.kernels.mma_heuristics import mma_device
 from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, w4_choose
 from quantkit.kernels.w4.launch import (
     FEW_KERNEL,
@@ -31,13 +32,17 @@ from quantkit.kernels.w4.launch import (
     w4_launch_of,
 )
 from quantkit.kernels.w4.layout import Layout4, Packed4, pack4
+from quantkit.kernels.w4.mma_heuristics import W4MmaTile, w4_mma_choose
+from quantkit.kernels.w4.mma_launch import KERNEL as MMA_KERNEL
+from quantkit.kernels.w4.mma_launch import SOURCE as MMA_SOURCE
+from quantkit.kernels.w4.mma_launch import W4MmaLaunch, w4_mma_launch_of
 
 _ACTIVATIONS = {"bfloat16": "bfloat16", "uint16": "bfloat16", "float16": "float16", "int8": "int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedWeight4:
-    """A weight of four bits laid out for gemm_w4_sm90.cu and gemm_w4_few.cu, on the device.
+    """A weight of four bits laid out for the kernels, the same for all of them, on the device.
 
     codes, scales, zeros, channel_scale: as in `layout.Packed4`.
     """
@@ -72,7 +77,7 @@ class Workspace4:
         self.partials = cupy.empty(size_bytes, np.uint8)
         self.arrivals = cupy.zeros(counters, np.uint32)
 
-    def holds(self, launch: W4Launch) -> bool:
+    def holds(self, launch: W4Launch | W4MmaLaunch) -> bool:
         """Return whether a launch fits."""
         return bool(self.partials.nbytes >= launch.partials_bytes and self.arrivals.size >= launch.arrivals)
 
@@ -109,10 +114,12 @@ def matmul_w4(
     epilogue: Epilogue | None = None,
     out_dtype: str = "bfloat16",
     out: Any = None,
-    tile: W4Tile | W4Few | None = None,
+    tile: W4Tile | W4Few | W4MmaTile | None = None,
     workspace: Workspace4 | None = None,
 ) -> Any:
     """Return D = a @ weight.T with its epilogue, on the current stream, without waiting for it.
+
+    On sm_90a the kernels are gemm_w4_sm90.cu and gemm_w4_few.cu; on other architectures gemm_w4_mma.cu.
 
     Args:
         a: [..., k], float16, bfloat16, uint16 that holds bfloat16, or int8 where the weight was packed for it.
@@ -120,7 +127,8 @@ def matmul_w4(
         epilogue: nothing but the weight's scale by default.
         out_dtype: bfloat16, float16, float32, int8 or float8_e4m3fn (as uint8).
         out: a C-contiguous array to write, of the right shape and item size.
-        tile: instead of the chosen one.
+        tile: instead of the chosen one: W4Tile for gemm_w4_sm90.cu, W4Few for gemm_w4_few.cu, W4MmaTile for
+            gemm_w4_mma.cu.
         workspace: for blocks that share tiles; by default one that the stream's calls share. A CUDA graph may run
             beside its own stream, so a captured call shares no tiles unless it is given a workspace, which should be
             its graph's own.
@@ -131,11 +139,12 @@ def matmul_w4(
     cupy = gpu.cupy()
     epilogue = epilogue or Epilogue()
     device = int(cupy.cuda.Device().id)
+    arch = gpu.architecture(device)
     activations = _ACTIVATIONS.get(str(a.dtype))
-    if gpu.architecture(device) != "sm_90a" or activations is None:
-        raise KernelError(
-            f"matmul_w4: {a.dtype} on {gpu.architecture(device)}; pass bfloat16, float16 or int8 on sm_90a."
-        )
+    if activations is None:
+        raise KernelError(f"matmul_w4: activations of {a.dtype}; pass bfloat16, float16 or int8.")
+    if arch != "sm_90a" and isinstance(tile, W4Tile | W4Few):
+        raise KernelError(f"matmul_w4: a {type(tile).__name__} on {arch}; pass a W4MmaTile, or None.")
     form = weight.layout
     if 8 * a.dtype.itemsize != form.activation_bits:
         raise KernelError(
@@ -146,7 +155,7 @@ def matmul_w4(
     stands_for = PackedWeight(
         data=weight.codes, scale=None, n=form.n, k=form.k, format=activations, arch=weight.arch
     )
-    check_product(a, stands_for, epilogue, out_dtype, out, device, "sm_90a")
+    check_product(a, stands_for, epilogue, out_dtype, out, device, arch)
     lead, n, k = tuple(a.shape[:-1]), form.n, form.k
     m = int(np.prod(lead, dtype=np.int64))
     if out is None:
@@ -172,10 +181,9 @@ def matmul_w4(
     )
     stream = cupy.cuda.get_current_stream()
     cut = workspace is not None or not stream.is_capturing()
-    launch = _planned(problem, tile, kind, gpu.multiprocessors(device), cut)
+    launch = _planned(problem, tile, kind, arch, gpu.multiprocessors(device), cut)
     target = out if out.data.ptr % 16 == 0 else cupy.empty((*lead, n), out.dtype)
     rows, pitch = aligned(a.reshape(m, k), cupy)
-    map_a = gpu.tensor_map(rows.data.ptr, activations, (m, k), pitch, launch.box)
     vectors = (
         row_scale, weight.channel_scale, _plain(epilogue.bias), None, None, _plain(epilogue.residual)
     )  # fmt: skip
@@ -186,17 +194,28 @@ def matmul_w4(
         np.int32(n),
     )
     macros = tuple(sorted(launch.defines.items()))
-    if isinstance(launch, W4FewLaunch):
+    if isinstance(launch, W4MmaLaunch):
+        function = gpu.function_of(device, MMA_SOURCE, MMA_KERNEL, macros, launch.shared_bytes)
+        held = _workspace(device, stream.ptr, launch, workspace) if launch.arrivals else None
+        pieces = (0, 0) if held is None else (held.partials.data.ptr, held.arrivals.data.ptr)
+        row = np.int32(k * a.dtype.itemsize), np.int64(pitch), np.int32(form.slabs)
+        arguments: tuple[Any, ...] = (_address(rows), *common, *map(np.uint64, pieces), *row)
+        function(launch.grid, (launch.block,), arguments, shared_mem=launch.shared_bytes)
+    elif isinstance(launch, W4FewLaunch):
         function = gpu.function_of(device, FEW_SOURCE, FEW_KERNEL, macros, launch.shared_bytes)
-        arguments: tuple[Any, ...] = (map_a, *common, np.int32(form.slabs))
+        map_a = gpu.tensor_map(rows.data.ptr, activations, (m, k), pitch, launch.box)
+        arguments = (map_a, *common, np.int32(form.slabs))
         function(launch.grid, (launch.block,), arguments, shared_mem=launch.shared_bytes)
     else:
         function = gpu.function_of(device, SOURCE, KERNEL, macros, launch.shared_bytes)
+        map_a = gpu.tensor_map(rows.data.ptr, activations, (m, k), pitch, launch.box)
         map_d = map_a
         if launch.tma_store:
             width = OUTPUT_BYTES[out_dtype]
             map_d = gpu.tensor_map(target.data.ptr, out_dtype, (m, n), n * width, launch.output_box)
-        held = _workspace(device, stream.ptr, launch, workspace)
+        held = (
+            None if launch.share == launch.extra == 0 else _workspace(device, stream.ptr, launch, workspace)
+        )
         pieces = (0, 0) if held is None else (held.partials.data.ptr, held.arrivals.data.ptr)
         schedule = form.slabs, launch.whole, launch.share, launch.extra
         arguments = (map_a, map_d, *common, *map(np.uint64, pieces), *map(np.int32, schedule))
@@ -208,9 +227,18 @@ def matmul_w4(
 
 @lru_cache(maxsize=4096)
 def _planned(
-    problem: W4Problem, tile: W4Tile | W4Few | None, kind: EpilogueKind, multiprocessors: int, cut: bool
-) -> W4Launch | W4FewLaunch:
+    problem: W4Problem,
+    tile: W4Tile | W4Few | W4MmaTile | None,
+    kind: EpilogueKind,
+    arch: str,
+    multiprocessors: int,
+    cut: bool,
+) -> W4Launch | W4FewLaunch | W4MmaLaunch:
+    if tile is None and arch != "sm_90a":
+        tile = w4_mma_choose(problem, mma_device(arch, multiprocessors))
     tile = tile or w4_choose(problem, Device(multiprocessors=multiprocessors))
+    if isinstance(tile, W4MmaTile):
+        return w4_mma_launch_of(problem, tile if cut else replace(tile, slices=1), kind)
     if isinstance(tile, W4Few):
         return w4_few_launch_of(problem, tile, kind)
     return w4_launch_of(problem, tile if cut else replace(tile, stream=False), kind, multiprocessors)
@@ -220,9 +248,9 @@ def _planned(
 _workspaces: dict[tuple[int, int], Workspace4] = {}
 
 
-def _workspace(device: int, stream: int, launch: W4Launch, given: Workspace4 | None) -> Workspace4 | None:
-    if launch.share == launch.extra == 0:
-        return None
+def _workspace(
+    device: int, stream: int, launch: W4Launch | W4MmaLaunch, given: Workspace4 | None
+) -> Workspace4:
     if given is not None:
         if not given.holds(launch):
             raise KernelError(

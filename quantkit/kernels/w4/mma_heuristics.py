@@ -62,7 +62,7 @@ class W4MmaTile:
         """Return the number of tiles of D."""
         return -(-problem.n // self.tile_w) * -(-problem.m // self.tile_a)
 
-    def workspace_bytes(self, problem: W4Problem) -> int:
+    def partials_bytes(self, problem: W4Problem) -> int:
         """Return the bytes that the slices leave their sums in: none without slices."""
         return self.tiles(problem) * self.slices * self.tile_w * self.tile_a * 4 if self.slices > 1 else 0
 
@@ -153,7 +153,7 @@ def w4_mma_estimate_us(problem: W4Problem, tile: W4MmaTile, device: MmaDevice) -
     slicing = 0.0
     if tile.slices > 1:
         # Sums go out and come back through L2, and the last block of a tile reads all of them alone.
-        slicing = 3.0 + 2 * tile.workspace_bytes(problem) / device.l2_bytes_per_us
+        slicing = 3.0 + 2 * tile.partials_bytes(problem) / device.l2_bytes_per_us
         slicing += tile.slices * tile.tile_w * tile.tile_a * 4 / 1.0e5
     return 2.0 + max(busiest * each, streamed / device.dram_bytes_per_us) + slicing
 

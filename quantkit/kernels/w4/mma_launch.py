@@ -19,7 +19,7 @@ KERNEL = "gemm_w4_mma"
 class W4MmaLaunch:
     """One launch of gemm_w4_mma: its macros and sizes.
 
-    workspace_bytes: for the slices' sums; what it holds does not matter. arrivals: how many 32-bit counters the slices
+    partials_bytes: for the slices' sums; what it holds does not matter. arrivals: how many 32-bit counters the slices
     need, zero before the first launch and again after each. Both are 0 without slices, and null pointers then do.
     """
 
@@ -27,7 +27,7 @@ class W4MmaLaunch:
     grid: tuple[int, int]
     block: int
     shared_bytes: int
-    workspace_bytes: int
+    partials_bytes: int
     arrivals: int
 
 
@@ -59,6 +59,6 @@ def w4_mma_launch_of(problem: W4Problem, tile: W4MmaTile, kind: EpilogueKind) ->
         grid=(tiles, tile.slices),
         block=tile.threads,
         shared_bytes=tile.shared_bytes(problem),
-        workspace_bytes=tile.workspace_bytes(problem),
+        partials_bytes=tile.partials_bytes(problem),
         arrivals=tiles if sliced else 0,
     )

@@ -60,7 +60,7 @@ def run_w4_mma(
         EpilogueValues().packed(),
         np.int32(m),
         np.int32(form.n),
-        np.full(max(16, launch.workspace_bytes), 0x7F, np.uint8),
+        np.full(max(16, launch.partials_bytes), 0x7F, np.uint8),
         arrivals,
         np.int32(k * a.itemsize),
         np.int64(padded.shape[1]),

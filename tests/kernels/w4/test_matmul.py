@@ -15,6 +15,7 @@ from quantkit.kernels.w4 import matmul as w4
 from quantkit.kernels.w4.heuristics import W4Tile
 from quantkit.kernels.w4.layout import pack4
 from quantkit.kernels.w4.matmul import Workspace4, matmul_w4, pack_weight4
+from quantkit.kernels.w4.mma_heuristics import W4MmaTile
 from quantkit.kernels.w4.reference import w4_reference
 
 from .weights import weight
@@ -77,7 +78,7 @@ class FakeCupy:
             self.launched.append((name, dict(defines)))
             held = [self.memory[int(a)] if isinstance(a, np.uint64) and int(a) else a for a in arguments]
             load(source, name, dict(defines)).launch(
-                *held, grid=grid, block=block[0], shared_bytes=shared_mem, cluster=dict(defines)["CLUSTER"],
+                *held, grid=grid, block=block[0], shared_bytes=shared_mem, cluster=dict(defines).get("CLUSTER", 1),
                 multiprocessors=MULTIPROCESSORS,
             )  # fmt: skip
 
@@ -157,7 +158,7 @@ def test_a_captured_call_cuts_tiles_only_with_a_workspace_of_its_own(cupy):
 def test_what_does_not_fit_is_refused(cupy, monkeypatch):
     packed = pack_weight4(weight(np.random.default_rng(0), 8, 64, "int4", 32))
     for dtype, options, complaint in (
-        (np.float32, {}, "float32 on sm_90a; pass bfloat16"),
+        (np.float32, {}, "activations of float32; pass bfloat16"),
         (np.int8, {}, "packed for activations of 16 bits"),
         (np.float16, {"out_dtype": "int32"}, "int32 would hold sums without their scales"),
         (np.float16, {"epilogue": Epilogue(bias=cupy.asarray(np.ones(3, np.float32)))}, "bias: 3 values"),
@@ -168,5 +169,43 @@ def test_what_does_not_fit_is_refused(cupy, monkeypatch):
     with pytest.raises(KernelError, match="does not end in the weight's k = 64"):
         matmul_w4(cupy.asarray(np.ones((2, 32), np.float16)), packed)
     monkeypatch.setattr(gpu, "architecture", lambda device: "sm_80")
-    with pytest.raises(KernelError, match="on sm_80"):
+    with pytest.raises(KernelError, match="packed for sm_90a, GPU 0 is sm_80"):
         matmul_w4(cupy.asarray(np.ones((2, 64), np.float16)), packed)
+    tile = W4Tile(tile_n=32, consumers=1, slabs=2, grain=2, stages=2)
+    with pytest.raises(KernelError, match="a W4Tile on sm_80; pass a W4MmaTile"):
+        matmul_w4(cupy.asarray(np.ones((2, 64), np.float16)), packed, tile=tile)
+
+
+@pytest.mark.parametrize(
+    ("m", "kind", "dtype", "output"),
+    [
+        (1, ("int4", 128), ml_dtypes.bfloat16, "bfloat16"),
+        (30, ("nvfp4", 16), np.float16, "float32"),
+        (5, ("int4", 64), np.int8, "bfloat16"),
+    ],
+)
+def test_other_architectures_take_the_universal_kernel(cupy, monkeypatch, m, kind, dtype, output):
+    """Slices of K share the stream's workspace; a captured call has none, unless it is given one."""
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_86")
+    w = weight(np.random.default_rng(0), 72, 16000, *kind)
+    bits = 8 * np.dtype(dtype).itemsize
+    a, packed = activations(m, 16000, dtype), pack_weight4(w, activation_bits=bits)
+    want = w4_reference(a, pack4(w, activation_bits=bits), output=output)
+    np.testing.assert_array_equal(matmul_w4(cupy.asarray(a), packed, out_dtype=output), want)
+    name, defines = cupy.launched[-1]
+    assert (name, defines["SLICED"]) == ("gemm_w4_mma", 1) and w4._workspaces
+    cupy.capturing = True
+    np.testing.assert_array_equal(matmul_w4(cupy.asarray(a), packed, out_dtype=output), want)
+    assert cupy.launched[-1][1]["SLICED"] == 0
+    own = Workspace4(1 << 20, 64)
+    np.testing.assert_array_equal(matmul_w4(cupy.asarray(a), packed, out_dtype=output, workspace=own), want)
+    assert cupy.launched[-1][1]["SLICED"] == 1 and not own.arrivals.any()
+
+
+def test_hopper_takes_the_universal_kernel_where_it_is_asked_to(cupy):
+    w = weight(np.random.default_rng(0), 72, 130, "int4", 128)
+    a = activations(6, 130, np.float16)
+    tile = W4MmaTile(tile_w=64, tile_a=8, warps_w=4, slabs=2)
+    d = matmul_w4(cupy.asarray(a), pack_weight4(w), out_dtype="float32", tile=tile)
+    assert cupy.launched[-1][0] == "gemm_w4_mma"
+    np.testing.assert_array_equal(d, w4_reference(a, pack4(w), output="float32"))

@@ -211,7 +211,7 @@ def test_every_shape_gets_tiles_that_fit(arch, form):
             assert tile.threads <= 1024
             launch = w4_mma_launch_of(one, tile, KIND)
             assert launch.grid[0] == -(-m // tile.tile_a) * -(-n // tile.tile_w)
-            assert launch.workspace_bytes < 1 << 28
+            assert launch.partials_bytes < 1 << 28
 
 
 def test_few_tiles_and_a_long_k_are_sliced_and_many_are_not():
