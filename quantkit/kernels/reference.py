@@ -35,7 +35,6 @@ def gemm_reference(
     float32, in the order of the formula, and the result is rounded to `output` once. Gelu and Silu are the true
     functions, rounded once: kernels lie within 2^-15 of them.
     """
-    values = values or EpilogueValues()
     sums: NDArray[np.generic]
     if a.dtype == np.int8:
         # float64 holds every such sum exactly, and multiplies by BLAS.
@@ -47,7 +46,33 @@ def gemm_reference(
             return sums
     else:
         sums = a.astype(np.float64) @ b.astype(np.float64).T
-    x: NDArray[np.float32] = sums.astype(np.float32)
+    return finish_reference(
+        sums.astype(np.float32),
+        row_scale=row_scale,
+        column_scale=column_scale,
+        bias=bias,
+        activation=activation,
+        residual=residual,
+        residual_place=residual_place,
+        values=values,
+        output=output,
+    )
+
+
+def finish_reference(
+    x: NDArray[np.float32],
+    *,
+    row_scale: NDArray[np.float32] | None = None,
+    column_scale: NDArray[np.float32] | None = None,
+    bias: NDArray[np.float32] | None = None,
+    activation: str = "none",
+    residual: NDArray[np.generic] | None = None,
+    residual_place: str = "after",
+    values: EpilogueValues | None = None,
+    output: str = "bfloat16",
+) -> NDArray[np.generic]:
+    """Return D of the sums [m, n]: every operation rounds to float32, the result to `output` once."""
+    values = values or EpilogueValues()
     if row_scale is not None:
         x = x * row_scale.reshape(-1, 1)
     if column_scale is not None:
