@@ -6,18 +6,27 @@
 //
 // Integers: the two codes of register r are nibble r of either half-word, q + 8 for signed ones.
 //   bf16: q as a subnormal is q 2^-133. Symmetric: q S - 8 S by one fused multiply-add with S = scale 2^126, so that
-//         w = (q - 8) scale rounds once. With zero points: (q - zero) exactly, then times S, which rounds once.
+//         w = (q - 8) scale rounds once. With zero points: (q - zero) exactly, then times S, which rounds once. Codes of
+//         lower rows stay in the nibble above, where the lowest exponent bit makes them 16 q 2^-133 all the same: their
+//         S is a sixteenth, and one shift serves four codes. bf16 scales are stored as S.
 //   fp16: 1024 + q and 64 + q are numbers whose low bits are q; (q - zero) exactly, then times the scale, rounds once.
 //   Scales of another type than A's are split into two parts of A's type; the product is off by 2^-16 of itself at most
 //   before it rounds.
 // e2m1: its sign, exponent and mantissa are moved to bf16's sign and lowest exponent and highest mantissa bit (fp16's):
 //   that is the value times 2^-126 (2^-14). Times the scale as a power of two times e4m3's value or e8m0's: exact.
+//   A rotation by 0, 6 and 28 bits does that for three of four codes, two rotations for the fourth.
 // Sums are float32; REBASE takes the powers of two back.
 //
 // With A of int8 a slab is twice as long and a lane has two times 16 bytes: words 2 j and 2 j + 1 hold the codes of the
 // j-th 32 of K, registers 0 1 and 2 3 (columns 4 t + 16 (r / 2) and the next three), the first in the low nibbles. A code
 // becomes (q - zero) s with a whole s of 8 bits: four at a time, q s + 128 - zero s, whose bytes carry nothing over, and
 // the top bits flipped. Sums are int32, exact; the rows' float factors multiply them.
+//
+// With A of e4m3 words and slabs are those of int8, and codes e2m1 under scales 2^s with s from -8 to 6 (less the row's
+// power of two): then every weight is an e4m3 number. A group's eight magnitudes are a table of eight bytes in two
+// registers, which prmt looks up four at a time: nibbles 0 ... 3 of a word are magnitudes of the upper row, 4 ... 7 of the
+// lower one; bits 7 of its bytes are the upper row's signs, bits 3 the lower one's. DEEP: some s are below -5, whose
+// tables hold subnormals.
 #pragma once
 
 #include "instructions.h"
@@ -32,18 +41,23 @@
 #define SCALES_E4M3 4  // as exponent + 3 (five bits) and mantissa: no subnormals
 #define SCALES_E8M0 5  // less the row's largest, + 254
 #define SCALES_U8 6    // whole numbers, for A of int8
+#ifndef DEEP
+#define DEEP 0
+#endif
 
 namespace qk {
 namespace w4 {
 
 using Type = TYPE;
 constexpr bool BF = Type::code == BF16::code;
-constexpr bool EIGHT = Type::code == S8::code;  // bits of A
+constexpr bool INT8 = Type::code == S8::code, FP8 = Type::code == E4M3::code;
+constexpr bool EIGHT = INT8 || FP8;             // bits of A
 constexpr int SLAB = EIGHT ? 128 : 64;          // of K
 constexpr int PLANES = EIGHT ? 2 : 1;           // 16 bytes that a lane has of a slab
 using Sum = Type::Accumulator;
-static_assert(EIGHT ? CODES == CODES_INT4 && (SCALES == SCALES_NONE || SCALES == SCALES_U8) : SCALES != SCALES_U8,
+static_assert(INT8 ? CODES == CODES_INT4 && (SCALES == SCALES_NONE || SCALES == SCALES_U8) : SCALES != SCALES_U8,
               "whole scales are for integers times int8");
+static_assert(!FP8 || (CODES == CODES_E2M1 && SCALES == SCALES_E8M0 && GROUP == 32), "MXFP4 alone is exact as e4m3");
 
 // What a pair of rows g, g + 8 has of scales and zero points in a slab: [row][group], in bytes; zero points two to one.
 constexpr int SCALE_BYTES = SCALES == SCALES_NONE ? 0 : SCALES == SCALES_F32 ? 4 : SCALES >= SCALES_E4M3 ? 1 : 2;
@@ -78,7 +92,7 @@ constexpr float REBASE = EIGHT ? 1.0f : CODES == CODES_E2M1 ? (SCALES == SCALES_
                          : SCALES == SCALES_F16  ? 0x1p4f
                                                  : 0x1p-11f;
 
-// What codes of one row and group are decoded with; each in both halves.
+// What codes of one row and group are decoded with; each in both halves. For e4m3: magnitudes 0 ... 3 and 4 ... 7.
 struct Factor { uint32_t scale, rest, offset; };
 
 // The scales of a pair of rows, from shared memory.
@@ -95,13 +109,26 @@ QK_FUNCTION void load_pair(uint32_t (&raw)[PAIR_WORDS + 1], uint32_t at) {
     raw[0] = four.x, raw[1] = four.y, raw[PAIR_WORDS - 2] = four.z, raw[PAIR_WORDS - 1] = four.w;
   }
 }
+// The magnitudes of e2m1 times 2^(index - 8) as e4m3: from index 3 on the same bytes, eight more for each power of two.
+QK_FUNCTION Factor magnitudes(uint32_t index) {
+  Factor f{index * 0x08080800u + (0x0c080000u - 2 * 0x08080800u), index * 0x08080808u + (0x1c181410u - 2 * 0x08080808u), 0};
+  if (DEEP && index < 3) {
+    f.scale = index == 2 ? 0x0c080400u : index == 1 ? 0x06040200u : 0x03020100u;
+    f.rest = index == 2 ? 0x1c181410u : index == 1 ? 0x14100c08u : 0x0c080604u;
+  }
+  return f;
+}
+
 // Scale `i` of a pair's words.
 QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
   Factor f{0, 0, 0};
-  if constexpr (EIGHT) {
+  const bool lower = i >= GROUPS;  // row g + 8
+  if constexpr (FP8) {
+    f = magnitudes(raw[i / 4] >> i % 4 * 8 & 0xff);
+  } else if constexpr (INT8) {
     f.scale = SCALES == SCALES_NONE ? 1 : raw[i / 4] >> i % 4 * 8 & 0xff;
   } else if constexpr (SCALES == SCALES_NONE) {
-    f.scale = BF ? both(0x7e80) : ONE;  // 2^126
+    f.scale = !BF || CODES != CODES_INT4 ? (BF ? both(0x7e80) : ONE) : lower ? both(0x7c80) : both(0x7e80);  // 2^126
   } else if constexpr (SCALES == SCALES_E4M3) {
     const uint32_t code = prmt(raw[i / 4], 0, 0x4040 + i % 4 * 0x0101);
     f.scale = BF ? code * 16 + both(0x7600) : code * 128 + both(0x3000);
@@ -114,12 +141,12 @@ QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
     }
   } else if constexpr (!SPLIT) {
     const uint32_t scale = prmt(raw[i / 2], 0, i % 2 ? 0x3232 : 0x1010);
-    f.scale = multiply(scale, BF ? both(0x7e80) : both(0x2c00));  // 2^126; 2^-4
+    f.scale = BF ? scale : multiply(scale, both(0x2c00));  // 2^-4
   } else {
     float scale;
-    if (SCALES == SCALES_F32) scale = portable::bits_float(raw[i]) * (BF ? 0x1p126f : 2048.0f);
-    else if (BF) scale = (i % 2 ? f16_high(raw[i / 2]) : f16_low(raw[i / 2])) * 0x1p111f;
-    else scale = (i % 2 ? bf16_high(raw[i / 2]) : bf16_low(raw[i / 2])) * 2048.0f;
+    if (SCALES == SCALES_F32) scale = portable::bits_float(raw[i]) * (!BF ? 2048.0f : lower ? 0x1p122f : 0x1p126f);
+    else if (BF) scale = (i % 2 ? f16_high(raw[i / 2]) : f16_low(raw[i / 2])) * (lower ? 0x1p107f : 0x1p111f);
+    else scale = (i % 2 ? bf16_high(raw[i / 2]) : bf16_low(raw[i / 2])) * (lower ? 0x1p-111f : 0x1p-115f);
     f.scale = pack_twice(scale);
     f.rest = pack_twice(scale - unpacked(f.scale));
   }
@@ -129,8 +156,8 @@ QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
 QK_FUNCTION void set_zero(Factor& f, uint32_t zero, int row) {
   if (CODES != CODES_INT4) return;
   if (EIGHT) f.offset = (128 - zero * f.scale) * 0x01010101u;
-  else if (BF && !ZEROS && !SPLIT) f.offset = multiply(f.scale, both(0x8008));  // -8 S 2^-133
-  else if (BF) f.offset = both(0x8000 + zero);
+  else if (BF && !ZEROS && !SPLIT) f.offset = multiply(f.scale, row == 0 ? both(0x8008) : both(0x8080));  // -8 S 2^-133
+  else if (BF) f.offset = both(0x8000 + (row == 0 ? zero : zero * 16));
   else f.offset = row == 0 ? both(0xe400 + zero) : both(0xd400 + zero * 16);  // -(1024 + zero), -(64 + zero)
 }
 
@@ -139,16 +166,16 @@ QK_FUNCTION void decode(uint32_t word, const Factor& upper, const Factor& lower,
   QK_UNROLL for (int r = 0; r < 4; r++) {
     const Factor& f = r % 2 ? lower : upper;
     if constexpr (CODES == CODES_INT4) {
+      const uint32_t near = r < 2 ? word : word >> 8;
       uint32_t value;
       if constexpr (BF) {
-        const uint32_t code = word >> 4 * r & both(0x000f);
+        const uint32_t code = near & (r % 2 == 0 ? both(0x000f) : both(0x00f0));
         if constexpr (!ZEROS && !SPLIT) {
           to[r] = fma_pair<Pairs>(code, f.scale, f.offset);
           continue;
         }
         value = add(code, f.offset);
       } else {
-        const uint32_t near = r < 2 ? word : word >> 8;
         if (r % 2 == 0) value = add(lop3<(0xf0 & 0xcc) | 0xaa>(near, both(0x000f), both(0x6400)), f.offset);
         else value = fma_pair<Pairs>(lop3<(0xf0 & 0xcc) | 0xaa>(near, both(0x00f0), both(0x6400)), both(0x2c00), f.offset);
       }
@@ -156,23 +183,30 @@ QK_FUNCTION void decode(uint32_t word, const Factor& upper, const Factor& lower,
       else if constexpr (!BF && SCALES == SCALES_NONE) to[r] = value;
       else to[r] = multiply(value, f.scale);
     } else {
-      // Sign and magnitude of codes 0 … 2 lie three bits apart, in the distance that bf16 wants; of code 3 in the gaps.
       uint32_t bits;
-      if (r < 3) bits = (word << 3 * r) & both(0x81c0);
-      else bits = ((word << 1) & both(0x8000)) | ((word >> 5) & both(0x0100)) | ((word >> 4) & both(0x00c0));
+      if (r == 0) bits = word & both(0x81c0);
+      else if (r == 1) bits = word << 6 & both(0x81c0);
+      else if (r == 2) bits = (word >> 4 | word << 28) & both(0x81c0);
+      else bits = (word << 2 & both(0x80c0)) | (word >> 6 & both(0x0100));
       if (!BF) bits = (bits & both(0x8000)) | (bits & both(0x01c0)) << 3;
       to[r] = multiply(bits, f.scale);
     }
   }
 }
 
-// Sixteen codes to the four registers of an instruction for int8.
+// Sixteen codes to the four registers of an instruction for int8, or e4m3.
 QK_FUNCTION void decode_bytes(uint32_t low, uint32_t high, const Factor& upper, const Factor& lower,
                               Registers<uint32_t, 4>& to) {
   QK_UNROLL for (int r = 0; r < 4; r++) {
     const Factor& f = r % 2 ? lower : upper;
-    const uint32_t codes = (r < 2 ? low : high) >> r % 2 * 4 & 0x0f0f0f0fu;
-    to[r] = (codes * f.scale + f.offset) ^ 0x80808080u;
+    const uint32_t word = r < 2 ? low : high;
+    if constexpr (FP8) {
+      const uint32_t selectors = word & 0x77777777u, signs = r % 2 ? word << 4 : word;
+      to[r] = prmt(f.scale, f.rest, r % 2 ? selectors >> 16 : selectors) | (signs & 0x80808080u);
+    } else {
+      const uint32_t codes = word >> r % 2 * 4 & 0x0f0f0f0fu;
+      to[r] = (codes * f.scale + f.offset) ^ 0x80808080u;
+    }
   }
 }
 
@@ -197,7 +231,7 @@ QK_FUNCTION void decode_depth(const U32x4 (&words)[PLANES], int depth, const uin
 QK_FUNCTION uint32_t bits_of(float sum) { return portable::float_bits(sum); }
 QK_FUNCTION uint32_t bits_of(int32_t sum) { return static_cast<uint32_t>(sum); }
 QK_FUNCTION Sum sum_of(uint32_t bits) {
-  if constexpr (EIGHT) return static_cast<Sum>(bits);
+  if constexpr (INT8) return static_cast<Sum>(bits);
   else return portable::bits_float(bits);
 }
 QK_FUNCTION float rebased(float sum) { return sum * REBASE; }
