@@ -156,6 +156,7 @@ _PRESETS: Registry[Preset] = Registry(
         "mxfp4": _preset("mxfp4"),
         "mxfp8": _preset("mxfp8"),
         "int16": _preset("int16", skips=True, narrow_convolutions=True),
+        "w16a16": _preset("w16a16", skips=True, narrow_convolutions=True),
         "int2": _preset("int2"),
     },
     check=lambda loaded: (

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -10,7 +10,14 @@ from quantkit.cli import options
 
 if TYPE_CHECKING:
     from quantkit.cache import CalibrationCache
+    from quantkit.export.verify import Verification
     from quantkit.exported import Exported
+    from quantkit.formats.spec import ScaleRule
+
+
+def _format(flag: str, help_: str) -> Any:
+    """A flag that stands for a preset."""
+    return typer.Option(*flag.split(), help=help_)
 
 
 def export(
@@ -20,41 +27,141 @@ def export(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="The calibration cache (default: the one *.calib here).")
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="INT8 activations, INT8 weights per channel.")] = False,
-    fp8: Annotated[
-        bool, typer.Option("--fp8", help="FP8 (E4M3) activations, FP8 weights per channel.")
-    ] = False,
-    int4: Annotated[
+    int8: Annotated[bool, _format("--int8", "INT8 activations, INT8 weights per channel.")] = False,
+    fp8: Annotated[bool, _format("--fp8", "FP8 (E4M3) activations, FP8 weights per channel.")] = False,
+    fp8_block: Annotated[
         bool,
-        typer.Option(
-            "--int4", help="INT4 weights of MatMul and Gemm in groups of 128; needs no calibration."
+        _format(
+            "--fp8-block", "FP8 weights with a scale for 128×128; activations 1×128 where a target has them."
         ),
     ] = False,
+    int4: Annotated[bool, _format("--int4", "INT4 weights in groups of 128. No calibration needed.")] = False,
+    w4a8: Annotated[bool, _format("--w4a8", "INT4 weights in groups of 128, INT8 activations.")] = False,
+    w4a8_fp8: Annotated[
+        bool, _format("--w4a8-fp8", "INT4 weights in groups of 128, FP8 activations.")
+    ] = False,
+    nvfp4: Annotated[
+        bool, _format("--fp4 --nvfp4", "NVFP4 weights: FP4 in blocks of 16. No calibration needed.")
+    ] = False,
+    mxfp4: Annotated[
+        bool, _format("--mxfp4", "MXFP4 weights: FP4 in blocks of 32, scales that are powers of two.")
+    ] = False,
+    mxfp8: Annotated[
+        bool,
+        _format("--mxfp8", "MXFP8 weights, and activations where a target has them. No calibration needed."),
+    ] = False,
+    int16: Annotated[bool, _format("--int16", "INT16 activations, INT8 weights per channel.")] = False,
+    int2: Annotated[bool, _format("--int2", "INT2 weights in groups of 32. No calibration needed.")] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="Any of these by name, or a plug-in's."),
+    ] = None,
     group: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            "--group", min=1, help="For --int4: weights that share a scale (128; 64 and 32 lose less)."
+            "--group",
+            metavar="N|channel",
+            help="Of integer weights in groups: how many share a scale (128; 64 and 32 lose less).",
+        ),
+    ] = None,
+    zero_points: Annotated[
+        bool,
+        typer.Option("--zero-points", help="Of INT4 and INT2 weights: with zero points."),
+    ] = False,
+    per_tensor: Annotated[
+        bool,
+        typer.Option("--per-tensor", help="One scale for each weight."),
+    ] = False,
+    scale_rule: Annotated[
+        str | None,
+        typer.Option(
+            "--scale-rule",
+            metavar="ocp|rceil|even",
+            help="Of MX scales, to the letter (default: rceil, or a neighbour of less error).",
+        ),
+    ] = None,
+    activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--activations/--no-activations",
+            help="Quantize activations too where a format does so only when asked (NVFP4, MXFP4), or never.",
         ),
     ] = None,
     method: options.Method = None,
     percentile: options.Percentile = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            help="tensorrt: Q/DQ as TensorRT 10 and 11 read it. ort: right on ONNX Runtime's CUDA and CPU providers. "
-            "ort-cpu: uint8, placed so that the CPU provider runs integers from end to end.",
-        ),
-    ] = "tensorrt",
     everything: Annotated[
         bool,
         typer.Option(
             "--all", help="Quantize also what stays in float by default (FP8: narrow convolutions, Gemm)."
         ),
     ] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            metavar="PATTERN",
+            help="Only nodes of such names: a glob, or a regular expression between slashes.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="PATTERN", help="Keep such nodes in float."),
+    ] = None,
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings/--no-embeddings", help="Quantize look-up tables too, where the target can."
+        ),
+    ] = False,
+    head: Annotated[
+        bool,
+        typer.Option("--lm-head/--no-lm-head", help="Quantize the last linear layer too."),
+    ] = True,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe", help="Rules of what is quantized how (TOML), over the format given, or alone."
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="Obey this solved plan: nothing is solved."),
+    ] = None,
+    plan_out: Annotated[
+        Path | None,
+        typer.Option("--plan-out", help="Save the solved plan (JSON)."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="tensorrt (default): Q/DQ as TensorRT 10 and 11 read it. ort: right on ONNX Runtime's CUDA and CPU "
+            "providers. ort-cpu: uint8, placed so that the CPU provider runs integers from end to end. "
+            "ort-qoperator: ONNX Runtime's integer operators. vllm: a folder of compressed tensors.",
+        ),
+    ] = None,
+    trt: Annotated[
+        int | None,
+        typer.Option("--trt", help="For tensorrt: its major version, 10 or 11."),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(
+            "--accuracy-level",
+            help="For ort and ort-cpu: what MatMulNBits computes in, 4 for int8 (default: float32).",
+        ),
+    ] = None,
+    name_map: Annotated[
+        Path | None,
+        typer.Option("--name-map", help="For vllm: JSON of {ONNX name: module path}."),
+    ] = None,
+    high_precision: Annotated[
+        str,
+        typer.Option("--high-precision", metavar="fp32|fp16|bf16", help="The type of what is not quantized."),
+    ] = "fp32",
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The file to write (default: <model>.<int8|fp8>[.<target>].onnx here)."),
+        typer.Option("--out", help="The file to write (default: <model>.<format>[.<target>].onnx here)."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -63,15 +170,36 @@ def export(
     from quantkit.errors import SpecError
     from quantkit.exporting import export_model
     from quantkit.files import check_output
+    from quantkit.presets import get_preset
 
-    chosen = [name for name, given in (("int8", int8), ("fp8", fp8), ("int4", int4)) if given]
-    if len(chosen) != 1:
-        raise SpecError("export: give one of --int8, --fp8 and --int4.")
+    flags = {
+        "int8": int8,
+        "fp8": fp8,
+        "fp8-block": fp8_block,
+        "int4": int4,
+        "w4a8": w4a8,
+        "w4a8-fp8": w4a8_fp8,
+        "nvfp4": nvfp4,
+        "mxfp4": mxfp4,
+        "mxfp8": mxfp8,
+        "int16": int16,
+        "int2": int2,
+    }
+    chosen = [name for name, given in flags.items() if given] + ([] if preset is None else [preset])
+    if len(chosen) > 1:
+        raise SpecError(f"export: {' and '.join(f'--{name}' for name in chosen)}: give one format alone.")
+    if not chosen and recipe is None and plan is None:
+        raise SpecError(
+            "export: no format; give one of --int8, --fp8, --int4, --nvfp4 … (`quantkit export --help` lists all), "
+            "a --recipe or a --plan."
+        )
+    wanted = get_preset(chosen[0]) if chosen else None
     # Weights alone need the model and nothing else.
-    if cache is None and (chosen != ["int4"] or model is None):
+    alone = model is not None and (plan is not None or (wanted is not None and not wanted.needs_calibration))
+    if cache is None and not (alone and not activations):
         cache = find_cache(Path())
     held = None if cache is None else CalibrationCache.load(cache)
-    if out is not None:
+    if out is not None and target != "vllm":
         check_output(out, inputs=[cache])
     if model is None and held is not None and cache is not None:
         model = held.find_model(cache)
@@ -80,18 +208,67 @@ def export(
         exported = export_model(
             model,
             held,
-            preset=chosen[0],
+            preset=chosen[0] if chosen else None,
             method=method,
             method_options=options.method_options(method or (held.method if held else None), percentile),
             target=target,
+            target_options=_target_options(trt, accuracy_level, name_map),
             everything=everything,
-            group=group,
+            group=_group(group),
+            symmetric=not zero_points,
+            per_tensor=per_tensor,
+            scale_rule=_scale_rule(scale_rule),
+            activations=activations,
+            recipe=recipe,
+            include=include or (),
+            exclude=exclude or (),
+            embeddings=embeddings,
+            head=head,
+            high_precision=_high_precision(high_precision),
+            plan=plan,
+            plan_out=plan_out,
             out=out,
         )
     if as_json:
         options.print_json(exported.to_dict())
     else:
         _show(exported, held, model, cache)
+
+
+def _target_options(trt: int | None, accuracy_level: int | None, name_map: Path | None) -> dict[str, Any]:
+    given: dict[str, Any] = {"trt": trt, "accuracy_level": accuracy_level, "name_map": name_map}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _group(text: str | None) -> int | Literal["channel"] | None:
+    from quantkit.errors import SpecError
+
+    if text is None:
+        return None
+    if text == "channel":
+        return "channel"
+    if not text.isdecimal() or int(text) < 1:
+        raise SpecError(f"--group {text}: neither a number of weights nor channel; give one, such as 32.")
+    return int(text)
+
+
+def _scale_rule(text: str | None) -> "ScaleRule | None":
+    from quantkit.errors import SpecError
+    from quantkit.formats.spec import ScaleRule
+
+    known: dict[str, ScaleRule] = {rule: rule for rule in get_args(ScaleRule)}
+    if text is not None and text not in known:
+        raise SpecError(f"--scale-rule {text}: no such rule; choose {', '.join(known)}.")
+    return None if text is None else known[text]
+
+
+def _high_precision(text: str) -> Literal["fp32", "fp16", "bf16"]:
+    from quantkit.errors import SpecError
+
+    known: dict[str, Literal["fp32", "fp16", "bf16"]] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
+    if text not in known:
+        raise SpecError(f"--high-precision {text}: no such type; choose {', '.join(known)}.")
+    return known[text]
 
 
 def _show(exported: "Exported", held: "CalibrationCache | None", model: Path, cache: Path | None) -> None:
@@ -104,13 +281,19 @@ def _show(exported: "Exported", held: "CalibrationCache | None", model: Path, ca
         f"{options.size(exported.float_size_bytes)})"
     )
     if exported.verification is not None:
-        found = exported.verification
-        agrees = "exactly" if found.plan_sqnr_db == float("inf") else f"to {found.plan_sqnr_db:.0f} dB"
-        typer.echo(f"checked: opened again, run once; follows its plan {agrees}")
+        typer.echo(f"checked: {_verdict(exported.verification)}")
     for warning in exported.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"\nnext: {shlex.join(_evaluation(exported.path, held, model, cache))}")
     typer.echo("      (better with data that calibration did not see, and their --labels)")
+
+
+def _verdict(found: "Verification") -> str:
+    agrees = "exactly" if found.plan_sqnr_db == float("inf") else f"to {found.plan_sqnr_db:.0f} dB"
+    if not found.output:
+        return f"opened again, weights read back; they follow the plan {agrees}"
+    decoded = f", with {', '.join(found.decoded)} decoded," if found.decoded else ""
+    return f"opened again, run once{decoded or ';'} follows its plan {agrees}"
 
 
 def _evaluation(path: Path, held: "CalibrationCache | None", model: Path, cache: Path | None) -> list[str]:

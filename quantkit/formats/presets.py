@@ -6,7 +6,19 @@ from types import MappingProxyType
 from typing import Literal
 
 from quantkit.errors import SpecError, UnknownNameError
-from quantkit.formats.format import E8M0, FP4_E2M1, FP8_E4M3, INT2, INT4, INT8, UINT2, UINT4, UINT16, Format
+from quantkit.formats.format import (
+    E8M0,
+    FP4_E2M1,
+    FP8_E4M3,
+    INT2,
+    INT4,
+    INT8,
+    INT16,
+    UINT2,
+    UINT4,
+    UINT16,
+    Format,
+)
 from quantkit.formats.spec import QuantSpec, ScaleRule
 
 # Weights, with 0 in place of an axis that `weight_spec` fills in: that of the blocks or that of the channels.
@@ -14,6 +26,7 @@ WEIGHT_SPECS: Mapping[str, QuantSpec] = MappingProxyType(
     {
         "int8": QuantSpec(format=INT8, axis=0),
         "int16": QuantSpec(format=INT8, axis=0),
+        "w16a16": QuantSpec(format=INT16, axis=0),
         "fp8": QuantSpec(format=FP8_E4M3, axis=0),
         "fp8-block": QuantSpec(format=FP8_E4M3, block_shape=(128, 128)),
         "int4": QuantSpec(format=INT4, axis=0, block_size=128),
@@ -31,6 +44,7 @@ ACTIVATION_SPECS: Mapping[str, QuantSpec] = MappingProxyType(
     {
         "int8": QuantSpec(format=INT8),
         "int16": QuantSpec(format=UINT16, symmetric=False),
+        "w16a16": QuantSpec(format=INT16),
         "fp8": QuantSpec(format=FP8_E4M3),
         "fp8-block": QuantSpec(format=FP8_E4M3, axis=-1, block_size=128, dynamic="block"),
         "w4a8": QuantSpec(format=INT8),
