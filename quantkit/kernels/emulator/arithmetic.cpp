@@ -113,6 +113,9 @@ int32_t dp4a(int32_t a, int32_t b, int32_t c) {
 float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 float square_root(float x) { return sqrtf(x); }
 float max_magnitude(float a, float x) { return fmaxf(a, fabsf(x)); }
+float lesser(float a, float b) { return fminf(a, b); }
+float greater(float a, float b) { return fmaxf(a, b); }
+double magnitude(double x) { return fabs(x); }
 float reciprocal_approx(float x) { return 1.0f / x; }
 float exp2_approx(float x) { return static_cast<float>(exp2(double(x))); }
 float tanh_approx(float x) { return static_cast<float>(tanh(double(x))); }

@@ -48,10 +48,12 @@ struct Chunk {
 // to who waited for it, and to who met those since: async_known. Times of one clock stand for sets of accesses, so a
 // right program is never blamed; most missing barriers are found whatever the schedule.
 constexpr uint16_t ASYNC = 0xffff;  // in place of a thread: TMA and wgmma
+constexpr uint16_t SEVERAL = 0xfffe;  // several threads that added to the word and have not met
 struct Word {
   uint64_t written_at = 0, read_at = 0;
   uint16_t writer = 0, reader = 0;
   bool barrier = false;  // part of an mbarrier object
+  bool added = false;    // the last write was red_add_shared's
 };
 
 // 16 bytes of global memory that a block has stored and not yet released to other blocks, by address / 16.

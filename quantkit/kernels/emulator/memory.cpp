@@ -30,6 +30,7 @@ SharedAddress resolve(uint32_t address, int bytes, int alignment) {
 // ---- what is in flight ---------------------------------------------------------------------------------------
 
 static std::string who(uint16_t thread) {
+  if (thread == SEVERAL) return "several threads";
   return thread == ASYNC ? "an asynchronous operation" : "thread " + std::to_string(thread);
 }
 
@@ -48,7 +49,7 @@ void check_read(Block& block, uint32_t offset, int bytes, bool async_proxy) {
     const Word& word = block.words[w];
     if (word.barrier)
       fail("mbarrier", "reads shared offset %u, which is an mbarrier's", w * 4 - SHARED_START);
-    if (async_proxy && word.writer != ASYNC && word.written_at > block.threads[word.writer].fenced_at)
+    if (async_proxy && word.writer < SEVERAL && word.written_at > block.threads[word.writer].fenced_at)
       fail("proxy", "reads shared offset %u through the async proxy, but thread %u wrote it and has not called "
            "fence_proxy_async since", w * 4 - SHARED_START, word.writer);
     if (bytes >= 4 && &block == self().parent && unordered(word.writer, word.written_at))
@@ -105,6 +106,7 @@ void note_write(Block& block, uint32_t offset, int bytes, int thread) {
     block.words[w].written_at = time;
     // A cluster neighbour's write is kept under this block's thread of the same number.
     block.words[w].writer = thread < 0 ? self().linear : thread;
+    block.words[w].added = false;
   }
 }
 
@@ -136,6 +138,31 @@ void store_shared(uint32_t address, const void* value, int bytes, Place place) {
   memcpy(&s.block->shared[s.offset], value, bytes);
   note_write(*s.block, s.offset, bytes);
 }
+
+}  // namespace emulator
+
+using namespace emulator;
+
+void red_add_shared(uint32_t address, uint32_t value, Place place) {
+  enter("red_add_shared", place);
+  SharedAddress s = resolve(address, 4, 4);
+  Word& word = s.block->words[s.offset / 4];
+  // Additions are in no order among each other, so that of another thread is no race.
+  const bool others = word.added && unordered(word.writer, word.written_at);
+  // What this thread stored itself, and has told nobody of, stays a store.
+  const bool stored = !word.added && word.writer == self().linear && word.written_at > self().acquired_at;
+  if (others) word.writer = self().linear;
+  check_write(*s.block, s.offset, 4, false);
+  uint32_t sum;
+  memcpy(&sum, &s.block->shared[s.offset], 4);
+  sum += value;
+  memcpy(&s.block->shared[s.offset], &sum, 4);
+  note_write(*s.block, s.offset, 4);
+  word.added = !stored;
+  if (others) word.writer = SEVERAL;
+}
+
+namespace emulator {
 
 // ---- cp.async ------------------------------------------------------------------------------------------------
 

@@ -100,6 +100,8 @@ QK_DEVICE uint32_t shared_base();
 // T of 1, 2, 4, 8 or 16 bytes; the address is a multiple of its size.
 template <class T> QK_TEMPLATE T ld_shared(uint32_t address QK_AT);
 template <class T> QK_TEMPLATE void st_shared(uint32_t address, T value QK_AT);
+// Add to a word of this block's shared memory and return nothing; threads may add to one word without meeting.
+QK_DEVICE void red_add_shared(uint32_t address, uint32_t value QK_AT);
 template <class T> QK_TEMPLATE T ld_global(const T* pointer QK_AT);
 template <class T> QK_TEMPLATE void st_global(T* pointer, T value QK_AT);
 // Memory that no thread writes during the launch, read once: not kept in L1.
@@ -277,6 +279,10 @@ template <class Type> QK_TEMPLATE uint32_t fma_pair(uint32_t a, uint32_t b, uint
 QK_DEVICE float square_root(float x);  // rounded to nearest
 // The greater of a and |x|; NaN loses against any number.
 QK_DEVICE float max_magnitude(float a, float x);
+// The lesser and the greater; NaN loses against any number, and which zero comes first is not defined.
+QK_DEVICE float lesser(float a, float b);
+QK_DEVICE float greater(float a, float b);
+QK_DEVICE double magnitude(double x);
 // 1 / x, 2 ** x and tanh x as the hardware approximates them: within 1, 2 and 2**-10.987 relative (ulp, ulp, -).
 // The emulator computes them to the nearest float, so kernels that use them are compared within those bounds.
 QK_DEVICE float reciprocal_approx(float x);

@@ -103,6 +103,10 @@ QK_TEMPLATE void st_shared(uint32_t address, T value) {
   }
 }
 
+QK_DEVICE void red_add_shared(uint32_t address, uint32_t value) {
+  asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
+}
+
 // The compiler emits ld.global / st.global of T's width by itself.
 template <class T>
 QK_TEMPLATE T ld_global(const T* pointer) { return *pointer; }
@@ -457,6 +461,9 @@ QK_TEMPLATE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 QK_DEVICE float max_magnitude(float a, float x) { return fmaxf(a, fabsf(x)); }
+QK_DEVICE float lesser(float a, float b) { return fminf(a, b); }
+QK_DEVICE float greater(float a, float b) { return fmaxf(a, b); }
+QK_DEVICE double magnitude(double x) { return fabs(x); }
 QK_DEVICE float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
