@@ -5,9 +5,10 @@ from quantkit.kernels.gemm_family import GemmFamily
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.mma_family import MmaFamily
 from quantkit.kernels.w4.family import W4Family
+from quantkit.kernels.w4.mma_family import W4MmaFamily
 from quantkit.kernels.work import Work
 
-FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily(), W4Family())
+FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily(), W4Family(), W4MmaFamily())
 
 
 def family_of(work: Work, gpu: Gpu) -> Family | None:

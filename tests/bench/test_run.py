@@ -82,13 +82,19 @@ def test_a_quantized_file_is_run_in_its_own_formats(tmp_path: Path, monkeypatch:
     assert [r.work.format for r in forced.rows] == ["int8", "bf16"]
 
 
-def test_a_format_that_no_kernel_takes_is_a_row_without_one(tmp_path: Path) -> None:
+def test_a_format_that_no_kernel_takes_is_a_row_without_one() -> None:
+    found = quantkit.bench_model(shapes=[(1, 6, 32)], formats=["int2"], device_model="a100")
+    (row,) = found.rows
+    assert (row.work.format, row.work.n, row.work.k) == ("int2", 6, 32)
+    assert row.kernel == "" and row.time_us is None and row.roofline_us > 0
+    assert found.notes[-1] == "no kernel yet for int2 on sm_80"
+
+
+def test_a_quantized_file_of_four_bits_has_a_kernel_on_every_gpu(tmp_path: Path) -> None:
     onnx.save(BUILDERS["nvfp4_with_quantized_scales"](), tmp_path / "four.onnx")
     found = quantkit.bench_model(tmp_path / "four.onnx", batches=[1], device_model="a100")
     (row,) = found.rows
-    assert (row.work.format, row.work.n, row.work.k) == ("nvfp4", 6, 32)
-    assert row.kernel == "" and row.time_us is None and row.roofline_us > 0
-    assert found.notes[-1] == "no kernel yet for nvfp4 on sm_80"
+    assert (row.work.format, row.work.n, row.work.k, row.kernel) == ("nvfp4", 6, 32, "gemm_w4_mma")
 
 
 def test_shapes_need_no_model() -> None:

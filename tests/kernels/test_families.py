@@ -51,6 +51,8 @@ def test_a_work_goes_to_one_family_alone() -> None:
         ("h200", "nvfp4"),
         ("a100", "int8"),
         ("a100", "bf16"),
+        ("a100", "int4"),
+        ("rtx5090", "mxfp4"),
     ],
 )
 @pytest.mark.parametrize("m", [3, 40])

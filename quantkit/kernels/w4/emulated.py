@@ -1,4 +1,4 @@
-"""gemm_w4_sm90.cu and gemm_w4_few.cu on the CPU: the launch that a GPU would get, in the emulator."""
+"""The kernels for weights of four bits on the CPU: the launch that a GPU would get, in the emulator."""
 
 from typing import Any
 
@@ -18,6 +18,10 @@ from quantkit.kernels.w4.launch import (
     w4_launch_of,
 )
 from quantkit.kernels.w4.layout import Packed4
+from quantkit.kernels.w4.mma_heuristics import W4MmaTile
+from quantkit.kernels.w4.mma_launch import KERNEL as MMA_KERNEL
+from quantkit.kernels.w4.mma_launch import SOURCE as MMA_SOURCE
+from quantkit.kernels.w4.mma_launch import w4_mma_launch_of
 
 _MULTIPROCESSORS = 4
 
@@ -26,7 +30,7 @@ def emulated_w4(
     a: NDArray[Any],
     packed: Packed4,
     problem: W4Problem,
-    tile: W4Tile | W4Few,
+    tile: W4Tile | W4Few | W4MmaTile,
     *,
     bias: NDArray[np.float32] | None = None,
     relu: bool = False,
@@ -40,7 +44,8 @@ def emulated_w4(
     m, k = a.shape
     form = packed.layout
     kind = EpilogueKind(column_scale="each", bias=bias is not None, activation="relu" if relu else "none")
-    padded = np.zeros((m, -(-k // 8) * 8), a.dtype)
+    row = 16 // a.itemsize  # rows start at multiples of 16 bytes
+    padded = np.zeros((m, -(-k // row) * row), a.dtype)
     padded[:, :k] = a
     d: NDArray[Any] = np.empty(
         (m, form.n), ml_dtypes.bfloat16 if problem.output == "bfloat16" else problem.output
@@ -57,6 +62,25 @@ def emulated_w4(
             array=padded, box=box, swizzle=Swizzle.BYTES_128, shape=(m, k), strides_bytes=padded.strides
         )
 
+    if isinstance(tile, W4MmaTile):
+        universal = w4_mma_launch_of(problem, tile, kind)
+        load(MMA_SOURCE, MMA_KERNEL, universal.defines).launch(
+            padded,
+            *weights,
+            d,
+            *epilogue,
+            np.zeros(max(universal.partials_bytes, 16), np.uint8),
+            np.zeros(max(universal.arrivals, 4), np.uint32),
+            np.int32(k * a.itemsize),
+            np.int64(padded.strides[0]),
+            np.int32(form.slabs),
+            grid=universal.grid,
+            block=universal.block,
+            shared_bytes=universal.shared_bytes,
+            mode=mode,
+            multiprocessors=_MULTIPROCESSORS,
+        )
+        return d
     if isinstance(tile, W4Few):
         few = w4_few_launch_of(problem, tile, kind)
         load(FEW_SOURCE, FEW_KERNEL, few.defines).launch(

@@ -18,7 +18,7 @@ from quantkit.kernels.gemm_operands import Epilogue
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.reference import gemm_reference
 from quantkit.kernels.w4.emulated import emulated_w4
-from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, w4_choose
+from quantkit.kernels.w4.heuristics import W4Few, W4Problem, w4_choose
 from quantkit.kernels.w4.launch import FEW_KERNEL, FEW_SOURCE, KERNEL, SOURCE, w4_few_launch_of, w4_launch_of
 from quantkit.kernels.w4.layout import pack4
 from quantkit.kernels.w4.matmul import matmul_w4, pack_weight4
@@ -34,7 +34,7 @@ class W4Family(Family):
 
     name = KERNEL
     formats = frozenset(_STORED)
-    architectures = ("sm_90a",)
+    architectures: tuple[str, ...] = ("sm_90a",)
 
     def takes(self, work: Work, gpu: Gpu) -> bool:
         """Return whether it computes `work` on `gpu`: groups are powers of two."""
@@ -45,7 +45,7 @@ class W4Family(Family):
 
     def predict(self, work: Work, gpu: Gpu) -> Prediction:
         """Return the configuration that is chosen; how long it takes is not modelled."""
-        tile = w4_choose(_problem(work), gpu.time_model())
+        tile = self.choose(problem_of(work), gpu)
         return Prediction(
             kernel=FEW_KERNEL if isinstance(tile, W4Few) else KERNEL,
             configuration=tile,
@@ -53,36 +53,36 @@ class W4Family(Family):
             time_us=None,
         )
 
-    def ranked(self, work: Work, gpu: Gpu) -> Sequence[W4Tile | W4Few]:
+    def choose(self, problem: W4Problem, gpu: Gpu | None = None) -> Any:
+        """Return the configuration chosen on a GPU; on a small one by default, for the emulator."""
+        return w4_choose(problem) if gpu is None else w4_choose(problem, gpu.time_model())
+
+    def ranked(self, work: Work, gpu: Gpu) -> Sequence[Any]:
         """Return the configuration that is chosen."""
         return [self.predict(work, gpu).configuration]
 
-    def describe(self, configuration: W4Tile | W4Few) -> str:
+    def describe(self, configuration: Any) -> str:
         """Return a tile as 256x16 s6: rows of W by rows of A, and stages."""
         tile = configuration
         rows = 16 * tile.tile if isinstance(tile, W4Few) else tile.tile_w
         return f"{rows}x{tile.tile_n} s{tile.stages}"
 
-    def source(
-        self, work: Work, configuration: W4Tile | W4Few, gpu: Gpu
-    ) -> tuple[Path, Mapping[str, str | int]]:
+    def source(self, work: Work, configuration: Any, gpu: Gpu) -> tuple[Path, Mapping[str, str | int]]:
         """Return the file and its macros."""
-        problem, kind = _problem(work), _kind(work)
+        problem, kind = problem_of(work), kind_of(work)
         if isinstance(configuration, W4Few):
             return FEW_SOURCE, w4_few_launch_of(problem, configuration, kind).defines
         return SOURCE, w4_launch_of(problem, configuration, kind, gpu.multiprocessors).defines
 
-    def prepare(
-        self, work: Work, operands: Operands, configuration: W4Tile | W4Few | None = None
-    ) -> Callable[[], Any]:
+    def prepare(self, work: Work, operands: Operands, configuration: Any = None) -> Callable[[], Any]:
         """Return a call of `matmul_w4` that writes into an array of its own."""
         cupy = device.cupy()
-        weight = pack_weight4(_weight(operands))
+        weight = pack_weight4(weight_of(operands))
         form = weight.layout
         stored = replace(
-            _problem(work), codes=form.codes, group=form.group, scales=form.scales, zeros=form.zeros
+            problem_of(work), codes=form.codes, group=form.group, scales=form.scales, zeros=form.zeros
         )
-        tile = configuration if stored == _problem(work) else None
+        tile = configuration if stored == problem_of(work) else None
         small = cupy.asarray(np.ascontiguousarray(operands.activations).view(np.uint16))
         a = small if len(small) == work.m else small[cupy.arange(work.m) % len(small)]
         epilogue = Epilogue(
@@ -92,23 +92,21 @@ class W4Family(Family):
         out = cupy.empty((work.m, work.n), _OUTPUTS[work.output])
         return lambda: matmul_w4(a, weight, epilogue=epilogue, out_dtype=work.output, out=out, tile=tile)
 
-    def emulate(
-        self, work: Work, operands: Operands, configuration: W4Tile | W4Few | None = None
-    ) -> NDArray[Any]:
+    def emulate(self, work: Work, operands: Operands, configuration: Any = None) -> NDArray[Any]:
         """Return D of the emulated kernel."""
-        packed = pack4(_weight(operands))
+        packed = pack4(weight_of(operands))
         form = packed.layout
         problem = replace(
-            _problem(work), codes=form.codes, group=form.group, scales=form.scales, zeros=form.zeros
+            problem_of(work), codes=form.codes, group=form.group, scales=form.scales, zeros=form.zeros
         )
         # A tile fits the layout that it was chosen for.
-        tile = configuration if configuration and problem == _problem(work) else w4_choose(problem)
+        tile = configuration if configuration and problem == problem_of(work) else self.choose(problem)
         a = operands.rows(work.m)
         return emulated_w4(a, packed, problem, tile, bias=operands.bias, relu=work.relu)
 
     def reference(self, work: Work, operands: Operands) -> NDArray[Any]:
         """Return D of the oracle: a weight's value is rounded once, to bf16, as the kernel decodes it."""
-        held = _weight(operands)
+        held = weight_of(operands)
         values = dequantize(held)
         return gemm_reference(
             operands.activations,
@@ -119,9 +117,14 @@ class W4Family(Family):
         )
 
 
-def _weight(operands: Operands) -> QTensor:
+def weight_of(operands: Operands) -> QTensor:
+    """Return the weight.
+
+    Raises:
+        KernelError: it is not quantized.
+    """
     if not isinstance(operands.weight, QTensor):
-        raise KernelError("gemm_w4_sm90: the weight is not quantized; give a QTensor.")
+        raise KernelError("The weight is not quantized; give a QTensor.")
     return operands.weight
 
 
@@ -131,7 +134,8 @@ def _group(work: Work) -> int:
     return group
 
 
-def _problem(work: Work) -> W4Problem:
+def problem_of(work: Work) -> W4Problem:
+    """Return the problem that `matmul_w4` solves for a work."""
     codes, scales = _STORED[work.format]
     return W4Problem(
         m=work.m,
@@ -146,5 +150,6 @@ def _problem(work: Work) -> W4Problem:
     )
 
 
-def _kind(work: Work) -> EpilogueKind:
+def kind_of(work: Work) -> EpilogueKind:
+    """Return the epilogue that benchmarks run."""
     return EpilogueKind(column_scale="each", bias=work.bias, activation="relu" if work.relu else "none")

@@ -93,7 +93,8 @@ _SHAPES = (
 def w4_mma_candidates(problem: W4Problem, device: MmaDevice) -> Iterator[W4MmaTile]:
     """Yield the configurations of gemm_w4_mma.cu that can run `problem` on `device`."""
     for tile_w, tile_a, warps_w, slabs in _SHAPES:
-        if tile_a > 8 and tile_a >= 2 * problem.m:
+        # Few rows of A are one tile, so that codes are read, and decoded, once; no tile is twice as wide as they.
+        if tile_a < min(problem.m, 64) or (tile_a > 8 and tile_a >= 2 * problem.m):
             continue
         for stages in (3, 4, 6):
             tile = W4MmaTile(
