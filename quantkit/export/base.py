@@ -70,6 +70,7 @@ _REGISTRY: Registry[Callable[..., Emitter | FolderEmitter]] = Registry(
     builtin={
         "ort": "quantkit.export.ort:OrtEmitter",
         "ort-cpu": "quantkit.export.ort_cpu:OrtCpuEmitter",
+        "ort-qoperator": "quantkit.export.ort_qoperator:OrtQOperatorEmitter",
         "tensorrt": "quantkit.export.tensorrt:TensorRTEmitter",
     },
     check=_is_no_emitter,

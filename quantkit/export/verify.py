@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from quantkit.decode import beyond_onnxruntime, decode
 from quantkit.errors import ExportError, ModelError
+from quantkit.export.verify_codes import CODES_DB, as_floats, coded_tensors, rounding_sqnr_db
 from quantkit.export.verify_weights import verify_weights
 from quantkit.graph import Graph
 from quantkit.metrics import SignalToNoise
@@ -24,6 +25,8 @@ _STEP_DB = {ir.DataType.FLOAT: 70.0, ir.DataType.FLOAT16: 45.0, ir.DataType.BFLO
 # rounding boundaries now and then; what is wrong in a file costs more.
 _WHOLE_DB = -10.0
 _WHOLE_LIMIT_DB = 45.0
+# Scales of channels change the last bits of floats and nothing else: 1e-5 of float32.
+_SAME_DB = {ir.DataType.FLOAT: 100.0, ir.DataType.FLOAT16: 45.0, ir.DataType.BFLOAT16: 28.0}
 # Running a larger model, and NumPy's reading of it, would hold its weights several times over.
 _RUN_BYTES = 256 * 2**20
 
@@ -67,12 +70,41 @@ def can_run(graph: Graph) -> bool:
     return graph.weight_bytes <= _RUN_BYTES
 
 
-def verify(path: Path, graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]) -> Verification:
+def check_same_function(before: Graph, after: Graph, feeds: Mapping[str, np.ndarray]) -> None:
+    """Run a float model and what rescaling made of it: their outputs must agree to the last bits of their floats.
+
+    Raises:
+        ExportError: they do not.
+    """
+    if not can_run(before):
+        return
+    names = [name for name in before.outputs if _is_compared(before, name)]
+    exact = Session(before.model, outputs=names, optimize=False).run(feeds)
+    found = Session(after.model, outputs=names, optimize=False).run(feeds)
+    limit = _SAME_DB[_precision(before.model)]
+    for name in names:
+        agreement = _sqnr(exact[name], found[name])
+        if agreement < limit:
+            raise ExportError(
+                f"{before.name}: rescaled, its float output {name} is another one ({agreement:.1f} dB); nothing was "
+                "written; report this, and use --folds norms meanwhile."
+            )
+
+
+def verify(
+    path: Path,
+    graph: Graph,
+    plan: Plan,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    reference: Graph | None = None,
+) -> Verification:
     """Hold the file at `path` against its plan: by running it once, or, a large one or without feeds, by its weights.
 
     Every quantized tensor and every output is compared with what the plan makes of the file's own tensors before it;
     then the first output, as the untouched file computes it, with the plan followed from end to end. Outputs of
     integers, or whose shape depends on the data, are not compared: a float's last bit can change them (TopK, ArgMax).
+    Of a tensor that the file holds as codes alone, every code must be the one that the plan's value rounds to.
 
     Raises:
         ExportError: the file is not valid, does not run, or does not do what the plan says.
@@ -88,19 +120,25 @@ def verify(path: Path, graph: Graph, plan: Plan, feeds: Mapping[str, np.ndarray]
     beyond = beyond_onnxruntime(model)
     runnable = decode(model) if beyond else model
     _compute_in_float(runnable)
+    coded = coded_tensors(runnable, plan, path.name)
+    held = {name: coded[name][0] if name in coded else name for name in names}
     try:
         written = Session(runnable, optimize=False).run(feeds)
-        observed = Session(runnable, outputs=names, optimize=False).run(feeds)
+        found = Session(runnable, outputs=list(held.values()), optimize=False).run(feeds)
     except ModelError as error:
         raise ExportError(f"{path.name}: the written model does not run ({error})") from error
-    steps = simulate_steps(graph, plan, feeds, observed)
-    agreement = {name: _sqnr(steps[name], observed[name]) for name in names}
-    worst = min(names, key=lambda n: agreement[n])
+    observed = {name: found[held[name]] for name in names}
+    floats = observed | {name: as_floats(observed[name], a) for name, (_, a) in coded.items()}
+    steps = simulate_steps(graph, plan, feeds, floats)
+    agreement = {name: _sqnr(steps[name], observed[name]) for name in names if name not in coded}
+    agreement |= {name: rounding_sqnr_db(steps[name], observed[name], a) for name, (_, a) in coded.items()}
+    least = {name: CODES_DB if name in coded else _STEP_DB[precision] for name in names}
+    worst = min(names, key=lambda n: agreement[n] - least[n])
     output = (outputs or graph.outputs)[0]
     planned = simulate(graph, plan, feeds)[output]
-    exact = Session(graph.model, outputs=[output], optimize=False).run(feeds)[output]
+    exact = Session((reference or graph).model, outputs=[output], optimize=False).run(feeds)[output]
     lost, whole = _sqnr(exact, planned), _sqnr(planned, written[output])
-    if agreement[worst] < _STEP_DB[precision]:
+    if agreement[worst] < least[worst]:
         raise ExportError(
             f"{path.name}: its tensor {worst} differs from the plan's ({agreement[worst]:.1f} dB); "
             "the file was not kept; report this."

@@ -1,0 +1,296 @@
+"""Turning a model with Q/DQ pairs into operators that work on codes themselves.
+
+Three things happen to a graph, each exact by itself:
+
+- `Q(op(DQ(a), DQ(b)))` becomes one operator on codes, where ONNX Runtime has it. What stands between `op` and `Q` and
+  does not decrease moves behind the `Q`: a Relu or Clip limits codes, since Q(clip(x, l, h)) = clip(Q(x), Q(l), Q(h)),
+  and is dropped where Q(l) and Q(h) are the least and the greatest code anyway; MaxPool, Reshape and their like
+  handle codes as they do floats.
+- `op(DQ(a), DQ(b))` with a float output becomes an integer product that is scaled behind.
+- Any other node keeps its DequantizeLinear and QuantizeLinear.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from quantkit.export.integer_operators import (
+    CONTRIB,
+    Codes,
+    Operator,
+    activation,
+    array,
+    codes_of,
+    factor,
+    gemm_attributes,
+    integer_bias,
+    integer_operator,
+    same_scale,
+    weight_of,
+)
+from quantkit.export.writer import Writer
+
+# What handles codes as it handles floats, in its first input.
+_MOVES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_LIMITS = frozenset({"Relu", "Clip"})
+_FLOAT = ir.DataType.FLOAT
+
+
+def to_operator_form(model: ir.Model, quantizers: Sequence[str]) -> None:
+    """Rewrite a model in place.
+
+    The codes of a tensor whose floats are computed no more are called `<tensor>_quantized`.
+
+    Args:
+        model: a model whose weights and biases are stored as codes behind DequantizeLinear.
+        quantizers: the QuantizeLinear nodes that operators may take in.
+    """
+    writer = _OperatorWriter(model)
+    for name in quantizers:
+        writer.take_in(writer.nodes[name])
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type in ("Conv", "Gemm", "MatMul"):
+            writer.multiply(node)
+    for node in reversed(model.graph):
+        value = node.outputs[0]
+        if node.op_type == "DequantizeLinear" and not value.uses() and not value.is_graph_output():
+            model.graph.remove(node, safe=True)
+    writer.drop_unused_initializers()
+
+
+def codes_name(tensor: str) -> str:
+    """Return what the codes of a tensor are called, unless something else has that name; then "_" follows."""
+    return f"{tensor}_quantized"
+
+
+class _OperatorWriter(Writer):
+    """Replaces nodes by operators on codes, which keep their names."""
+
+    def __init__(self, model: ir.Model) -> None:
+        super().__init__(model)
+        # Codes that are to be named: the graph gives every value some name when its node comes in.
+        self._unnamed: set[ir.Value] = set()
+
+    def take_in(self, quantizer: ir.Node) -> None:
+        """Let the node before a QuantizeLinear compute its codes, where it can."""
+        given, codes = quantizer.inputs[0], quantizer.outputs[0]
+        assert given is not None and codes.dtype is not None
+        scale, zero = quantizer.inputs[1], quantizer.inputs[2]
+        assert scale is not None and zero is not None
+        y = Codes(value=codes, scale=scale, zero_point=zero, axis=None)
+        behind: list[ir.Node] = []
+        top = _only_maker(given)
+        while top is not None and _does_not_decrease(top):
+            behind.append(top)
+            assert top.inputs[0] is not None
+            stored = codes_of(top.inputs[0])
+            if stored is not None and stored.axis is None and same_scale(stored, y):
+                if any(node.op_type in _MOVES for node in behind):
+                    self._replace(quantizer, stored.value, behind, y)
+                return
+            top = _only_maker(top.inputs[0])
+        operator = None if top is None else integer_operator(top, y)
+        if top is None or operator is None:
+            return
+        made = self._make(operator, top, codes.dtype)
+        self.model.graph.insert_before(quantizer, made)
+        self._unnamed.add(made.outputs[0])
+        self._replace(quantizer, made.outputs[0], [*behind, top], y)
+
+    def _replace(self, quantizer: ir.Node, codes: ir.Value, old: Sequence[ir.Node], y: Codes) -> None:
+        """Put codes, behind what limits or moves them, in the place of a quantizer's; `old` is removed, last first."""
+        graph, dtype = self.model.graph, quantizer.outputs[0].dtype
+        assert dtype is not None
+        for mover in reversed(old):
+            if not _does_not_decrease(mover):
+                continue
+            inputs = self._limits(mover, y) if mover.op_type in _LIMITS else list(mover.inputs[1:])
+            if inputs is None:
+                continue
+            self._name(codes, mover.inputs[0])
+            op_type = "Clip" if mover.op_type in _LIMITS else mover.op_type
+            attributes = {} if mover.op_type in _LIMITS else dict(mover.attributes)
+            node = ir.node(op_type, [codes, *inputs], attributes=attributes, name=mover.name)
+            graph.insert_before(quantizer, node)
+            codes = node.outputs[0]
+            codes.shape, codes.type = mover.outputs[0].shape, ir.TensorType(dtype)
+            self._unnamed.add(codes)
+        self._name(codes, quantizer.inputs[0])
+        quantizer.outputs[0].replace_all_uses_with(codes)
+        for node in (quantizer, *old):
+            graph.remove(node, safe=True)
+
+    def _name(self, codes: ir.Value, tensor: ir.Value | None) -> None:
+        """Name codes after the tensor that they are of, unless they have a name."""
+        if codes in self._unnamed and tensor is not None:
+            codes.name = self._free_name(codes_name(str(tensor.name)))
+            self.values[codes.name] = codes
+            self._unnamed.remove(codes)
+
+    def _limits(self, node: ir.Node, y: Codes) -> list[ir.Value | None] | None:
+        """Return the codes between which a Relu or Clip lets codes be; None where it lets all be."""
+        dtype = y.value.dtype
+        assert dtype is not None
+        ends = np.iinfo(dtype.numpy())
+        low, high = _bounds(node)
+        least, greatest = (_quantized(end, y, ends) for end in (low, high))
+        if (least, greatest) == (ends.min, ends.max):
+            return None
+        named = (f"{node.name}_least", least), (f"{node.name}_greatest", greatest)
+        return [self.constant(name, np.asarray(end), dtype) for name, end in named]
+
+    def multiply(self, node: ir.Node) -> None:
+        """Let a product with a float output multiply codes, where it can."""
+        made: list[ir.Node] | None = None
+        if node.op_type == "MatMul":
+            made = self._matmul(node)
+        elif node.op_type == "Gemm":
+            made = self._gemm(node)
+        else:
+            made = self._convolution(node)
+        if made is None:
+            return
+        last = made[-1].outputs[0]
+        last.name = node.outputs[0].name
+        ir.convenience.replace_nodes_and_values(
+            self.model.graph, node, [node], made, list(node.outputs), [last]
+        )
+
+    def _matmul(self, node: ir.Node) -> list[ir.Node] | None:
+        a, b = activation(node.inputs[0]), weight_of(node)
+        if a is not None and b is not None:
+            inputs = [
+                a.value,
+                b.value,
+                a.scale,
+                b.scale,
+                a.zero_point,
+                None if b.axis is not None else b.zero_point,
+            ]
+            operator = Operator(op_type="MatMulIntegerToFloat", domain=CONTRIB, inputs=inputs, attributes={})
+            return [self._make(operator, node, _FLOAT)]
+        left, right = codes_of(node.inputs[0]), activation(node.inputs[1])
+        rank = 0 if left is None or left.value.shape is None else len(left.value.shape)
+        a = factor(node.inputs[0], (rank - 2,)) if rank >= 2 else None
+        if a is None or right is None:
+            return None
+        inputs = [a.value, right.value, None, right.zero_point]
+        if a.axis is None:
+            inputs[2] = a.zero_point
+        operator = Operator(op_type="MatMulInteger", domain="", inputs=inputs, attributes={})
+        return self._scaled(self._make(operator, node, ir.DataType.INT32), node, right, a, (-1, 1))
+
+    def _gemm(self, node: ir.Node) -> list[ir.Node] | None:
+        a, b = activation(node.inputs[0]), weight_of(node)
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        if a is None or b is None:
+            return None
+        fits, bias = integer_bias(given, a, b)
+        beta = node.attributes.get("beta")
+        if not fits and beta is not None and beta.as_float() != 1:
+            return None
+        inputs = [*a.inputs, *b.inputs, *([] if bias is None else [bias])]
+        operator = Operator(op_type="QGemm", domain=CONTRIB, inputs=inputs, attributes=gemm_attributes(node))
+        product = self._make(operator, node, _FLOAT)
+        return [product] if fits else [product, self._step("Add", node, [product.outputs[0], given])]
+
+    def _convolution(self, node: ir.Node) -> list[ir.Node] | None:
+        x, w = activation(node.inputs[0]), weight_of(node)
+        if x is None or w is None or w.value.shape is None or np.any(array(w.zero_point)):
+            return None
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        fits, bias = integer_bias(given, x, w)
+        operator = Operator(
+            op_type="ConvInteger",
+            domain="",
+            inputs=[x.value, w.value, x.zero_point],
+            attributes=node.attributes,
+        )
+        made = [self._make(operator, node, ir.DataType.INT32)]
+        along = (-1, *(1 for _ in range(len(w.value.shape) - 2)))
+        stored = bias if fits else given
+        if stored is not None and stored.const_value is None:
+            return None
+        spread = (
+            None
+            if stored is None or stored.dtype is None
+            else self.constant(f"{stored.name}_spread", array(stored).reshape(along), stored.dtype)
+        )
+        if spread is not None and fits:
+            made.append(self._step("Add", node, [made[-1].outputs[0], spread], ir.DataType.INT32))
+        made = [*made[:-1], *self._scaled(made[-1], node, x, w, along)]
+        if spread is not None and not fits:
+            made.append(self._step("Add", node, [made[-1].outputs[0], spread]))
+        return made
+
+    def _scaled(
+        self, sums: ir.Node, node: ir.Node, x: Codes, w: Codes, along: tuple[int, ...]
+    ) -> list[ir.Node]:
+        """Sums of products of codes as floats: times both scales, those of the weight in the shape `along`."""
+        scale = w.scale
+        if w.axis is not None:
+            scale = self.constant(f"{w.scale.name}_spread", array(w.scale).reshape(along), _FLOAT)
+        cast = self._step("Cast", node, [sums.outputs[0]], attributes={"to": int(_FLOAT)})
+        both = self._step("Mul", node, [x.scale, scale])
+        return [sums, cast, both, self._step("Mul", node, [cast.outputs[0], both.outputs[0]])]
+
+    def _make(self, operator: Operator, node: ir.Node, dtype: ir.DataType) -> ir.Node:
+        """The node of an operator, under the old one's name; its output is of the old one's shape and has no name."""
+        if operator.domain:
+            self.model.graph.opset_imports.setdefault(operator.domain, 1)
+        inputs = list(operator.inputs)
+        while inputs[-1] is None:
+            inputs.pop()
+        made = ir.node(
+            operator.op_type,
+            inputs,
+            attributes=dict(operator.attributes),
+            domain=operator.domain,
+            name=node.name,
+        )
+        made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, ir.TensorType(dtype)
+        return made
+
+    def _step(
+        self,
+        op_type: str,
+        node: ir.Node,
+        inputs: Sequence[ir.Value | None],
+        dtype: ir.DataType = _FLOAT,
+        attributes: Mapping[str, int] | None = None,
+    ) -> ir.Node:
+        """One of several nodes that stand for one; named after that one's output."""
+        return self.node(op_type, str(node.outputs[0].name), inputs, attributes or {}, dtype)
+
+
+def _only_maker(value: ir.Value) -> ir.Node | None:
+    """The node that computes a tensor which nothing else reads; None where others need it."""
+    if value.is_graph_output() or len(value.uses()) != 1:
+        return None
+    return value.producer()
+
+
+def _does_not_decrease(node: ir.Node) -> bool:
+    """Whether quantizing what a node reads, and then doing on codes what it does, gives its output's codes."""
+    if node.domain != "" or len([v for v in node.outputs if v.name]) != 1:
+        return False
+    if node.op_type == "Clip":
+        return all(v is None or v.const_value is not None for v in node.inputs[1:])
+    return node.op_type in _MOVES or node.op_type in _LIMITS
+
+
+def _bounds(node: ir.Node) -> tuple[float, float]:
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    given: list[ir.Value | None] = [*node.inputs[1:], None, None][:2]
+    low, high = (None if v is None else float(array(v)) for v in given)
+    return -float("inf") if low is None else low, float("inf") if high is None else high
+
+
+def _quantized(x: float, y: Codes, ends: "np.iinfo[np.integer[np.typing.NBitBase]]") -> int:
+    """The code of one number, as QuantizeLinear finds it: the quotient in float32, ties to even."""
+    if np.isinf(x):
+        return int(ends.max if x > 0 else ends.min)
+    quotient = np.rint(np.float32(x) / array(y.scale).astype(np.float32))
+    return int(np.clip(float(quotient) + float(array(y.zero_point)), ends.min, ends.max))
