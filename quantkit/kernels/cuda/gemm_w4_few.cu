@@ -24,6 +24,11 @@ constexpr int OWN = SLABS / WARPS_K;     // slabs of a stage that a warp multipl
 static_assert(SLABS % WARPS_K == 0, "warps have the same number of slabs");
 
 constexpr int SIDES = GROUP_SLABS >= SLABS ? 1 : SLABS / GROUP_SLABS;  // of scales that a stage holds
+// Of a warp's slabs in a stage, how many one after the other have the same scales.
+constexpr int SHARED_BY = SIDES == 1 ? OWN : SLABS / SIDES < OWN ? SLABS / SIDES : OWN;
+// Many warps have no registers to keep factors of columns through the products: those that add up sums fetch them while
+// they wait for the others.
+constexpr bool FETCH_EARLY = WARPS <= 20;
 static_assert(GROUP_SLABS % SLABS == 0 || SLABS % GROUP_SLABS == 0, "stages and groups begin together");
 constexpr int CODES_AT = SLABS * TILE_N * ROW;
 constexpr int SCALES_AT = CODES_AT + SLABS * TILE * GROUP_BYTES;
@@ -104,35 +109,43 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
     // Sums 4 j + 2 h + e are row 8 j + 2 (lane % 4) + e of D, column lane / 4 + 8 h of the group.
     const int n0 = (first + along_w * MI) * 16 + lane / 4, across = lane % 4 * 2;
     epilogue::ColumnFactors columns[MI][2];
-    QK_UNROLL for (int i = 0; i < MI; i++)
-      QK_UNROLL for (int h = 0; h < 2; h++) columns[i][h] = epilogue::column_factors(output, n0 + i * 16 + 8 * h);
+    auto fetch_columns = [&] {
+      QK_UNROLL for (int i = 0; i < MI; i++)
+        QK_UNROLL for (int h = 0; h < 2; h++) columns[i][h] = epilogue::column_factors(output, n0 + i * 16 + 8 * h);
+    };
+    if (FETCH_EARLY) fetch_columns();
     Sum sum[MI][TILE_N / 8][4];
     QK_UNROLL for (int i = 0; i < MI; i++)
       QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
         QK_UNROLL for (int e = 0; e < 4; e++) sum[i][j][e] = 0;
+    // Where this lane reads in a stage; the rest is known when it is compiled.
+    const int group0 = along_w * MI, slab0 = along_k * OWN, side0 = SIDES > 1 ? slab0 / (SLABS / SIDES) : 0;
+    const uint32_t codes_at = CODES_AT + (slab0 * TILE + group0) * GROUP_BYTES + lane * 16;
+    const uint32_t scales_at = SCALES_AT + side0 * SCALES_SIZE + (group0 * 8 + lane / 4) * PAIR_BYTES;
+    const uint32_t zeros_at = ZEROS_AT + side0 * ZEROS_SIZE + (group0 * 8 + lane / 4 + first % 2 * 8) * GROUPS;
+    const uint32_t a_at = slab0 * TILE_N * ROW + swizzled(lane % 8, lane / 8);
     uint32_t parity = 0;
     QK_ROLLED for (int step = 0; step < steps; step++) {
       mbarrier_wait_ring(full + 8 * s, parity);
       const uint32_t stage = base + s * STAGE_BYTES;
+      uint32_t raw[MI][PAIR_WORDS + 1], zero[MI][GROUPS];
       QK_UNROLL for (int o = 0; o < OWN; o++) {
-        const int slab = along_k * OWN + o, side = SIDES > 1 ? slab / (SLABS / SIDES) : 0;
+        const int side = SIDES > 1 ? o / (SLABS / SIDES) : 0;
         U32x4 words[MI][PLANES];
-        uint32_t raw[MI][PAIR_WORDS + 1], zero[MI][GROUPS];
         QK_UNROLL for (int i = 0; i < MI; i++) {
-          const int group = along_w * MI + i, pair = group * 8 + lane / 4;
           QK_UNROLL for (int plane = 0; plane < PLANES; plane++)
-            words[i][plane] =
-                ld_shared<U32x4>(stage + CODES_AT + (slab * TILE + group) * GROUP_BYTES + plane * 512 + lane * 16);
-          load_pair(raw[i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES);
+            words[i][plane] = ld_shared<U32x4>(stage + codes_at + (o * TILE + i) * GROUP_BYTES + plane * 512);
+          if (o % SHARED_BY != 0) continue;
+          load_pair(raw[i], stage + scales_at + side * SCALES_SIZE + i * 8 * PAIR_BYTES);
           if constexpr (ZEROS)
             QK_UNROLL for (int g = 0; g < GROUPS; g++)
-              zero[i][g] = ld_shared<uint8_t>(stage + ZEROS_AT + side * ZEROS_SIZE + (pair + first % 2 * 8) * GROUPS + g);
+              zero[i][g] = ld_shared<uint8_t>(stage + zeros_at + side * ZEROS_SIZE + i * 8 * GROUPS + g);
         }
         QK_UNROLL for (int half = 0; half < 2; half++) {
           uint32_t of_a[TILE_N / 8][4];  // 32 of K of eight rows of A
           QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
             ldmatrix_x4(of_a[j][0], of_a[j][1], of_a[j][2], of_a[j][3],
-                        stage + slab * TILE_N * ROW + swizzled(j * 8 + lane % 8, half * 4 + lane / 8));
+                        ((stage + a_at) ^ half * 64) + (o * TILE_N + j * 8) * ROW);
           QK_UNROLL for (int k = 0; k < 2; k++)
             QK_UNROLL for (int i = 0; i < MI; i++) {
               Registers<uint32_t, 4> fragment;
@@ -152,6 +165,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
       }
     }
 
+    if (!FETCH_EARLY && along_k == 0) fetch_columns();
     if constexpr (WARPS_K > 1) {
       constexpr int VECTORS = MI * (TILE_N / 8);
       barrier_sync(1, 32 * WARPS);  // everyone has read all of the ring
