@@ -110,16 +110,15 @@ def w4_mma_candidates(problem: W4Problem, device: MmaDevice) -> Iterator[W4MmaTi
                     yield replace(tile, slices=slices)
 
 
-# What eight codes of each of a warp's lanes cost, in instructions: to decode them, to load them and their scales.
-_DECODED = {"int4": 15.0, "uint4": 18.0, "e4m3": 18.8, "e8m0": 16.5, "uint8": 11.0, "none": 15.0}
-_LOADED = 3.0
+# What eight codes of each of a warp's lanes cost besides mma and ldmatrix, in instructions: those of the loop over K
+# for eight rows of A, counted in the machine code of sm_80 (sm_120 has 1 to 3 % fewer).
+_DECODED = {"int4": 19.2, "uint4": 24.9, "e4m3": 27.7, "e8m0": 25.7, "uint8": 14.2, "none": 14.2}
 
 
 def instructions_of_eight(problem: W4Problem, rows: int) -> float:
-    """Return the instructions a lane needs for eight codes and `rows` rows of A: decoding, loads, mma."""
-    float_codes = problem.codes == "fp4_e2m1" or problem.slab == 128
-    decoded = _DECODED[problem.scales if float_codes else problem.codes]
-    return decoded + _LOADED + -(-rows // 8) * 1.5
+    """Return the instructions a lane needs for eight codes and `rows` rows of A: copies, decoding, ldmatrix, mma."""
+    by_scales = problem.codes == "fp4_e2m1" or problem.slab == 128
+    return _DECODED[problem.scales if by_scales else problem.codes] + -(-rows // 8) * 96 / problem.slab
 
 
 def w4_mma_estimate_us(problem: W4Problem, tile: W4MmaTile, device: MmaDevice) -> float:

@@ -112,7 +112,7 @@ MUTATIONS: dict[str, tuple[Path, str, str, Run, str]] = {
     ),
     "sums not released": (STORE, "atomic_add_acq_rel(arrivals", "atomic_add(arrivals", SLICED, "some"),
     "one slice too few is waited for": (
-        STORE, "(base) == slices - 1;", "(base) == slices - 2;", SLICED, "every"
+        STORE, "(base) == slices - 1;", "(base) == slices - 2;", SLICED, "some"
     ),
     "own sums added twice": (
         STORE, "QK_UNROLL for (int e = 0; e < 4; e++) sum[i][e] = 0;\n  for (int s", "{}\n  for (int s", SLICED, "every"

@@ -8,22 +8,14 @@ import pytest
 
 from quantkit.formats.quantize import dequantize
 from quantkit.kernels.emulator import Mode
-from quantkit.kernels.mma_heuristics import mma_device
-from quantkit.kernels.w4.heuristics import W4Problem
 from quantkit.kernels.w4.layout import pack4
-from quantkit.kernels.w4.mma_heuristics import (
-    W4MmaTile,
-    w4_mma_choose,
-    w4_mma_estimate_us,
-    w4_mma_rank,
-)
-from quantkit.kernels.w4.mma_launch import w4_mma_launch_of
+from quantkit.kernels.w4.mma_heuristics import W4MmaTile
 from quantkit.kernels.w4.reference import decoded4, w4_reference
 
 from ..backends import EmulatorBackend, gpu
 from ..layouts import small_integers
 from ..pairs import pairwise
-from .mma import KIND, run_w4_mma
+from .mma import run_w4_mma
 from .test_products import DECODINGS, every_code
 from .weights import DTYPES, weight
 
@@ -178,60 +170,3 @@ def test_more_slices_than_steps_leave_some_without_work(compiler):
     a = small_integers(rng, (3, 64), "BF16")
     found = run_w4_mma(EmulatorBackend(Mode.SHUFFLED), a, packed, TILES["few of three"])
     np.testing.assert_array_equal(found, w4_reference(a, packed, output="float32"))
-
-
-# ---- which tile --------------------------------------------------------------------------------------------------
-
-GPUS = {"sm_80": 108, "sm_86": 72, "sm_89": 142, "sm_90a": 132, "sm_100a": 148, "sm_120a": 170}
-
-
-def problem(m: int, n: int = 8192, k: int = 8192, **options: Any) -> W4Problem:
-    usual = {
-        "activations": "bfloat16",
-        "output": "bfloat16",
-        "codes": "int4",
-        "group": 128,
-        "scales": "bfloat16",
-    }
-    return W4Problem(m=m, n=n, k=k, **(usual | {"zeros": False} | options))
-
-
-@pytest.mark.parametrize(
-    "form", [{}, {"zeros": True, "group": 32, "scales": "float32"}], ids=["int4", "widest"]
-)
-@pytest.mark.parametrize("arch", [*GPUS, "sm_87"])
-def test_every_shape_gets_tiles_that_fit(arch, form):
-    device = mma_device(arch, 100)
-    for m, n, k in [(1, 1, 1), (1, 100000, 7), (5000, 1, 70), (5, 5, 100000), (8192, 8192, 8192)]:
-        one = problem(m, n, k, output="float32", **form)
-        found = w4_mma_rank(one, device)
-        assert found
-        for tile in found:
-            assert tile.shared_bytes(one) <= device.shared_limit
-            assert tile.threads <= 1024
-            launch = w4_mma_launch_of(one, tile, KIND)
-            assert launch.grid[0] == -(-m // tile.tile_a) * -(-n // tile.tile_w)
-            assert launch.partials_bytes < 1 << 28
-
-
-def test_few_tiles_and_a_long_k_are_sliced_and_many_are_not():
-    device = mma_device("sm_80", 108)
-    assert w4_mma_choose(problem(1, 768, 16384), device).slices > 1
-    assert w4_mma_choose(problem(4096), device).slices == 1
-
-
-@pytest.mark.parametrize("arch", GPUS)
-def test_the_model_grows_with_the_work(arch):
-    device = mma_device(arch, GPUS[arch])
-    for tile in w4_mma_rank(problem(512), device):
-        times = [w4_mma_estimate_us(problem(512, k=k), tile, device) for k in (4096, 8192, 16384)]
-        assert times == sorted(times)
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_120a"])
-def test_one_row_is_bound_by_the_bytes_of_the_weight(arch):
-    """Decoding keeps up with memory there, so a path without the tensor core, of more instructions, wins nothing."""
-    device = mma_device(arch, GPUS[arch])
-    one = problem(1, 28672)
-    least = one.weight_bytes / device.dram_bytes_per_us
-    assert least <= w4_mma_estimate_us(one, w4_mma_choose(one, device), device) <= 1.5 * least
