@@ -207,6 +207,8 @@ def _float_nodes(
         weighted = any(v is not None and v.is_initializer() for v in node.inputs[:2])
         if broken:
             reasons.setdefault(site.node, unfit[broken[0]])
+        elif target.layers_only and (why := _no_layer(node)):
+            reasons.setdefault(site.node, f"{target.name} quantizes linear layers alone, and this is {why}")
         elif wanted.activations is None and not weighted:
             reasons.setdefault(site.node, f"no weight, and {preset.name} quantizes weights alone")
         elif wanted.activations is not None and not target.can_activate(wanted.activations):
@@ -228,6 +230,17 @@ def _float_nodes(
                 f"{preset.name} kernel in TensorRT (--all quantizes it)",
             )
     return reasons
+
+
+def _no_layer(node: ir.Node) -> str:
+    """What a MatMul is that multiplies by no constant matrix; "" for everything else."""
+    if node.op_type != "MatMul":
+        return ""
+    constants = [v for v in node.inputs[:2] if v is not None and v.is_initializer()]
+    if not constants:
+        return "a product of two activations"
+    assert constants[0].shape is not None
+    return "" if len(constants[0].shape) == 2 else "a stack of matrices"
 
 
 def _no_blocks(preset: Preset) -> str:

@@ -60,6 +60,7 @@ class Target:
         outputs: integer kernels want their outputs quantized too, and all readers of a tensor read the quantized one.
         integer_bias: biases are stored as int32 with scale s_x · s_w.
         whole_blocks: the last block of a weight may not be short.
+        layers_only: linear layers alone, with a matrix of their own; products of two activations stay in float.
         matrices, convolutions, embeddings: the kinds of weights (`kind_of`) that MatMul and Gemm, Conv, and Gather can
             have; None for all.
         activations: the kinds of activations that it can express; None for all. Of those that it cannot, dynamic ones
@@ -71,6 +72,7 @@ class Target:
     outputs: bool
     integer_bias: bool
     whole_blocks: bool = False
+    layers_only: bool = False
     matrices: frozenset[str] | None = None
     convolutions: frozenset[str] | None = None
     embeddings: frozenset[str] | None = frozenset()

@@ -72,6 +72,7 @@ _REGISTRY: Registry[Callable[..., Emitter | FolderEmitter]] = Registry(
         "ort-cpu": "quantkit.export.ort_cpu:OrtCpuEmitter",
         "ort-qoperator": "quantkit.export.ort_qoperator:OrtQOperatorEmitter",
         "tensorrt": "quantkit.export.tensorrt:TensorRTEmitter",
+        "vllm": "quantkit.export.vllm:VllmEmitter",
     },
     check=_is_no_emitter,
 )
