@@ -19,14 +19,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import cupy
 import numpy as np
-import torch
 
 from quantkit.bench import bench_model
 from quantkit.bench.cases import cases_of_shapes
@@ -34,6 +32,9 @@ from quantkit.bench.measuring import as_numpy, compile_ahead
 from quantkit.bench.operands import exact_operands, random_operands
 from quantkit.bench.row import relative_error
 from quantkit.bench.tune import tune_case
+from quantkit.formats import FP8_E4M3, INT8, QParams, QuantSpec
+from quantkit.formats.packing import code_bits, pack_bits
+from quantkit.formats.presets import ACTIVATION_SPECS
 from quantkit.kernels import device as gpu
 from quantkit.kernels import tuning
 from quantkit.kernels.build import Job, build_all
@@ -44,9 +45,22 @@ from quantkit.kernels.family import Family
 from quantkit.kernels.gemm import Epilogue, PackedWeight, matmul
 from quantkit.kernels.gemm_launch import SOURCE, launch_of
 from quantkit.kernels.heuristics import Problem, Tile, choose
-from quantkit.kernels.present import present_gpu
+from quantkit.kernels.present import present_gpu, why_no_gpu
+from quantkit.kernels.quantize import quantize_activation
+from quantkit.kernels.quantize_launch import QuantizeKind
+from quantkit.kernels.quantize_launch import launch_of as quantize_launch_of
+from quantkit.kernels.quantize_reference import quantize_reference
 from quantkit.kernels.timing import Contender, GpuStopwatch, time_in_turns
 from quantkit.kernels.work import Work
+
+try:
+    import cupy
+    import torch
+except ImportError as error:
+    # --help needs neither; `main` says what is missing.
+    MISSING: str | None = f"{error.name} is not installed"
+else:
+    MISSING = why_no_gpu()
 
 TABLE = [
     (8192, 8192, 8192),
@@ -58,6 +72,8 @@ TABLE = [
     (16, 8192, 8192),
     (1, 8192, 8192),
 ]
+# Where the weight's bytes are the cost: formats of few bits are held against the others on these.
+STREAMED = [(m, n, 8192) for n in (8192, 28672) for m in (1, 16, 64, 256, 1024, 4096)]
 LAYERS = {
     "llama3_8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
     "llama3_70b": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
@@ -74,6 +90,16 @@ RAGGED = [
     (257, 520, 2880),
     (300, 1000, 700),
 ]
+FORMATS = sorted({form for family in FAMILIES for form in family.formats})
+# What quantize.cu is asked for, and its fixed scale where it has one.
+QUANTIZED: list[tuple[QuantSpec, float | None]] = [
+    (QuantSpec(format=INT8), 0.023),
+    (QuantSpec(format=FP8_E4M3), 0.0071),
+    (QuantSpec(format=INT8, dynamic="token"), None),
+    (QuantSpec(format=FP8_E4M3, dynamic="token"), None),
+    *((ACTIVATION_SPECS[name], None) for name in ("fp8-block", "mxfp8", "mxfp4", "nvfp4")),
+]
+MATRICES = [(1, 16), (3, 264), (130, 2880), (2048, 8192)]
 BOTH_EACH = EpilogueKind(row_scale="each", column_scale="each")
 BOTH_ONE = EpilogueKind(row_scale="one", column_scale="one")
 
@@ -126,10 +152,42 @@ def check(few: int) -> dict[str, Any]:
             )
     if not (replays_exactly() and streams_agree()):
         wrong.append({"kernel": "matmul", "work": "CUDA graph or two streams"})
-    print(f"check: {sum(exact.values())} of {len(cases)} exact, by kernel {exact}")
+    quantized = list(quantized_exactly(MATRICES))
+    exact["quantize"] = sum(same for _, same in quantized)
+    wrong += [{"kernel": "quantize", "work": what} for what, same in quantized if not same]
+    count = len(cases) + len(quantized)
+    print(f"check: {sum(exact.values())} of {count} exact, by kernel {exact}")
     for entry in wrong[:10]:
         print("WRONG", entry)
-    return {"cases": len(cases), "exact": exact, "wrong": wrong}
+    return {"cases": count, "exact": exact, "wrong": wrong}
+
+
+def quantized_exactly(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
+    """Yield what was quantized, in words, and whether codes and scales are the oracle's bit for bit."""
+    rng = np.random.default_rng(0)
+    for rows, columns in shapes:
+        x = rng.standard_normal((rows, columns)).astype(np.float32)
+        for spec, fixed in QUANTIZED:
+            shared = np.float32(0.0031) if spec.has_global_scale else None
+            got = quantize_activation(
+                cupy.asarray(x), spec, scale=fixed, global_scale=None if shared is None else float(shared)
+            )
+            threads = quantize_launch_of(
+                QuantizeKind(x_type="float32", spec=spec), rows, columns, vector=columns % 8 == 0
+            ).row_threads
+            known = None if fixed is None else QParams(np.float32(fixed), spec.format.dtype.type(0))
+            want = quantize_reference(x, spec, known, global_scale=shared, row_threads=threads)
+            codes = code_bits(want.qvalue, spec.format)
+            codes = pack_bits(codes, 4) if spec.format.bits == 4 else codes
+            same = np.array_equal(
+                np.ascontiguousarray(cupy.asnumpy(got.codes)).view(np.uint8), codes.view(np.uint8)
+            )
+            if fixed is None:
+                scales = want.qparams.scale
+                if spec.scale_format is not None:
+                    scales = scales.astype(spec.scale_format.dtype).view(np.uint8)
+                same = same and np.array_equal(cupy.asnumpy(got.scale), scales)
+            yield f"{rows} x {columns}, {spec}", same
 
 
 def replays_exactly() -> bool:
@@ -296,7 +354,8 @@ def compare(shapes: list[tuple[int, int, int]], repeats: int, pause_s: float) ->
             tile = tuning.best_tile(problem, kinds[name], 0) or choose(problem)
             defines = launch_of(problem, tile, kinds[name], gpu.multiprocessors(0)).defines
             jobs.append(Job(source=SOURCE, arch=gpu.architecture(0), defines=tuple(sorted(defines.items()))))
-    build_all(jobs)
+    if gpu.architecture(0) == "sm_90a":  # elsewhere gemm_mma.cu runs, and is compiled when it first does
+        build_all(jobs)
     watch, rows = GpuStopwatch(), []
     for shape in shapes:
         m, n, k = shape
@@ -414,7 +473,9 @@ def main() -> None:
         "--formats", action="store_true", help="every format beside every peer, as quantkit bench"
     )
     parser.add_argument("--layers", action="store_true", help="also the layers of well-known models")
-    parser.add_argument("--format", default="int8,fp8,bf16", help="for --tune, --formats and --profile")
+    parser.add_argument(
+        "--format", default=",".join(FORMATS), help="for --tune, --formats and --profile (default: all)"
+    )
     parser.add_argument("--depth", type=int, default=8, help="configurations to tune")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--shapes", nargs="*", help="MxNxK instead of the table")
@@ -424,6 +485,8 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the code, for the record")
     parser.add_argument("--out", type=Path, default=Path("gpu_run.json"))
     options = parser.parse_args()
+    if MISSING:
+        raise SystemExit(f"gpu_run.py: no GPU to run on ({MISSING}); it needs one, with CuPy and torch.")
     formats = options.format.split(",")
     if options.once:
         once(options.once, formats[0])
@@ -458,7 +521,16 @@ def main() -> None:
             options.time and options.layers,
             lambda: {name: compare(part, repeats, pause_s) for name, part in layers.items()},
         ),
-        ("formats", options.formats, lambda: formats_table(shapes, formats, repeats, options.pause_ms)),
+        (
+            "formats",
+            options.formats,
+            lambda: formats_table(
+                shapes if options.shapes else list(dict.fromkeys([*shapes, *STREAMED])),
+                formats,
+                repeats,
+                options.pause_ms,
+            ),
+        ),
     ]
     for name, wanted, run in stages:
         if wanted:

@@ -190,8 +190,7 @@ def _nvmath(x: TorchOperands) -> Calls:
         mm = advanced.Matmul(x.a, x.w.t())
     else:
         # One scale for each operand is what it takes; the time is that of a product with scales all the same.
-        result = import_module("nvmath.bindings.cublas")
-        options = {"result_type": import_module("nvmath").CudaDataType.CUDA_R_16BF} if result else {}
+        options = {"result_type": import_module("nvmath").CudaDataType.CUDA_R_16BF}
         mm = advanced.Matmul(x.a, x.w.t(), options=options, quantization_scales={"a": 1.0, "b": 1.0})
     mm.plan()
     stream = x.torch.cuda.current_stream
