@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from quantkit.kernels.epilogue import OUTPUT_BYTES
 
 SHARED_LIMIT = 232_448  # bytes of shared memory that a block may have on sm_90
+REGISTER_LIMIT = 232  # that a consumer's thread may have beside another consumer and the producer
 _ROW = 128  # bytes of K in a stage
 _RATE = 1.5e5  # bytes in a microsecond that one multiprocessor draws
 _BUFFERS = 2 * 8192  # bytes of output that each consumer has on its way to memory
@@ -89,6 +90,11 @@ class Tile:
         return ring + self.consumers * (_BUFFERS + 16) + 16
 
     @property
+    def registers(self) -> int:
+        """Registers that a consumer's thread needs: its sums, and what factors, staging and addresses were seen to take."""
+        return self.blocks_of_64 * self.tile_n // 2 + 88
+
+    @property
     def threads(self) -> int:
         """Threads of a block."""
         return 128 * (self.consumers + 1)
@@ -120,15 +126,17 @@ def _deepest(**shape: int | bool) -> Tile | None:
 
 
 def candidates(problem: Problem) -> Iterator[Tile]:
-    """Yield every configuration of gemm_sm90.cu that can run `problem`."""
+    """Yield every configuration of gemm_sm90.cu that can run `problem` within shared memory and registers."""
     wide = 32 if OUTPUT_BYTES[problem.output] == 4 else 64
     shapes: list[dict[str, int | bool]] = []
     for cluster in (1, 2):
-        shapes += [{"blocks_of_64": 1, "tile_n": n, "cluster": cluster} for n in (64, 128, 192, 256)]
-        shapes += [{"blocks_of_64": 2, "tile_n": n, "cluster": cluster} for n in (64, 128)]
+        shapes += [
+            {"blocks_of_64": i, "tile_n": n, "cluster": cluster} for i in (1, 2) for n in (64, 128, 192, 256)
+        ]
         shapes += [
             {"blocks_of_64": i, "tile_n": n, "cluster": cluster, "pingpong": True}
-            for i, n in ((1, 128), (1, 192), (1, 256), (2, 128))
+            for i in (1, 2)
+            for n in (128, 192, 256)
         ]
     shapes += [
         {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True}
@@ -150,7 +158,7 @@ def candidates(problem: Problem) -> Iterator[Tile]:
         if shape.get("split", 1) > max(1, steps // 2):  # every block has two steps at least
             continue
         tile = _deepest(**shape)
-        if tile is not None:
+        if tile is not None and tile.registers <= REGISTER_LIMIT:
             yield tile
 
 

@@ -14,7 +14,15 @@ from quantkit.kernels.compile import compile_kernel, is_available
 from quantkit.kernels.emulator import Mode
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind, EpilogueValues
 from quantkit.kernels.gemm_launch import SOURCE, launch_of
-from quantkit.kernels.heuristics import ITEM_BYTES, SHARED_LIMIT, Problem, Tile, candidates, choose
+from quantkit.kernels.heuristics import (
+    ITEM_BYTES,
+    REGISTER_LIMIT,
+    SHARED_LIMIT,
+    Problem,
+    Tile,
+    candidates,
+    choose,
+)
 from quantkit.kernels.reference import residual_reference
 
 from .backends import EmulatorBackend, gpu
@@ -302,13 +310,24 @@ def test_chosen_configurations_run_on_the_tensor_core_and_keep_to_registers(prob
 
 
 @pytest.mark.parametrize("output", OUTPUT_BYTES)
-def test_every_candidate_fits_shared_memory_and_wgmma(output):
+def test_every_candidate_fits_shared_memory_registers_and_wgmma(output):
     for tile in candidates(Problem(m=100, n=100, k=10000, format="int8", output=output)):
         assert tile.shared_bytes <= SHARED_LIMIT
+        assert tile.registers <= REGISTER_LIMIT
+        assert 128 * (REGISTER_LIMIT * tile.consumers + 40) <= 65536  # the producer keeps 40
         assert tile.stages >= 2
         assert tile.tile_m <= 256  # a box of TMA
         assert tile.tile_n % 16 == 0 and tile.tile_n <= 256
         assert tile.blocks <= 8  # what every GPU grants a cluster
+
+
+def test_sums_that_leave_no_registers_are_no_candidates():
+    shapes = {
+        (t.blocks_of_64, t.tile_n)
+        for t in candidates(Problem(m=4096, n=4096, k=4096, format="int8", output="bfloat16"))
+    }
+    assert (2, 128) in shapes and (1, 256) in shapes
+    assert not shapes & {(2, 192), (2, 256)}
 
 
 def test_few_rows_put_the_weights_on_the_side_of_64():
