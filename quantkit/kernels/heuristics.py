@@ -91,7 +91,7 @@ class Tile:
 
     @property
     def registers(self) -> int:
-        """Registers that a consumer's thread needs: its sums, and what factors, staging and addresses were seen to take."""
+        """Registers that a consumer's thread needs: its sums, and what all else was seen to take."""
         return self.blocks_of_64 * self.tile_n // 2 + 88
 
     @property
