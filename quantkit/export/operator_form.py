@@ -5,7 +5,7 @@ Three things happen to a graph, each exact by itself:
 - `Q(op(DQ(a), DQ(b)))` becomes one operator on codes, where ONNX Runtime has it. What stands between `op` and `Q` and
   does not decrease moves behind the `Q`: a Relu or Clip limits codes, since Q(clip(x, l, h)) = clip(Q(x), Q(l), Q(h)),
   and is dropped where Q(l) and Q(h) are the least and the greatest code anyway; MaxPool, Reshape and their like
-  handle codes as they do floats.
+  handle codes as they do floats, so a `DQ` before them moves behind them too.
 - `op(DQ(a), DQ(b))` with a float output becomes an integer product that is scaled behind.
 - Any other node keeps its DequantizeLinear and QuantizeLinear.
 """
@@ -48,6 +48,10 @@ def to_operator_form(model: ir.Model, quantizers: Sequence[str]) -> None:
     """
     writer = _OperatorWriter(model)
     for name in quantizers:
+        for user, _ in list(writer.nodes[name].outputs[0].uses()):
+            if user.op_type == "DequantizeLinear":
+                writer.move_codes(user)
+    for name in quantizers:
         writer.take_in(writer.nodes[name])
     for node in list(model.graph):
         if node.domain == "" and node.op_type in ("Conv", "Gemm", "MatMul"):
@@ -72,26 +76,52 @@ class _OperatorWriter(Writer):
         # Codes that are to be named: the graph gives every value some name when its node comes in.
         self._unnamed: set[ir.Value] = set()
 
+    def move_codes(self, dequantizer: ir.Node) -> None:
+        """Let what only moves a dequantized tensor's elements move its codes, and dequantize behind it."""
+        for user, index in list(dequantizer.outputs[0].uses()):
+            if user.op_type not in _MOVES or index != 0 or not _does_not_decrease(user):
+                continue
+            codes, moved = dequantizer.inputs[0], user.outputs[0]
+            assert codes is not None and codes.dtype is not None
+            name = str(moved.name)
+            node = ir.node(
+                user.op_type, [codes, *user.inputs[1:]], attributes=dict(user.attributes), name=user.name
+            )
+            node.outputs[0].shape, node.outputs[0].type = moved.shape, ir.TensorType(codes.dtype)
+            behind = self.node(
+                "DequantizeLinear", name, [node.outputs[0], *dequantizer.inputs[1:]], {}, _FLOAT
+            )
+            behind.outputs[0].name, behind.outputs[0].shape = name, moved.shape
+            ir.convenience.replace_nodes_and_values(
+                self.model.graph, user, [user], [node, behind], [moved], [behind.outputs[0]]
+            )
+            node.outputs[0].name = self._free_name(codes_name(name))
+            self.values[str(node.outputs[0].name)] = node.outputs[0]
+            self.move_codes(behind)
+
     def take_in(self, quantizer: ir.Node) -> None:
         """Let the node before a QuantizeLinear compute its codes, where it can."""
-        given, codes = quantizer.inputs[0], quantizer.outputs[0]
-        assert given is not None and codes.dtype is not None
+        value, codes = quantizer.inputs[0], quantizer.outputs[0]
+        assert codes.dtype is not None
         scale, zero = quantizer.inputs[1], quantizer.inputs[2]
         assert scale is not None and zero is not None
         y = Codes(value=codes, scale=scale, zero_point=zero, axis=None)
         behind: list[ir.Node] = []
-        top = _only_maker(given)
-        while top is not None and _does_not_decrease(top):
-            behind.append(top)
-            assert top.inputs[0] is not None
-            stored = codes_of(top.inputs[0])
+        while True:
+            stored = codes_of(value)
             if stored is not None and stored.axis is None and same_scale(stored, y):
-                if any(node.op_type in _MOVES for node in behind):
+                if all(node.op_type in _MOVES for node in behind):
                     self._replace(quantizer, stored.value, behind, y)
                 return
-            top = _only_maker(top.inputs[0])
-        operator = None if top is None else integer_operator(top, y)
-        if top is None or operator is None:
+            top = None if value is None else _only_maker(value)
+            if top is None:
+                return
+            if not _does_not_decrease(top):
+                break
+            behind.append(top)
+            value = top.inputs[0]
+        operator = integer_operator(top, y)
+        if operator is None:
             return
         made = self._make(operator, top, codes.dtype)
         self.model.graph.insert_before(quantizer, made)
