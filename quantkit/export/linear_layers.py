@@ -5,7 +5,7 @@ linear layer, whichever way round the matrix is stored and whether its bias is a
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -91,6 +91,7 @@ def find_parameters(graph: Graph, plan: Plan, name_map: NameMap | None = None) -
     names = Names(name_map)
     layers = _named(graph, list(found.values()), names)
     others = _others(graph, claimed, names)
+    _check_known(graph, others)
     names.check_used()
     layers = [replace(x, tied=x.plan is None and x.weight in others) for x in layers]
     _check_names(layers, others)
@@ -184,6 +185,18 @@ def _others(graph: Graph, claimed: set[_Use], names: Names) -> dict[str, str]:
         if moved is not None:
             found[name] = moved
     return found
+
+
+def _check_known(graph: Graph, others: Iterable[str]) -> None:
+    """Refuse tensors that a rescaling made beside the model's own: the framework has no place for them."""
+    nodes = {str(node.name) for node in graph.model.graph}
+    for name in others:
+        tensor, _, node = name.rpartition("::")
+        if tensor and (node in nodes or f"{tensor}::rescale" in nodes):
+            raise PlanError(
+                f"{tensor}: its rescaling is a tensor of its own, which the framework's model lacks; let scales fold "
+                "into norms and weights alone, or choose a method without."
+            )
 
 
 def _check_names(layers: list[Layer], others: Mapping[str, str]) -> None:
