@@ -118,6 +118,64 @@ def count_floats(
     )
 
 
+def count_weighted(
+    bits: NDArray[np.uint32],
+    weights: NDArray[np.int64],
+    *,
+    size: int,
+    zeros: int,
+    nans: int,
+    infinities: int,
+    limits: tuple[float, float],
+    exponent: int,
+) -> Counts:
+    """Return the counts of values that were counted elsewhere.
+
+    Args:
+        bits: of a value of every key, which stands for all of the key: by keys of `exponent` or a smaller one, or by
+            keys as fine everywhere; no zeros, NaN or infinities.
+        weights: how many values each stands for.
+        size, zeros, nans, infinities: of all the values.
+        limits: the least and the largest finite value; +inf and −inf where there are none.
+        exponent: the least E of the result; it is larger where the limits are.
+    """
+    lo, hi = limits
+    if lo <= hi:
+        exponent = max(exponent, _exponent_of(max(-lo, hi)))
+    base = _base(exponent)
+    magnitudes = (bits & 0x7FFFFFFF).astype(np.int64)
+    keys = np.maximum((magnitudes >> 12) - (base >> 12), (magnitudes >> 16) - (base >> 16)) + _COARSE
+    sides = []
+    for sign in (0, 1):
+        ours = bits >> 31 == sign
+        low = ours & (keys < 0)
+        sides.append(
+            _side(
+                _add_up(keys[ours & (keys >= 0)], weights[ours & (keys >= 0)], _KEYS),
+                base >> 16,
+                _add_up(magnitudes[low] >> 16, weights[low], 1 << 15) if low.any() else None,
+            )
+        )
+    sides[0].linear[0] += zeros
+    return Counts(
+        size=size,
+        zeros=zeros,
+        nans=nans,
+        infinities=infinities,
+        # As above.
+        min=lo + 0.0,
+        max=hi + 0.0,
+        exponent=exponent,
+        positive=sides[0],
+        negative=sides[1],
+    )
+
+
+def _add_up(keys: NDArray[np.int64], weights: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Sums of weights by key; below 2⁵³ they are exact."""
+    return np.bincount(keys, weights, minlength=size).astype(np.int64)
+
+
 def _count_keys(
     flat: NDArray[np.float32], exponent: int, *, nonnegative: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, int]:
