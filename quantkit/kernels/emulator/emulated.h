@@ -159,6 +159,10 @@ QK_TEMPLATE T shuffle_down(T value, int delta, emulator::Place place) {
   return emulator::shuffle_any(value, emulator::Shuffle::DOWN, delta, place);
 }
 
+template <int Half>
+QK_TEMPLATE uint32_t twice(uint32_t pair) {
+  return (pair >> (16 * Half) & 0xffff) * 0x10001u;
+}
 template <int Table>
 QK_TEMPLATE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d = 0;

@@ -313,6 +313,8 @@ QK_KERNEL(32, 1) integers(const uint32_t* a, const uint32_t* b, const uint32_t* 
     st_global(out + count + i, lop3<0x96>(x, y, z));
     st_global(out + 2 * count + i, prmt(x, y, z));
     st_global(out + 3 * count + i, static_cast<uint32_t>(dp4a(x, y, z)));
+    st_global(out + 4 * count + i, twice<0>(x));
+    st_global(out + 5 * count + i, twice<1>(x));
   }
 }
 QK_EXPORT(integers)

@@ -161,10 +161,10 @@ def test_lanes_exchange_values(machine):
     assert votes[0] == sum(1 << i for i in range(32) if x[i] > 0)
 
 
-def test_lop3_prmt_and_dp4a_follow_their_definitions(machine):
+def test_lop3_prmt_dp4a_and_twice_follow_their_definitions(machine):
     rng = np.random.default_rng(6)
     a, b, c = rng.integers(0, 2**32, (3, 256), dtype=np.uint32)
-    out = np.zeros((4, 256), np.uint32)
+    out = np.zeros((6, 256), np.uint32)
     run(machine, "integers", a, b, c, out, np.int32(256))
     np.testing.assert_array_equal(out[0], a & b | c)
     np.testing.assert_array_equal(out[1], a ^ b ^ c)
@@ -175,6 +175,8 @@ def test_lop3_prmt_and_dp4a_follow_their_definitions(machine):
     np.testing.assert_array_equal(out[2].view(np.uint8).reshape(-1, 4), np.where(nibbles & 8, sign, picked))
     dots = (a.view(np.int8).astype(np.int64) * b.view(np.int8)).reshape(-1, 4).sum(axis=1)
     np.testing.assert_array_equal(out[3], (dots + c).astype(np.uint32))
+    np.testing.assert_array_equal(out[4], (a & 0xFFFF) * np.uint32(0x10001))
+    np.testing.assert_array_equal(out[5], (a >> 16) * np.uint32(0x10001))
 
 
 def interesting_floats() -> np.ndarray:

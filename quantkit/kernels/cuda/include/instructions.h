@@ -270,6 +270,8 @@ QK_DEVICE uint32_t vote(bool predicate QK_AT);
 template <int Table> QK_TEMPLATE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c);
 // Four bytes chosen out of b:a by the nibbles of selector; its top bit replicates the byte's sign.
 QK_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector);
+// Both halves of a word its low half (0), or its high one (1). Instructions on pairs take their operands so for nothing.
+template <int Half> QK_TEMPLATE uint32_t twice(uint32_t pair);
 // c + the dot product of four signed bytes.
 QK_DEVICE int32_t dp4a(int32_t a, int32_t b, int32_t c);
 // One rounding. Kernels are compiled without contraction, so a * b + c has two, everywhere.

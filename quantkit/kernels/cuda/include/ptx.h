@@ -437,6 +437,14 @@ QK_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
+template <int Half>
+QK_TEMPLATE uint32_t twice(uint32_t pair) {
+  uint32_t d;
+  // As halves, not bytes: then it becomes a modifier of the operand.
+  if (Half == 0) asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l}; }" : "=r"(d) : "r"(pair));
+  else asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h}; }" : "=r"(d) : "r"(pair));
+  return d;
+}
 QK_DEVICE int32_t dp4a(int32_t a, int32_t b, int32_t c) {
   int32_t d;
   asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
