@@ -48,8 +48,9 @@ class QuantizedActivation:
 
     codes: int8, or uint8 (uint8, e4m3; e2m1 two to a byte, the first in the low nibble), of x's shape with the last
     axis shortened for e2m1; rows start at multiples of 16 bytes, so the array may be a view of a wider one.
-    scale: float32, or uint8 codes of e8m0 or e4m3; (…, 1) per token, (…, ⌈k / block⌉) in blocks, (1,) where it was
-    given. zero_point: of all codes. global_scale: what e4m3 scales are in units of.
+    scale: float32, or uint8 codes of e8m0 or e4m3; (…, 1) per token, (…, ⌈k / block⌉) in blocks, whose rows start at
+    multiples of 16 bytes too, (1,) where it was given. zero_point: of all codes. global_scale: what e4m3 scales are in
+    units of.
     """
 
     codes: Any
@@ -100,7 +101,10 @@ def quantize_activation(
     pitch = -(-width // 16) * 16
     codes = cupy.empty((*lead, pitch), np.int8 if spec.format == INT8 else np.uint8)[..., :width]
     fixed = _number(scale, device)
-    found = fixed if spec.dynamic is None else cupy.empty((*lead, _scales(spec, k)), _scale_type(spec))
+    scales, scale_pitch = _scales(spec, k)
+    found = fixed
+    if spec.dynamic is not None:
+        found = cupy.empty((*lead, scale_pitch), _scale_type(spec))[..., :scales]
     result = QuantizedActivation(
         codes=codes,
         scale=found,
@@ -130,7 +134,7 @@ def quantize_activation(
         for array, extent in ((x, step * x.itemsize), *((vector, 0) for vector in vectors))
     )
     together = 1
-    whole = spec.dynamic != "block" or k % (spec.block_size or 1) == 0
+    whole = spec.dynamic != "block" or (k % (spec.block_size or 1) == 0 and scales == scale_pitch)
     if not kind.whole_rows and not kind.multiply and whole and step == k and pitch * per_byte == k:
         while m % (2 * together) == 0 and 2 * together * k <= _LONG_ROW:
             together *= 2
@@ -150,14 +154,19 @@ def quantize_activation(
             np.int32(k * together),
             np.int64(step * together),
             np.int64(pitch * together),
+            np.int64(scale_pitch * together),
         ),
         shared_mem=launch.shared_bytes,
     )
     return result
 
 
-def _scales(spec: QuantSpec, k: int) -> int:
-    return -(-k // spec.block_size) if spec.block_size else 1
+def _scales(spec: QuantSpec, k: int) -> tuple[int, int]:
+    """Return how many scales a row has, and how many lie from one row to the next."""
+    if spec.block_size is None:
+        return 1, 1
+    count, whole = -(-k // spec.block_size), 16 // np.dtype(_scale_type(spec)).itemsize
+    return count, -(-count // whole) * whole
 
 
 def _scale_type(spec: QuantSpec) -> type:

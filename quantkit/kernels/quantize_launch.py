@@ -76,7 +76,7 @@ def launch_of(kind: QuantizeKind, rows: int, columns: int, *, vector: bool) -> Q
 
     Its arguments are, in this order: x, codes, scales; static scale, global scale, norm's weight and bias, the
     multiplier (null pointers where there are none); the zero point less the middle code, epsilon (float32); rows,
-    columns (int32); from one row to the next in x (elements) and in the codes (bytes; int64).
+    columns (int32); from one row to the next in x (elements), in the codes (bytes) and in the scales (int64).
 
     vector: columns are a multiple of 8, and rows of x and of the codes, and vectors, start at multiples of 16 bytes.
 

@@ -39,7 +39,8 @@ def run_quantize(
     pitch = -(-width // 16) * 16
     codes = np.full((rows, pitch), 0xAA, np.uint8)
     blocks = -(-columns // spec.block_size) if spec.block_size else 1
-    scales = np.full((rows, blocks), 0xAA, np.float32 if spec.scale_format is None else np.uint8)
+    scale_pitch = blocks + 3 if spec.block_size else 1
+    scales = np.full((rows, scale_pitch), 0xAA, np.float32 if spec.scale_format is None else np.uint8)
     one = np.ones(1, np.float32)
     zero = 0 if qparams is None or qparams.zero_point is None else int(qparams.zero_point)
     zero -= spec.format.middle if qparams is not None and qparams.zero_point is not None else 0
@@ -60,13 +61,15 @@ def run_quantize(
         np.int32(columns),
         np.int64(columns),
         np.int64(pitch),
+        np.int64(scale_pitch),
         defines=launch.defines,
         grid=launch.grid,
         block=launch.block,
         shared_bytes=launch.shared_bytes,
     )
     assert np.all(codes[:, width:] == 0xAA), "nothing is written between rows"
-    return codes[:, :width], scales
+    assert np.all(scales[:, blocks:] == 0xAA), "nor between rows of scales"
+    return codes[:, :width], scales[:, :blocks]
 
 
 def numpy_codes(

@@ -136,7 +136,7 @@ def candidates(problem: BlocksProblem) -> Iterator[BlocksTile]:
         {"blocks_of_64": i, "tile_n": n, "consumers": c, "swap": True}
         for n in (16, 32, 64, 128)
         for i, c in ((1, 1), (1, 2), (2, 2))
-        if i == 1 or n >= 64
+        if i == 1 or n == 64
     ]
     for shape in shapes:
         if problem.block == 32 and shape["blocks_of_64"] == 2 and shape["tile_n"] == 128:

@@ -49,6 +49,9 @@ constexpr int ACROSS = MX ? BLOCKS : SWAP ? BANDS : 0;
 constexpr int SCALE_BYTES = (DOWN * TILE_M + ACROSS * TILE_N) * 4;
 constexpr int LOADERS = 3;                    // warps that bring them
 
+// Registers of a thread, 512 in all: MX has more to decode, and fewer sums.
+constexpr int OF_PRODUCER = MX ? 64 : 40, OF_CONSUMER = MX ? 224 : 232;
+
 // The epilogue works in pieces of at most 8 KB of output, PIECE columns of the sums each. A staged row is 128 bytes, or
 // 64 of one-byte elements.
 constexpr int BUFFER_BYTES = 8192;
@@ -136,7 +139,7 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
   }
 
   if (warpgroup == 0) {
-    if (CONSUMERS > 1) decrease_registers<40>();
+    if (CONSUMERS > 1) decrease_registers<OF_PRODUCER>();
     int s = 0;
     uint32_t parity = 1;  // the first round finds every stage empty
     auto next = [&] {
@@ -225,7 +228,7 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
       }
     }
   } else {
-    if (CONSUMERS > 1) increase_registers<232>();
+    if (CONSUMERS > 1) increase_registers<OF_CONSUMER>();
     const int consumer = warpgroup - 1, thread = tid % 128, warp = thread / 32, lane = tid % 32;
     const Output output = EPILOGUE_OUTPUT;
     // Row 16 warp + lane / 4 + 8 h, columns 8 j + 2 (lane % 4) + e of the sums are this thread's.
@@ -303,6 +306,8 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
         }
       }
 
+      // Asked anew for each tile, lest the many addresses made of it stay in registers through the products.
+      const int lane_now = shuffle(lane, lane);
       Down rows[MI][2];
       QK_UNROLL for (int i = 0; i < MI; i++)
         QK_UNROLL for (int h = 0; h < 2; h++) fetch_factors(output, first + i * 64 + down + 8 * h, rows[i][h]);
@@ -339,7 +344,7 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
                           c + block * 8 + across + e);
             }
           }
-          if (TMA_STORE) stage(to, warp, lane, span * (SPAN / 8) + j, pairs);
+          if (TMA_STORE) stage(to, warp, lane_now, span * (SPAN / 8) + j, pairs);
         }
         if (!TMA_STORE || span + 1 < SPANS) continue;
         fence_proxy_async();

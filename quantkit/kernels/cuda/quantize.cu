@@ -225,7 +225,7 @@ QK_FUNCTION float amax_of_chunk(const float (&x)[CHUNK], float amax) {
 QK_KERNEL(THREADS, AT_ONCE)
 quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale, const float* global_scale,
          const float* norm_weight, const float* norm_bias, const float* multiplier, float zero, float epsilon, int rows,
-         int columns, int64_t pitch_x, int64_t pitch_codes) {
+         int columns, int64_t pitch_x, int64_t pitch_codes, int64_t pitch_scales) {
   const uint32_t scratch = shared_base();
   const int thread = threadIdx.x % ROW_THREADS, row = blockIdx.x * ROWS + threadIdx.x / ROW_THREADS;
   const bool is_row = ROWS == 1 || row < rows;  // threads of no row go along: shuffles and barriers count everyone
@@ -346,7 +346,7 @@ quantize(const void* x, uint8_t* codes, void* scales, const float* static_scale,
         float amax = amax_of_chunk(q, 0.0f);
         QK_UNROLL for (int mask = BLOCK / CHUNK / 2; mask > 0; mask /= 2)
           amax = max_magnitude(amax, shuffle_xor(amax, mask));
-        const int64_t at = row * int64_t((columns + BLOCK - 1) / BLOCK) + column / BLOCK;
+        const int64_t at = row * pitch_scales + column / BLOCK;
         const bool writes = inside && column % BLOCK == 0;
         if (SCALES == SCALES_F32) {
           const float scale = float_scale(amax);
