@@ -66,6 +66,13 @@ QK_TEMPLATE void mma(typename Type::Accumulator (&d)[4], const uint32_t (&a)[4],
                      emulator::Place place) {
   emulator::mma(Type::code, d, a, b, place);
 }
+template <class Type, int Byte, int ThreadA, int ThreadB>
+QK_TEMPLATE void mma_blocks(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t scale_a,
+                            uint32_t scale_b, emulator::Place place) {
+  static_assert(Byte >= 0 && Byte < 4 && Byte % Type::scales == 0, "the scales of one instruction are neighbours");
+  static_assert((ThreadA == 0 || ThreadA == 1) && ThreadB >= 0 && ThreadB < 4, "a pair of lanes, and a lane, of four");
+  emulator::mma_blocks(Type::code, {Byte, ThreadA, ThreadB}, d, a, b, scale_a, scale_b, place);
+}
 
 QK_TEMPLATE void mbarrier_arrive_ring(uint32_t barrier, emulator::Place place) {
   mbarrier_arrive_remote(barrier, place);

@@ -45,6 +45,11 @@ void cp_async(uint32_t shared, const void* global, int bytes, int valid_bytes, P
 void cp_async_wait(int pending, Place place);
 void mma(int type, void* d, const uint32_t* a, const uint32_t* b, Place place);
 
+// Which of a warp's scales one instruction takes.
+struct ScaleChoice { int byte, thread_a, thread_b; };
+void mma_blocks(int type, ScaleChoice choice, float* d, const uint32_t* a, const uint32_t* b, uint32_t scale_a,
+                uint32_t scale_b, Place place);
+
 // blocks: bit r selects block r of the cluster; 0 is this block alone.
 void tma_load(uint32_t shared, const void* map, uint32_t barrier, uint32_t blocks, const int* at, int rank,
               Place place);

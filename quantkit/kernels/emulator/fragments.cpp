@@ -62,25 +62,56 @@ void store_matrices(int count, bool transposed, uint32_t address, const uint32_t
 
 }  // namespace
 
-void mma(int type, void* d, const uint32_t* a, const uint32_t* b, Place place) {
-  enter("mma", place);
-  struct Input { const uint32_t *a, *b; } input{a, b};
-  meet_warp(&input, d, [type](Warp& warp) {
-    static uint8_t rows_a[16][32], rows_b[8][32];
-    static uint32_t sum[16][256];
+namespace {
+
+// What one mma multiplies, gathered from a warp's lanes: rows of 32 bytes, and sums.
+struct Tile {
+  uint8_t a[16][32], b[8][32];
+  uint32_t sum[16][256];
+};
+struct Fragment { const uint32_t *a, *b; uint32_t scale_a, scale_b; };
+
+template <class Multiply>
+void with_tile(const Fragment& mine, void* d, Multiply multiply) {
+  meet_warp(&mine, d, [&multiply](Warp& warp) {
+    static Tile tile;
     auto each_pair = [&](auto move) {
       for (int lane = 0; lane < 32; lane++)
         for (int h = 0; h < 2; h++)
-          move(static_cast<uint32_t*>(warp.output[lane]) + 2 * h, &sum[lane / 4 + 8 * h][lane % 4 * 2]);
+          move(static_cast<uint32_t*>(warp.output[lane]) + 2 * h, &tile.sum[lane / 4 + 8 * h][lane % 4 * 2]);
     };
     for (int lane = 0; lane < 32; lane++) {
-      const Input& from = *static_cast<const Input*>(warp.input[lane]);
-      for (int i = 0; i < 4; i++) memcpy(&rows_a[lane / 4 + i % 2 * 8][lane % 4 * 4 + i / 2 * 16], &from.a[i], 4);
-      for (int i = 0; i < 2; i++) memcpy(&rows_b[lane / 4][lane % 4 * 4 + i * 16], &from.b[i], 4);
+      const Fragment& from = *static_cast<const Fragment*>(warp.input[lane]);
+      for (int i = 0; i < 4; i++) memcpy(&tile.a[lane / 4 + i % 2 * 8][lane % 4 * 4 + i / 2 * 16], &from.a[i], 4);
+      for (int i = 0; i < 2; i++) memcpy(&tile.b[lane / 4][lane % 4 * 4 + i * 16], &from.b[i], 4);
     }
-    each_pair([](uint32_t* mine, uint32_t* matrix) { memcpy(matrix, mine, 8); });
-    multiply(type, 16, 8, rows_a, rows_b, sum, false);
-    each_pair([](uint32_t* mine, uint32_t* matrix) { memcpy(mine, matrix, 8); });
+    each_pair([](uint32_t* own, uint32_t* matrix) { memcpy(matrix, own, 8); });
+    multiply(tile, warp);
+    each_pair([](uint32_t* own, uint32_t* matrix) { memcpy(own, matrix, 8); });
+  });
+}
+
+}  // namespace
+
+void mma(int type, void* d, const uint32_t* a, const uint32_t* b, Place place) {
+  enter("mma", place);
+  with_tile({a, b, 0, 0}, d, [type](Tile& tile, Warp&) { multiply(type, 16, 8, tile.a, tile.b, tile.sum, false); });
+}
+
+void mma_blocks(int type, ScaleChoice choice, float* d, const uint32_t* a, const uint32_t* b, uint32_t scale_a,
+                uint32_t scale_b, Place place) {
+  enter("mma_blocks", place);
+  with_tile({a, b, scale_a, scale_b}, d, [type, choice](Tile& tile, Warp& warp) {
+    uint8_t scales_a[16][4] = {}, scales_b[8][4] = {};
+    auto held = [&](int lane) -> const Fragment& { return *static_cast<const Fragment*>(warp.input[lane]); };
+    auto from_byte = [&](uint8_t (&row)[4], uint32_t scales) {
+      scales >>= 8 * choice.byte;
+      memcpy(row, &scales, 4);
+    };
+    for (int row = 0; row < 16; row++)
+      from_byte(scales_a[row], held(4 * (row % 8) + 2 * choice.thread_a + row / 8).scale_a);
+    for (int row = 0; row < 8; row++) from_byte(scales_b[row], held(4 * row + choice.thread_b).scale_b);
+    multiply_blocks(type, 16, 8, tile.a, tile.b, scales_a, scales_b, tile.sum);
   });
 }
 

@@ -312,6 +312,9 @@ void finish_stores(Thread& thread, int groups, bool read_only);
 // d[m][n] (+)= a[m] . b[n] over rows of 32 bytes; d has a pitch of 256 words.
 void multiply(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32], uint32_t (*d)[256],
               bool warpgroup);
+// The same of codes times their blocks' scales, one row of scales a row of each operand.
+void multiply_blocks(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32],
+                     const uint8_t (*scales_a)[4], const uint8_t (*scales_b)[4], uint32_t (*d)[256]);
 void check_wgmma_end(Thread& thread);
 
 }  // namespace emulator

@@ -14,6 +14,8 @@
 // mma.sync of fp8 on sm_90 is two fp16 instructions: K elements 4i, 4i+1 first, then 4i+2, 4i+3, starting from zero,
 // and the accumulator is added last, rounded to nearest. (sm_89 and sm_120 have an instruction of their own, not
 // measured.) All of this reproduces an H200 bit for bit: tests/kernels/data/sm_90.npz, taken in November 2026.
+// Products of codes with block scales (sm_120's mma_blocks) are taken to be exact, scales included, and to be added as
+// bf16's are: all of one instruction and the accumulator together, with 25 bits. No GPU has been asked.
 // The first description of the fp8 figures is in DeepSeek-V3's technical report, section 3.5.2.
 #include <math.h>
 
@@ -144,7 +146,48 @@ void multiply_fp8_as_halves(int type, int rows, int columns, const uint8_t (*a)[
       d[m][n] = portable::float_bits(portable::bits_float(d[m][n]) + portable::bits_float(sum[m][n]));
 }
 
+// Row of codes as their values times their blocks' scales.
+void scaled_row(int type, const uint8_t* codes, const uint8_t* scales, double (&values)[64]) {
+  const int depth = type == MXFP8::code ? 32 : 64, block = type == NVFP4::code ? 16 : 32;
+  for (int k = 0; k < depth; k++) {
+    const float scale = type == NVFP4::code ? portable::e4m3_to_float(scales[k / block] & 0x7fu)
+                                            : portable::e8m0_to_float(scales[k / block]);
+    const float code = type == MXFP8::code ? portable::e4m3_to_float(codes[k])
+                                           : portable::e2m1_to_float(codes[k / 2] >> k % 2 * 4);
+    values[k] = double(code) * scale;
+  }
+}
+
 }  // namespace
+
+void multiply_blocks(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32],
+                     const uint8_t (*scales_a)[4], const uint8_t (*scales_b)[4], uint32_t (*d)[256]) {
+  const int depth = type == MXFP8::code ? 32 : 64;
+  static double a_value[16][64], b_value[8][64];
+  for (int m = 0; m < rows; m++) scaled_row(type, a[m], scales_a[m], a_value[m]);
+  for (int n = 0; n < columns; n++) scaled_row(type, b[n], scales_b[n], b_value[n]);
+  for (int m = 0; m < rows; m++)
+    for (int n = 0; n < columns; n++) {
+      const float before = portable::bits_float(d[m][n]);
+      double product[64], largest = magnitude(before), sum = 0;
+      bool finite = isfinite(before);
+      for (int k = 0; k < depth; k++) {
+        product[k] = a_value[m][k] * b_value[n][k];
+        const double power = magnitude(a_value[m][k]) * magnitude(b_value[n][k]);
+        largest = power > largest ? power : largest;
+        finite = finite && isfinite(product[k]);
+      }
+      float result = before;
+      if (finite) {
+        const double scale = 0x1p25 / (largest > 0 ? largest : 1);  // powers of two: exact
+        for (int k = 0; k < depth; k++) sum += trunc(product[k] * scale);
+        result = cut((trunc(before * scale) + sum) / scale, 23);
+      } else {  // NaN and infinity follow IEEE whatever the order
+        for (int k = 0; k < depth; k++) result += float(product[k]);
+      }
+      d[m][n] = portable::float_bits(result);
+    }
+}
 
 void multiply(int type, int rows, int columns, const uint8_t (*a)[32], const uint8_t (*b)[32], uint32_t (*d)[256],
               bool warpgroup) {

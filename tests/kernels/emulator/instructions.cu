@@ -101,6 +101,22 @@ QK_KERNEL(32, 1) mma_once(const uint32_t* a, const uint32_t* b, TYPE::Accumulato
 QK_EXPORT(mma_once)
 #endif
 
+#ifdef BLOCK_TYPE
+QK_KERNEL(32, 1)
+mma_blocks_once(const uint32_t* a, const uint32_t* b, const uint32_t* scales_a, const uint32_t* scales_b, float* d) {
+  const int lane = threadIdx.x;
+  uint32_t fragment_a[4], fragment_b[2];
+  float sum[4];
+  QK_UNROLL for (int i = 0; i < 4; i++) fragment_a[i] = ld_global(a + i * 32 + lane);
+  QK_UNROLL for (int i = 0; i < 2; i++) fragment_b[i] = ld_global(b + i * 32 + lane);
+  QK_UNROLL for (int i = 0; i < 4; i++) sum[i] = ld_global(d + i * 32 + lane);
+  mma_blocks<BLOCK_TYPE, BYTE, THREAD_A, THREAD_B>(sum, fragment_a, fragment_b, ld_global(scales_a + lane),
+                                                   ld_global(scales_b + lane));
+  QK_UNROLL for (int i = 0; i < 4; i++) st_global(d + i * 32 + lane, sum[i]);
+}
+QK_EXPORT(mma_blocks_once)
+#endif
+
 #if QK_EMULATED || __CUDA_ARCH__ >= 900
 
 // ---- bulk copies ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ..backends import gpu
 from ..layouts import (
     DTYPES,
     LANE,
@@ -89,6 +90,50 @@ def test_mma_adds_the_product_of_its_fragments(machine, type_name):
     d = c[d_index()].astype(accumulator(type_name))
     run(machine, "mma_once", a_fragment(a), b_fragment(b), d, defines={"TYPE": type_name})
     np.testing.assert_array_equal(d, product(a, b, c)[d_index()])
+
+
+# By type of codes: K of an instruction, and the scales of a row in it.
+BLOCK_TYPES = {"MXFP8": (32, 1), "MXFP4": (64, 2), "NVFP4": (64, 4)}
+
+
+def blocks(rng: np.random.Generator, rows: int, type_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of 32 bytes of codes, the scales' codes [rows, scales], and what they stand for; products are exact."""
+    k, count = BLOCK_TYPES[type_name]
+    values = rng.integers(-4, 5, (rows, k)).astype(np.float32)
+    if type_name == "MXFP8":
+        codes = values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    else:
+        nibbles = values.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+        codes = nibbles[:, ::2] | nibbles[:, 1::2] << np.uint8(4)
+    form = ml_dtypes.float8_e4m3fn if type_name == "NVFP4" else ml_dtypes.float8_e8m0fnu
+    scales = np.ldexp(1.0, rng.integers(-2, 3, (rows, count))).astype(np.float32)
+    return codes, scales.astype(form).view(np.uint8), values * np.repeat(scales, k // count, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("type_name", "byte", "thread_a", "thread_b"),
+    [("MXFP8", 0, 0, 0), ("MXFP8", 3, 1, 3), ("MXFP4", 2, 0, 2), ("MXFP4", 0, 1, 1), ("NVFP4", 0, 1, 2)],
+)
+def test_mma_blocks_takes_scales_from_the_lanes_and_bytes_it_names(
+    machine, type_name, byte, thread_a, thread_b
+):
+    """Every other lane, and every other byte, holds rubbish."""
+    if machine is gpu() and machine.arch != (12, 0):
+        pytest.skip("block scales start at sm_120")
+    rng = np.random.default_rng(5)
+    count = BLOCK_TYPES[type_name][1]
+    (a, of_a, wide_a), (b, of_b, wide_b) = blocks(rng, 16, type_name), blocks(rng, 8, type_name)
+    scales_a, scales_b = (rng.integers(0, 256, (32, 4)).astype(np.uint8) for _ in range(2))
+    for row in range(16):
+        scales_a[4 * (row % 8) + 2 * thread_a + row // 8, byte : byte + count] = of_a[row]
+    for row in range(8):
+        scales_b[4 * row + thread_b, byte : byte + count] = of_b[row]
+    c = rng.integers(-100, 100, (16, 8))
+    d = c[d_index()].astype(np.float32)
+    defines = {"BLOCK_TYPE": type_name, "BYTE": byte, "THREAD_A": thread_a, "THREAD_B": thread_b}
+    words = [part.view(np.uint32).reshape(-1) for part in (scales_a, scales_b)]
+    run(machine, "mma_blocks_once", a_fragment(a), b_fragment(b), *words, d, defines=defines)
+    np.testing.assert_array_equal(d, product(wide_a, wide_b, c)[d_index()])
 
 
 def test_mma_s8_wraps_at_32_bits(machine):

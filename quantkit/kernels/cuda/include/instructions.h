@@ -78,6 +78,12 @@ struct E5M2 { using Accumulator = float; static constexpr int depth = 32; static
 struct BF16 { using Accumulator = float; static constexpr int depth = 16; static constexpr int code = 3; };
 struct F16 { using Accumulator = float; static constexpr int depth = 16; static constexpr int code = 4; };
 
+// Codes whose scales go by blocks along K, `scales` of them in one instruction's K: e4m3 and e2m1 by 32 with scales in
+// e8m0, e2m1 by 16 with scales in e4m3 that have no sign.
+struct MXFP8 { static constexpr int depth = 32, scales = 1, code = 5; };
+struct MXFP4 { static constexpr int depth = 64, scales = 2, code = 6; };
+struct NVFP4 { static constexpr int depth = 64, scales = 4, code = 7; };
+
 // Registers that wgmma reads or writes while the thread runs on: accumulators and A fragments. Touching one
 // between the wgmma and the wgmma_wait that covers it is an error, which the emulator reports.
 template <class T, int Count>
@@ -150,6 +156,15 @@ QK_DEVICE void stmatrix_x4_transposed(uint32_t address, uint32_t r0, uint32_t r1
 // 2t, 2t+1 of row g, d[2], d[3] of row g+8. Warp function. E4M3 and E5M2 need sm_89.
 template <class Type>
 QK_TEMPLATE void mma(typename Type::Accumulator (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QK_AT);
+
+// The same of codes times the scales of their blocks; two e2m1 lie in a byte, the first in the low nibble. Of the scales
+// a warp's registers hold more than one instruction takes: those of A's rows g and g + 8 come from lanes
+// 4 g + 2 ThreadA and 4 g + 2 ThreadA + 1, those of B's row g from lane 4 g + ThreadB, Type::scales bytes from byte
+// `Byte` on, the first for the first codes. Byte is a multiple of Type::scales, ThreadA 0 or 1, ThreadB 0 … 3; what
+// other lanes and bytes hold does not matter. Warp function; sm_120a.
+template <class Type, int Byte, int ThreadA, int ThreadB>
+QK_TEMPLATE void mma_blocks(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t scale_a,
+                            uint32_t scale_b QK_AT);
 
 // ---- barriers ------------------------------------------------------------------------------------------------
 

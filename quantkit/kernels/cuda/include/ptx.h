@@ -224,6 +224,29 @@ QK_TEMPLATE void mma(typename Type::Accumulator (&d)[4], const uint32_t (&a)[4],
 }
 #undef QK_MMA
 
+#if defined(__CUDA_ARCH_FEAT_SM120_ALL)
+#define QK_MMA_BLOCKS(shape_and_kind, types)                                                            \
+  asm volatile("mma.sync.aligned." shape_and_kind types                                                 \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3},"                       \
+               " %10, {%12, %13}, %11, {%12, %14};"                                                     \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(scale_a),        \
+                 "r"(scale_b), "n"(Byte), "n"(ThreadA), "n"(ThreadB))
+
+template <class Type, int Byte, int ThreadA, int ThreadB>
+QK_TEMPLATE void mma_blocks(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t scale_a,
+                            uint32_t scale_b) {
+  static_assert(Byte % Type::scales == 0, "the scales of one instruction are neighbours");
+  if constexpr (Type::code == MXFP8::code)
+    QK_MMA_BLOCKS("m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X", ".f32.e4m3.e4m3.f32.ue8m0");
+  else if constexpr (Type::code == MXFP4::code)
+    QK_MMA_BLOCKS("m16n8k64.row.col.kind::mxf4.block_scale.scale_vec::2X", ".f32.e2m1.e2m1.f32.ue8m0");
+  else
+    QK_MMA_BLOCKS("m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X", ".f32.e2m1.e2m1.f32.ue4m3");
+}
+#undef QK_MMA_BLOCKS
+#endif
+
 // ---- barriers ------------------------------------------------------------------------------------------------
 
 QK_DEVICE void block_sync() { __syncthreads(); }
