@@ -109,6 +109,10 @@ QK_FUNCTION void load_pair(uint32_t (&raw)[PAIR_WORDS + 1], uint32_t at) {
     raw[0] = four.x, raw[1] = four.y, raw[PAIR_WORDS - 2] = four.z, raw[PAIR_WORDS - 1] = four.w;
   }
 }
+// Bytes 0 and 2 of a word, or 1 and 3, in its halves; a half of a word in both.
+QK_FUNCTION uint32_t two_of(uint32_t word, int i) { return prmt(word, 0, i % 2 ? 0x4341 : 0x4240); }
+QK_FUNCTION uint32_t half_of(uint32_t word, int half) { return half ? twice<1>(word) : twice<0>(word); }
+
 // The magnitudes of e2m1 times 2^(index - 8) as e4m3: from index 3 on the same bytes, eight more for each power of two.
 QK_FUNCTION Factor magnitudes(uint32_t index) {
   Factor f{index * 0x08080800u + (0x0c080000u - 2 * 0x08080800u), index * 0x08080808u + (0x1c181410u - 2 * 0x08080808u), 0};
@@ -130,17 +134,17 @@ QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
   } else if constexpr (SCALES == SCALES_NONE) {
     f.scale = !BF || CODES != CODES_INT4 ? (BF ? both(0x7e80) : ONE) : lower ? both(0x7c80) : both(0x7e80);  // 2^126
   } else if constexpr (SCALES == SCALES_E4M3) {
-    const uint32_t code = prmt(raw[i / 4], 0, 0x4040 + i % 4 * 0x0101);
-    f.scale = BF ? code * 16 + both(0x7600) : code * 128 + both(0x3000);
+    const uint32_t codes = two_of(raw[i / 4], i);
+    f.scale = half_of(BF ? codes * 16 + both(0x7600) : codes * 128 + both(0x3000), i % 4 / 2);
   } else if constexpr (SCALES == SCALES_E8M0) {
     if (BF) {
-      f.scale = prmt(raw[i / 4], 0, 0x4040 + i % 4 * 0x0101) * 128;
+      f.scale = half_of(two_of(raw[i / 4], i) * 128, i % 4 / 2);
     } else {
       const int exponent = static_cast<int>(raw[i / 4] >> i % 4 * 8 & 0xff) - 224;
       f.scale = both(exponent < 0 ? 0 : exponent << 10);
     }
   } else if constexpr (!SPLIT) {
-    const uint32_t scale = prmt(raw[i / 2], 0, i % 2 ? 0x3232 : 0x1010);
+    const uint32_t scale = half_of(raw[i / 2], i % 2);
     f.scale = BF ? scale : multiply(scale, both(0x2c00));  // 2^-4
   } else {
     float scale;
