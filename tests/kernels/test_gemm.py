@@ -18,6 +18,7 @@ from quantkit.kernels.heuristics import (
     ITEM_BYTES,
     REGISTER_LIMIT,
     SHARED_LIMIT,
+    Device,
     Problem,
     Tile,
     candidates,
@@ -192,6 +193,15 @@ def check(case: Case, d: np.ndarray) -> None:
 @pytest.mark.parametrize(("mode", "case"), CASES, ids=IDS)
 def test_every_pair_of_shape_format_output_epilogue_tile_and_mode_is_exact(compiler, mode, case):
     check(case, run(EmulatorBackend(mode), case))
+
+
+@pytest.mark.parametrize("form", ITEM_BYTES)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (2, 1, 17), (1, 9, 3), (5, 3, 1), (70, 1, 130)])
+def test_nothing_is_too_small(compiler, form, m, n, k):
+    problem = Problem(m=m, n=n, k=k, format=form, output="bfloat16")
+    tile = choose(problem, Device(multiprocessors=4))
+    case = Case(m=m, n=n, k=k, format=form, output="bfloat16", kind=KINDS["relu"], tile=tile)
+    check(case, run(EmulatorBackend(Mode.BOTH), case))
 
 
 @pytest.mark.skipif(gpu() is None, reason="no GPU")

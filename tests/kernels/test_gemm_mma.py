@@ -69,8 +69,8 @@ FACTORS: dict[str, list[Any]] = {
     "m": [1, 3, 16, 17, 64, 130, 257],
     "way": list(WAYS),
     "output": list(OUTPUT_BYTES),
-    "n": [1, 8, 130, 260],
-    "k": [1, 16, 50, 272, 700],
+    "n": [1, 8, 130, 260, 2880],
+    "k": [1, 16, 48, 50, 272, 700, 2880],
     "kind": list(KINDS),
     "mode": list(Mode),
 }
@@ -78,6 +78,10 @@ FACTORS: dict[str, list[Any]] = {
 
 def legal(row: dict[str, Any]) -> bool:
     """Whether the kernel computes a row of factors, or can with what is still to be chosen."""
+    tile = TILES[row.get("tile", "small")]
+    rows, columns = (-(-row.get(a, 1) // side) * side for a, side in (("m", tile.tile_m), ("n", tile.tile_n)))
+    if rows * columns * row.get("k", 1) > 150e6:  # what the emulator multiplies in a tenth of a second
+        return False
     integer = row.get("way", "int8") == "int8"
     kind = row.get("kind", "nothing")
     if not integer and (row.get("output") == "int32" or kind == "zero point"):
