@@ -6,8 +6,9 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from quantkit.errors import FileError
@@ -101,43 +102,52 @@ def check_output(
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], *, replaceable: Iterable[str] = ()) -> Iterator[Path]:
     """Yield an empty temporary folder; what the block writes there becomes the folder `path` if the block ends well.
 
-    A folder that is at `path` already is replaced if it is empty or holds files of the same names alone; otherwise
-    somebody keeps other things there. Nothing is left behind where anything fails; a killed process leaves at most a
-    hidden folder, as with `atomic_write`.
+    A new folder appears at once, whole. One that is there already stays the folder it is (it may be mounted, or
+    somebody's current one): its files are moved out, then the new ones in, and where anything fails, also an
+    interrupt, they are back. It must hold nothing else: neither files that the block writes too, nor `replaceable`
+    ones, and somebody would miss them. A killed process leaves at most a hidden folder, as with `atomic_write`.
+
+    Args:
+        path: the folder; a symbolic link stays one, and its target is written.
+        replaceable: patterns of names that go where they are there: an older version may have had other files.
 
     Raises:
         FileError: the folder cannot be written there, or what is there would be lost.
     """
-    final = Path(path)
+    patterns = tuple(replaceable)
     try:
-        check_folder(final)
-        _clear_stale(final.parent)
-        holder, lock = _make_folder(final.parent)
+        final = _target(Path(path))
+        _check_folder(final)
+        place = final if final.is_dir() else final.parent
+        _clear_stale(place)
+        holder, lock = _make_folder(place)
     except OSError as error:
-        raise _refused(final, error) from error
-    fresh, old = holder / "new", holder / "old"
+        raise _refused(Path(path), error) from error
+    fresh = holder / "new"
     try:
         fresh.mkdir()
         yield fresh
-        written = {p.name for p in fresh.iterdir()}
-        for name in written:
-            _flush(fresh / name, os.O_RDWR)
+        written = sorted(p.name for p in fresh.iterdir())
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                _flush(file, os.O_RDWR)
+        with suppress(OSError):
+            # Some file systems cannot flush a folder; its files are on disk.
+            _flush(fresh, os.O_RDONLY)
         if final.is_dir():
-            others = sorted({p.name for p in final.iterdir()} - written)
-            if others:
-                raise _holds_others(final, others)
-            os.replace(final, old)
-        try:
+            _check_others(final, (*patterns, *map(_literally, written)))
+            gone = [p.name for p in final.iterdir() if p.name not in written and not _is_holder(p.name)]
+            _exchange(fresh, final, written, gone)
+        else:
             os.replace(fresh, final)
-        except OSError:
-            if old.exists():
-                os.replace(old, final)
-            raise
+        with suppress(OSError):
+            # The renames have happened; some file systems cannot flush a folder.
+            _flush(place, os.O_RDONLY)
     except OSError as error:
-        if _is_foreign(error, holder, final.parent):
+        if _is_foreign(error, holder, final.parent) and _is_foreign(error, holder, final):
             raise
         raise _refused(final, error) from error
     finally:
@@ -146,17 +156,23 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(lock)
 
 
-def check_folder(path: str | os.PathLike[str]) -> None:
-    """Do nothing if `atomic_folder(path)` could begin now.
+def check_folder(path: str | os.PathLike[str], *, replaceable: Iterable[str] | None = None) -> None:
+    """Do nothing if `atomic_folder(path)` could begin now: asked before long work, whose result would have no place.
+
+    Args:
+        path: where a folder is to be written.
+        replaceable: patterns of the names that will be written or replaced; None where they are not known yet.
 
     Raises:
-        FileError: a file is in its place, or no folder can be made there.
+        FileError: a file is in its place, no folder can be made there, or one is there that holds something else.
     """
     final = Path(path)
-    if final.is_symlink() or (final.exists() and not final.is_dir()):
-        raise FileError(f"{final}: is a file, and a folder is to be written; choose another path.")
     try:
-        folder, lock = _make_folder(final.parent)
+        target = _target(final)
+        _check_folder(target)
+        if replaceable is not None and target.is_dir():
+            _check_others(target, tuple(replaceable))
+        folder, lock = _make_folder(target if target.is_dir() else target.parent)
     except OSError as error:
         raise _refused(final, error) from error
     folder.rmdir()
@@ -164,9 +180,27 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         os.close(lock)
 
 
-def _holds_others(path: Path, names: list[str]) -> FileError:
-    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-    return FileError(f"{path}: holds other files ({shown}), which would be lost; choose another folder.")
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise FileError(f"{path}: is a file, and a folder is to be written; choose another path.")
+
+
+def _check_others(path: Path, patterns: tuple[str, ...]) -> None:
+    """Refuse a folder that holds what no pattern is for."""
+    names = sorted(p.name for p in path.iterdir() if not _is_holder(p.name))
+    others = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if others:
+        shown = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
+        raise FileError(f"{path}: holds other files ({shown}), which would be lost; choose another folder.")
+
+
+def _literally(name: str) -> str:
+    """A pattern that this name alone fits."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _is_holder(name: str) -> bool:
+    return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
 
 
 def _publish(folder: Path, final: Path) -> None:
@@ -177,7 +211,7 @@ def _publish(folder: Path, final: Path) -> None:
         # For writing: Windows flushes no other.
         _flush(folder / name, os.O_RDWR)
     if names:
-        _publish_group(folder, final, names)
+        _exchange(folder, final.parent, (*names, final.name))
     else:
         os.replace(folder / final.name, final)
     with suppress(OSError):
@@ -185,23 +219,29 @@ def _publish(folder: Path, final: Path) -> None:
         _flush(final.parent, os.O_RDONLY)
 
 
-def _publish_group(folder: Path, final: Path, names: list[str]) -> None:
-    """Rename a group into place, keeping what it replaces until all of it is there."""
-    old = folder / ".replaced"
+def _exchange(source: Path, target: Path, names: Sequence[str], gone: Sequence[str] = ()) -> None:
+    """Rename a group into place, keeping what it replaces until all of it is there.
+
+    Args:
+        source, target: the folders; what is replaced waits in the first one.
+        names: of the group. The last one refers to the others: it goes first and comes last, so that it never meets
+            the wrong ones.
+        gone: what else goes out of the target.
+    """
+    old = source / ".replaced"
     old.mkdir()
     try:
-        # The file that refers to the others goes first and comes last, so that it never meets the wrong ones.
-        for name in (final.name, *names):
-            if os.path.lexists(final.parent / name):
-                os.replace(final.parent / name, old / name)
-        for name in (*names, final.name):
-            os.replace(folder / name, final.parent / name)
+        for name in (*reversed(names), *gone):
+            if os.path.lexists(target / name):
+                os.replace(target / name, old / name)
+        for name in names:
+            os.replace(source / name, target / name)
     except BaseException:
-        for name in (*names, final.name):
+        for name in (*gone, *names):
+            if name in names and not os.path.lexists(source / name):
+                os.replace(target / name, source / name)
             if os.path.lexists(old / name):
-                os.replace(old / name, final.parent / name)
-            elif not (folder / name).exists():
-                (final.parent / name).unlink(missing_ok=True)
+                os.replace(old / name, target / name)
         raise
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import FileError, QuantkitError
-from quantkit.files import atomic_write, check_output
+from quantkit.files import atomic_folder, atomic_write, check_folder, check_output
 
 
 def write(path: Path, content: bytes, **beside: bytes) -> None:
@@ -282,6 +282,169 @@ def test_a_group_is_refused_when_a_folder_bears_the_name_of_one_of_it(tmp_path):
     assert (tmp_path / "m").read_bytes() == b"old"
 
 
+# --- folders ---
+
+
+def write_folder(path: Path, replaceable: tuple[str, ...] = (), **files: bytes) -> None:
+    with atomic_folder(path, replaceable=replaceable) as temporary:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_folder_appears_with_all_its_files_and_nothing_else_stays(tmp_path):
+    with atomic_folder(tmp_path / "q") as temporary:
+        (temporary / "a").write_bytes(b"1")
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "b").write_bytes(b"2")
+        assert not (tmp_path / "q").exists()
+    assert names(tmp_path) == ["q"]
+    assert names(tmp_path / "q") == ["a", "deep"]
+    assert (tmp_path / "q" / "deep" / "b").read_bytes() == b"2"
+
+
+def test_a_new_folder_has_the_permissions_of_any_other(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_folder(tmp_path / "q", a=b"")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "q").stat().st_mode) == 0o755
+
+
+def test_an_empty_folder_and_an_older_version_are_written_anew(tmp_path):
+    (tmp_path / "q").mkdir()
+    same = (tmp_path / "q").stat().st_ino
+    write_folder(tmp_path / "q", a=b"1", b=b"1")
+    write_folder(tmp_path / "q", a=b"2", b=b"2")
+    assert contents(tmp_path / "q") == {"a": b"2", "b": b"2"}
+    # It may be mounted, or somebody's current one.
+    assert (tmp_path / "q").stat().st_ino == same
+
+
+def test_files_of_an_older_version_that_are_not_written_any_more_go(tmp_path):
+    write_folder(tmp_path / "q", **{"part-1": b"1", "part-2": b"1", "config": b"1"})
+    write_folder(tmp_path / "q", ("part-?",), **{"part-1": b"2", "config": b"2"})
+    assert contents(tmp_path / "q") == {"part-1": b"2", "config": b"2"}
+
+
+def test_a_folder_with_other_files_is_refused_and_kept(tmp_path):
+    (tmp_path / "q").mkdir()
+    for name in ("a", "mine", "mine too", "x", "y"):
+        (tmp_path / "q" / name).write_bytes(b"old")
+    before = contents(tmp_path / "q")
+    with pytest.raises(FileError, match=r"q: holds other files \(mine, mine too, x …\), which would be lost"):
+        write_folder(tmp_path / "q", a=b"new")
+    assert contents(tmp_path / "q") == before
+
+
+def test_a_name_with_the_signs_of_a_pattern_stands_for_itself(tmp_path):
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "ab").write_bytes(b"old")
+    with pytest.raises(FileError, match=r"other files \(ab\)"):
+        write_folder(tmp_path / "q", **{"a*": b"new"})
+    assert contents(tmp_path / "q") == {"ab": b"old"}
+
+
+def test_the_current_folder_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path(), a=b"1")
+    write_folder(Path("."), a=b"2")
+    assert contents(tmp_path) == {"a": b"2"}
+
+
+def test_a_link_to_a_folder_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("fresh")
+    write_folder(tmp_path / "link", a=b"1")
+    write_folder(tmp_path / "dangling", a=b"1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "dangling").is_symlink()
+    assert contents(tmp_path / "real") == contents(tmp_path / "fresh") == {"a": b"1"}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["replacing", "new"])
+@pytest.mark.parametrize("failure", [RuntimeError("stop"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_failing_block_leaves_the_old_folder_and_no_other(tmp_path, failure, there):
+    if there:
+        write_folder(tmp_path / "q", a=b"old")
+
+    def fail() -> None:
+        with atomic_folder(tmp_path / "q") as temporary:
+            (temporary / "a").write_bytes(b"new")
+            raise failure
+
+    with pytest.raises(type(failure)):
+        fail()
+    assert names(tmp_path) == (["q"] if there else [])
+    assert not there or contents(tmp_path / "q") == {"a": b"old"}
+
+
+@pytest.mark.parametrize("failing", range(6))
+@pytest.mark.parametrize("failure", [OSError(errno.EIO, "I/O error"), KeyboardInterrupt()])
+def test_a_folder_whose_renaming_fails_anywhere_is_as_before(tmp_path, monkeypatch, failing, failure):
+    write_folder(tmp_path / "q", a=b"old", b=b"old", gone=b"old")
+    replace = os.replace
+    calls = 0
+
+    def fail_once(source, target):
+        nonlocal calls
+        calls += 1
+        if calls == failing + 1:
+            raise failure
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    # Three old files are set aside, three new ones come.
+    with pytest.raises((FileError, KeyboardInterrupt)):
+        write_folder(tmp_path / "q", ("gone",), a=b"new", b=b"new", c=b"new")
+    assert names(tmp_path) == ["q"]
+    assert contents(tmp_path / "q") == {"a": b"old", "b": b"old", "gone": b"old"}
+
+
+def test_what_cannot_become_a_folder_is_refused_beforehand(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"old")
+    for path, message in (
+        (tmp_path / "file", "is a file, and a folder is to be written"),
+        (tmp_path / "no" / "q", "make its folder first"),
+        (tmp_path / "file" / "q", "choose a path whose parents are folders"),
+    ):
+        for refuse in (check_folder, write_folder):
+            with pytest.raises(FileError, match=message) as caught:
+                refuse(path)
+            assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["file"]
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    with pytest.raises(FileError, match="choose a folder that you may write to"):
+        check_folder(tmp_path / "q")
+
+
+def test_other_files_are_found_before_long_work_where_the_names_are_known(tmp_path):
+    write_folder(tmp_path / "q", a=b"1", mine=b"1")
+    check_folder(tmp_path / "q")
+    check_folder(tmp_path / "q", replaceable=("a", "m*"))
+    with pytest.raises(FileError, match=r"holds other files \(mine\)"):
+        check_folder(tmp_path / "q", replaceable=("a",))
+    assert names(tmp_path / "q") == ["a", "mine"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_in_a_parent_without_permission_is_named(tmp_path):
+    (tmp_path / "q").mkdir()
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(FileError, match="choose a folder that you may write to"):
+            write_folder(tmp_path / "p", a=b"1")
+        # One that is there already can be written all the same.
+        write_folder(tmp_path / "q", a=b"1")
+    finally:
+        tmp_path.chmod(0o700)
+
+
 # --- killed processes ---
 
 WRITER = """
@@ -322,3 +485,9 @@ def test_a_killed_process_leaves_the_old_file_and_the_next_write_clears_up(tmp_p
 def test_a_living_writer_keeps_its_temporary_file(tmp_path, writer):
     write(tmp_path / "b", b"new")
     assert [len(list(p.iterdir())) for p in tmp_path.glob(".quantkit-*")] == [1]
+
+
+def test_the_hidden_folder_of_a_killed_process_is_no_other_file(tmp_path):
+    (tmp_path / "q" / ".quantkit-dead.tmp").mkdir(parents=True)
+    write_folder(tmp_path / "q", a=b"1")
+    assert names(tmp_path / "q") == ["a"]

@@ -39,6 +39,10 @@ class FolderEmitter(Protocol):
     def target(self) -> Target:
         """As an emitter's."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Patterns of the names that its files can have: a folder that holds nothing else may be written anew."""
+
     def write(self, graph: Graph, plan: Plan, folder: Path) -> None:
         """Write the files into an empty folder; `graph` is not changed.
 

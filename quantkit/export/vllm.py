@@ -25,7 +25,14 @@ from numpy.typing import NDArray
 from quantkit.errors import ExportError
 from quantkit.export.linear_layers import Parameters, find_parameters
 from quantkit.export.module_names import NameMap, check_name_map, load_name_map
-from quantkit.export.safetensors_file import ReadTensor, StoredTensor, read_safetensors, write_safetensors
+from quantkit.export.safetensors_file import (
+    FILE,
+    INDEX,
+    ReadTensor,
+    StoredTensor,
+    read_safetensors,
+    write_safetensors,
+)
 from quantkit.export.verify import Verification
 from quantkit.export.vllm_schemes import FORMATS, quantization_config
 from quantkit.export.vllm_tensors import QuantizedLayer, float_tensors, quantized_layers, slabs, tensors_of
@@ -84,6 +91,11 @@ class VllmEmitter:
             object.__setattr__(self, "name_map", load_name_map(given))
         elif given is not None:
             check_name_map(given)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Patterns of the names that its files can have."""
+        return (CONFIG, FILE, INDEX, "model-*-of-*.safetensors")
 
     def write(self, graph: Graph, plan: Plan, folder: Path) -> None:
         """Write the files into an empty folder; one weight is in memory at a time.
