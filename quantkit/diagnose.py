@@ -31,7 +31,7 @@ def clipping_warnings(plan: Plan, histograms: Mapping[str, FloatHistogram]) -> l
     worst: tuple[float, str, float, float] | None = None
     count = 0
     for activation in plan.activations.values():
-        if activation.qparams is None:
+        if activation.qparams is None or activation.name not in histograms:
             continue
         name = activation.name
         histogram = histograms[name]

@@ -7,6 +7,7 @@ file get its name.
 """
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +19,22 @@ from quantkit.cache import CalibrationCache
 from quantkit.data import fill_batch
 from quantkit.errors import CacheError, PlanError, SpecError
 from quantkit.export import Emitter, FolderEmitter, get_emitter
-from quantkit.export.verify import Verification, can_run, verify
+from quantkit.export.verify import Verification, can_run, check_same_function, verify
 from quantkit.exported import Exported
 from quantkit.files import atomic_folder, atomic_write, check_folder, check_output
 from quantkit.formats.spec import ScaleRule
+from quantkit.gram_file import SUFFIX, GramFile
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.graph.high_precision import HIGH_PRECISION, cast_floats
 from quantkit.interchange.probe import made_up_probe
 from quantkit.model_files import model_files
 from quantkit.plan import Plan
 from quantkit.plan_file import load_plan, save_plan
-from quantkit.planning import Planned, Request, plan_model
+from quantkit.planning import Planned, Request, obey, plan_model
+from quantkit.protecting import edited
 from quantkit.recipe import Recipe, load_recipe
+from quantkit.rescaling import Folds
+from quantkit.statistics import GramMatrix
 
 # Files beyond this keep their weights beside them: protobuf holds 2 GiB at most.
 _EXTERNAL_BYTES = 2**31 - 2**24
@@ -42,6 +47,9 @@ def export_model(
     preset: str | None = "int8",
     method: str | None = None,
     method_options: Mapping[str, Any] | None = None,
+    alpha: float | Literal["auto"] | None = None,
+    folds: Folds = "all",
+    grams: Mapping[str, GramMatrix] | str | os.PathLike[str] | None = None,
     target: str | None = None,
     target_options: Mapping[str, Any] | None = None,
     everything: bool = False,
@@ -69,9 +77,15 @@ def export_model(
         model: the float model; None for the one the cache was made from.
         cache: a cache or its path; None where activations stay in float.
         preset: one of `list_presets()`; None where a recipe alone says what is quantized.
-        method: the calibration method; None for the cache's. Where weights alone are quantized how their scales are
-            solved: mse, or amax.
-        method_options: its options.
+        method: one or several, joined by "+": equalize; smoothquant or awq; amax, mse, weighted, output or gptq for
+            the rounding of weights; a calibrator for the ranges of activations; bias. None for the cache's. "mse" is a
+            calibrator unless weights alone are quantized.
+        method_options: those of the calibrator.
+        alpha: of smoothquant: from 0 to 1, or "auto" for the best of each group, from Gram matrices; None for 0.7.
+        folds: where scales of channels may go: into norms alone, into all that they fold into exactly, or also into a
+            Mul of their own ("insert").
+        grams: Gram matrices by view, or the path of a file of them; None for the one beside the cache. awq, gptq,
+            weighted, output and alpha "auto" need them.
         target: tensorrt (unless the plan is for another one), ort, ort-cpu, ort-qoperator, vllm, or a plug-in's.
         target_options: what only that target has: {"trt": 10}, {"accuracy_level": 4}, {"name_map": {…}}.
         everything: quantize also what the preset leaves in float for speed or accuracy.
@@ -114,6 +128,8 @@ def export_model(
         activations=activations,
         method=method,
         method_options=method_options,
+        alpha=alpha,
+        folds=folds,
         everything=everything,
         recipe=recipe
         if isinstance(recipe, Recipe)
@@ -142,8 +158,8 @@ def export_model(
         *(model_files(graph.path) if graph.path else ()),
         *(given for given in (cache, recipe, plan) if isinstance(given, str | os.PathLike)),
     ]
-    if folder:
-        check_folder(path)
+    if isinstance(emitter, FolderEmitter):
+        check_folder(path, replaceable=emitter.files)
     else:
         check_output(path, inputs=read)
         if _is_external(graph):
@@ -151,9 +167,16 @@ def export_model(
     if plan_out is not None:
         check_output(plan_out, inputs=[*read, path])
     planned = (
-        Planned(graph=graph, plan=found)
+        obey(graph, found)
         if found is not None
-        else plan_model(graph, held, request, emitter.target)
+        else plan_model(
+            graph,
+            held,
+            request,
+            emitter.target,
+            grams=_open_grams(grams, cache, graph),
+            how_to_collect=_how_to_collect(held, cache, graph),
+        )
     )
     exported = (
         _write_folder(emitter, planned, path)
@@ -177,6 +200,40 @@ def _check_early(request: Request, held: CalibrationCache | None, model: ModelLi
         )
 
 
+def _open_grams(
+    given: Mapping[str, GramMatrix] | str | os.PathLike[str] | None,
+    cache: CalibrationCache | str | os.PathLike[str] | None,
+    graph: Graph,
+) -> Mapping[str, GramMatrix] | None:
+    """The Gram matrices that were given, or those beside the cache."""
+    path = given
+    if path is None and isinstance(cache, str | os.PathLike):
+        beside = Path(cache).with_suffix(SUFFIX)
+        path = beside if beside.exists() else None
+    if not isinstance(path, str | os.PathLike):
+        return path
+    held = GramFile(path)
+    if held.text.get("fingerprint") != graph.fingerprint:
+        raise CacheError(
+            f"{path}: the Gram matrices of another model; collect those of {graph.path or graph.name} with "
+            "`quantkit calibrate --collect gram`."
+        )
+    return held
+
+
+def _how_to_collect(
+    held: CalibrationCache | None, cache: CalibrationCache | str | os.PathLike[str] | None, graph: Graph
+) -> str:
+    """The command that collects Gram matrices beside the cache."""
+    data = "DATA" if held is None else held.data.get("path") or "DATA"
+    words = ["quantkit", "calibrate", str(graph.path or "MODEL"), "--data"]
+    words += [data] if isinstance(data, str) else data[:1]
+    words += ["--collect", "gram"]
+    if isinstance(cache, str | os.PathLike) and graph.path and Path(cache).stem != graph.path.stem:
+        words += ["--out", str(cache)]
+    return shlex.join(words)
+
+
 def _write_file(
     emitter: Emitter, planned: Planned, held: CalibrationCache | None, high_precision: str, path: Path
 ) -> Exported:
@@ -194,13 +251,15 @@ def _write_file(
         )
     with atomic_write(path) as temporary:
         save(written, temporary, external=_is_external(graph))
-        checked = verify(temporary, graph, plan, probe)
+        if plan.edits is not None and probe:
+            check_same_function(planned.original, edited(planned.original, plan.edits, biases=False), probe)
+        checked = verify(temporary, graph, plan, probe, reference=planned.original)
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
     return _exported(planned, path, size, checked, _unproven(held, probe, can_run(graph)))
 
 
 def _write_folder(emitter: FolderEmitter, planned: Planned, path: Path) -> Exported:
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, replaceable=emitter.files) as temporary:
         emitter.write(planned.graph, planned.plan, temporary)
         checked = emitter.verify(temporary, planned.graph, planned.plan)
         size = sum(file.stat().st_size for file in temporary.iterdir())

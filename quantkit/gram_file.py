@@ -24,6 +24,7 @@ from quantkit.files import atomic_write
 from quantkit.statistics import GramMatrix
 
 SCHEMA = 1
+SUFFIX = ".gram"
 _KEY, _KIND, _CHECKSUM = "quantkit", "gram", "sha256"
 _PARTS = ("count", "products", "sums")
 _TYPES = {

@@ -6,7 +6,7 @@ quantkit.evaluate_model("model.onnx", exported.path, "eval/", labels="labels.npy
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,11 +19,15 @@ from quantkit import __version__
 from quantkit.cache import CalibrationCache, ModelIdentity
 from quantkit.calibrators import get_calibrator
 from quantkit.data import ImagePreprocessing, SampleSource, open_data, open_labels
-from quantkit.errors import DataError
+from quantkit.errors import DataError, ModelError
 from quantkit.evaluate import evaluate
 from quantkit.evaluation import Evaluation
+from quantkit.gram_file import write_grams
 from quantkit.graph import Graph, ModelLike, load_graph
+from quantkit.graph.linears import find_linears
+from quantkit.methods import parse_methods
 from quantkit.observe import observe
+from quantkit.observe_gram import GramWork, divide_grams, observe_grams
 
 
 def calibrate_model(
@@ -46,8 +50,9 @@ def calibrate_model(
     Args:
         model: path of an .onnx file, or a model in memory.
         data: a path or Python data; see `quantkit.data.open_data`.
-        method: entropy, minmax, percentile, mse, or a plug-in's.
-        method_options: its options, such as {"percentile": 99.99}.
+        method: entropy, minmax, percentile, mse, or a plug-in's, alone or with methods that protect accuracy
+            ("smoothquant+percentile", "awq+gptq"); those that need Gram matrices need `collect_grams` too.
+        method_options: the calibrator's options, such as {"percentile": 99.99}.
         samples: at most so many, from the start.
         batch_size: samples to run at a time; None for what memory allows, at most 32.
         image: how pixels become input values.
@@ -61,7 +66,9 @@ def calibrate_model(
         UnknownNameError, SpecError: the method or its options are unknown.
     """
     options = dict(method_options or {})
-    get_calibrator(method, **options)
+    ranges = parse_methods(method).ranges
+    if ranges is not None:
+        get_calibrator(ranges, **options)
     graph = load_graph(model)
     source = open_data(data, graph.inputs, image=image, samples=samples, mapping=mapping)
     with _bar("calibrate", source, progress) as bar:
@@ -84,6 +91,61 @@ def calibrate_model(
         probe=found.probe,
         versions=_versions(),
     )
+
+
+def collect_grams(
+    model: ModelLike,
+    data: object,
+    path: str | os.PathLike[str],
+    *,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    image: ImagePreprocessing | None = None,
+    mapping: Mapping[str, str] | None = None,
+    max_memory: int | None = None,
+    on_work: Callable[[GramWork], object] = lambda work: None,
+    progress: bool = False,
+) -> GramWork:
+    """Run the float model over the data and write the Gram matrices of its linear layers' inputs to a file.
+
+    They are what AWQ and GPTQ solve from. `export_model` finds them beside a cache of the same stem, in `<stem>.gram`.
+
+    Args:
+        model, data, samples, batch_size, image, mapping, progress: as for `calibrate_model`; the data are gone through
+            once a pass.
+        path: the file to write.
+        max_memory: bytes for the matrices of a pass and the tensors of a batch; where not all matrices fit, the model
+            runs once for every part of them that does. None for 1 GiB.
+        on_work: called with what it will take before anything is run.
+
+    Returns:
+        What it took: passes, memory, the file's bytes.
+
+    Raises:
+        ModelError, DataError: as `calibrate_model`; or there is no linear layer.
+        FileError: the file cannot be written there.
+    """
+    graph = load_graph(model)
+    source = open_data(data, graph.inputs, image=image, samples=samples, mapping=mapping)
+    linears = find_linears(graph)
+    if not linears:
+        raise ModelError(
+            f"{graph.path or graph.name}: no Conv, MatMul or Gemm with a constant weight, so there are no Gram "
+            "matrices to collect; leave them out."
+        )
+    work = divide_grams(graph, source, linears.values(), batch_size=batch_size, max_memory=max_memory)
+    on_work(work)
+    text = {
+        "model": graph.name,
+        "fingerprint": graph.fingerprint,
+        "data": source.description,
+        "versions": _versions(),
+    }
+    sizes = {view: (work.views[view].groups, work.views[view].size) for part in work.passes for view in part}
+    with _bar("collect", source, progress, passes=len(work.passes)) as bar:
+        found = observe_grams(graph, source, work, on_samples=lambda count: bar.update(count))
+        write_grams(path, text, sizes, found)
+    return work
 
 
 def evaluate_model(
@@ -148,9 +210,12 @@ def _labels_of(source: SampleSource, labels: object, *, limited: bool) -> NDArra
     return known
 
 
-def _bar(what: str, source: SampleSource, progress: bool) -> "tqdm[NoReturn]":
+def _bar(what: str, source: SampleSource, progress: bool, *, passes: int = 1) -> "tqdm[NoReturn]":
     # Short work shows no bar; what takes longer shows that it lives.
-    return tqdm(total=_count(source), desc=what, unit="sample", disable=not progress, leave=False, delay=0.5)
+    count = _count(source)
+    return tqdm(
+        total=count and count * passes, desc=what, unit="sample", disable=not progress, leave=False, delay=0.5
+    )
 
 
 def _count(source: SampleSource) -> int | None:

@@ -84,12 +84,31 @@ class BiasPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelEdits:
+    """What was made of the float model before it was quantized: names and one number a channel.
+
+    Attributes:
+        fingerprint: of the model before.
+        scales: by tensor, what its channels were divided by, float64; the weights that read them were multiplied.
+        inserted: those of these tensors that are divided by a Mul of their own.
+        unclipped: outputs of Clips that were taken for Relus, because they never reached their upper limit.
+        biases: by node, what was added to its bias, float64.
+    """
+
+    fingerprint: str
+    scales: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    inserted: tuple[str, ...] = ()
+    unclipped: tuple[str, ...] = ()
+    biases: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All of it, for one model and one target.
 
     Attributes:
         model: the name of the model it is for.
-        fingerprint: the cleaned graph's.
+        fingerprint: the cleaned graph's, after `edits`.
         preset, target, method: what was asked for; the preset is "recipe" where rules alone said so.
         activations: by tensor name. Where readers want a tensor in several formats, the others have entries too, under
             the name and the format.
@@ -98,6 +117,7 @@ class Plan:
         nodes: the nodes that run quantized → their operator.
         left: the linear nodes that do not, with the reason.
         formats: node → how its weight and its activations are quantized, in words.
+        edits: of the float model, before anything was quantized; None where it stays as it was.
     """
 
     model: str
@@ -111,3 +131,4 @@ class Plan:
     nodes: dict[str, str]
     left: list[LeftAlone]
     formats: Mapping[str, str] = field(default_factory=dict)
+    edits: ModelEdits | None = None

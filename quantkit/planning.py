@@ -1,7 +1,7 @@
 """What was asked for, with a model and a cache, becomes a plan; nothing is written yet."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +12,15 @@ from quantkit.errors import CacheError, SpecError
 from quantkit.formats import E8M0
 from quantkit.formats.spec import ScaleRule
 from quantkit.graph import Graph
+from quantkit.methods import Methods, parse_methods
 from quantkit.plan import Plan
 from quantkit.presets import Preset, Target, get_preset, kind_of
+from quantkit.protecting import Evidence, edited, never_clipped, reads_instead
 from quantkit.recipe import Recipe
-from quantkit.settings import Assignment, assign, node_settings, unmatched_warning, weight_method_of
+from quantkit.rescaling import Folds
+from quantkit.settings import Assignment, assign, node_settings, unmatched_warning, with_methods
 from quantkit.solve import calibrator_of, is_observed, solve_nodes
+from quantkit.statistics import ChannelStats, GramMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,12 @@ class Request:
         scale_rule: which power of two the scales of MX formats are; asked for, it holds to the letter (largest
             magnitude), where the default searches for the scale of least error.
         activations: False leaves them in float, True quantizes them where a preset does so only when asked.
-        method: the calibration method; None for the cache's. For weights alone, how they are solved.
-        method_options: its options.
+        method: the methods, as `parse_methods` reads them; None for the cache's. Where weights alone are quantized,
+            of the cache's those that are for weights.
+        method_options: the options of the calibrator among them.
+        alpha: of SmoothQuant: from 0 to 1, or "auto" for each group's own, which needs Gram matrices; None for 0.7.
+        folds: where scales of channels may go: into norms, into anything that they fold into exactly ("all"), or also
+            into a Mul of their own ("insert").
         everything: quantize also what the preset leaves in float for speed or accuracy.
         recipe: rules over the preset.
         include, exclude: patterns of node names: only these, and not these.
@@ -49,6 +57,8 @@ class Request:
     activations: bool | None = None
     method: str | None = None
     method_options: Mapping[str, Any] | None = None
+    alpha: float | Literal["auto"] | None = None
+    folds: Folds = "all"
     everything: bool = False
     recipe: Recipe = field(default_factory=Recipe)
     include: Iterable[str] = ()
@@ -89,14 +99,41 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A plan, the graph that it is for, and what should be known before trusting it."""
+    """A plan, the graph that it is for, and what should be known before trusting it.
+
+    Attributes:
+        graph: the float model that the plan quantizes: the given one, or what `plan.edits` made of it.
+        plan: the plan.
+        original: the given model.
+        warnings: what the user should know, a line each.
+    """
 
     graph: Graph
     plan: Plan
+    original: Graph
     warnings: tuple[str, ...] = ()
 
 
-def plan_model(graph: Graph, held: CalibrationCache | None, request: Request, target: Target) -> Planned:
+def obey(graph: Graph, plan: Plan) -> Planned:
+    """Return a plan that was solved before, with the model that it is for.
+
+    Raises:
+        PlanError: it was solved for another one.
+    """
+    return Planned(
+        graph=graph if plan.edits is None else edited(graph, plan.edits), plan=plan, original=graph
+    )
+
+
+def plan_model(
+    graph: Graph,
+    held: CalibrationCache | None,
+    request: Request,
+    target: Target,
+    *,
+    grams: Mapping[str, GramMatrix] | None = None,
+    how_to_collect: str = "quantkit calibrate MODEL --data DATA --collect gram",
+) -> Planned:
     """Solve a plan; the model is not run.
 
     Args:
@@ -104,6 +141,8 @@ def plan_model(graph: Graph, held: CalibrationCache | None, request: Request, ta
         held: its calibration cache; None where activations stay in float or have scales of their own.
         request: what is asked for.
         target: what will run the model.
+        grams: Gram matrices by view, for methods that need them.
+        how_to_collect: the command that collects them, for who asked for such a method without them.
 
     Raises:
         CacheError: the request needs a cache, or the cache's ranges are fixed and another method is asked for.
@@ -120,7 +159,13 @@ def plan_model(graph: Graph, held: CalibrationCache | None, request: Request, ta
         )
     histograms = {} if held is None else {name: s.histogram for name, s in held.statistics.items()}
     ranges = {} if held is None else held.ranges
-    plan = solve_nodes(
+    evidence = Evidence(
+        channels={} if held is None else _channels(held),
+        grams=grams,
+        missing=f"it needs Gram matrices, and there are none; run `{how_to_collect}` first.",
+        unclipped=never_clipped(graph, histograms),
+    )
+    solved = solve_nodes(
         graph,
         histograms,
         settled,
@@ -129,16 +174,40 @@ def plan_model(graph: Graph, held: CalibrationCache | None, request: Request, ta
         everything=request.everything,
         ranges=ranges,
         scale_dtype=request.scale_dtype,
+        evidence=evidence,
+        alpha=request.alpha,
+        folds=request.folds,
     )
+    plan = solved.plan
     warnings = [*unmatched_warning(settled.unmatched), *_unheld(preset, target)]
     if not ranges:
-        warnings += clipping_warnings(plan, histograms)
+        divided = {} if plan.edits is None else plan.edits.scales
+        warnings += clipping_warnings(plan, {n: h for n, h in histograms.items() if n not in divided})
+        warnings += _from_extremes(plan)
     elif any((a.spec.format.kind, a.spec.format.bits) != ("integer", 8) for a in plan.activations.values()):
         warnings.append(
             f"the imported ranges were chosen for 8-bit integers, and {plan.preset} clips at them too; "
             "ranges of its own need `quantkit calibrate`"
         )
-    return Planned(graph=graph, plan=plan, warnings=tuple(warnings))
+    return Planned(graph=solved.graph, plan=plan, original=graph, warnings=tuple(warnings))
+
+
+def _from_extremes(plan: Plan) -> list[str]:
+    """The line that says which ranges are not of the method that was asked for."""
+    if plan.edits is None or "minmax" in plan.method.split("+"):
+        return []
+    divided = {reads_instead(tensor, plan.edits) for tensor in plan.edits.scales}
+    count = sum(a.spec.dynamic is None and a.name in divided for a in plan.activations.values())
+    if not count:
+        return []
+    return [
+        f"{count} rescaled tensor{'s have' if count > 1 else ' has'} the range from least to greatest value: of what "
+        "is divided channel by channel histograms say nothing more, whatever the method"
+    ]
+
+
+def _channels(held: CalibrationCache) -> dict[str, ChannelStats]:
+    return {name: s.channels for name, s in held.statistics.items() if s.channels is not None}
 
 
 def _assign(
@@ -149,29 +218,51 @@ def _assign(
     recipe: Recipe,
     target: Target,
 ) -> Assignment:
-    method, weight_method = request.method, None
-    if preset is not None and preset.activations is None:
-        # With weights alone the method is theirs.
-        weight_method = weight_method_of(preset, method)
-        method = None
-    if preset is not None and request.scale_rule is not None and request.method is None:
-        assert preset.weights.scale_format == E8M0
-        weight_method = "amax"
-    calibrator = None if held is None else calibrator_of(held, method, request.method_options)
-    default = (
-        None
-        if preset is None
-        else node_settings(preset, target, calibrator=calibrator, weight_method=weight_method)
-    )
+    alone = preset is not None and preset.activations is None
+    methods = methods_of(request.method, held, weights_alone=alone)
+    calibrator = None
+    if held is not None:
+        options = request.method_options
+        calibrator = calibrator_of(held, methods.ranges if request.method is not None else None, options)
+    default = None
+    if preset is not None:
+        default = node_settings(preset, target, calibrator=calibrator)
+        default = with_methods(default, replace(methods, ranges=None))
+        if request.scale_rule is not None and request.method is None:
+            assert preset.weights.scale_format == E8M0
+            default = replace(default, weight_method="amax")
     return assign(
         graph,
         target,
         default,
         recipe,
         calibrator=calibrator,
+        methods=methods,
         embeddings=request.embeddings,
         head=request.head,
     )
+
+
+def methods_of(method: str | None, held: CalibrationCache | None, *, weights_alone: bool) -> Methods:
+    """Return the methods asked for; those that the cache records where none are.
+
+    Args:
+        method: as it was asked for.
+        held: the cache.
+        weights_alone: activations stay in float: what the cache records for them is left out.
+
+    Raises:
+        UnknownNameError: a part that there is not.
+    """
+    if method is not None:
+        return parse_methods(method, weights_alone=weights_alone)
+    if held is None or held.ranges:
+        return Methods()
+    recorded = parse_methods(held.method)
+    if not weights_alone:
+        return recorded
+    scaling = None if recorded.scaling == "smoothquant" else recorded.scaling
+    return replace(recorded, ranges=None, scaling=scaling)
 
 
 def _unheld(preset: Preset | None, target: Target) -> list[str]:

@@ -108,13 +108,26 @@ def layer_of(
     )
 
 
-def equalize(graph: Graph, groups: Sequence[LinearGroup], rescaled: Rescaled | None = None) -> Rescaled:
+def equalize(
+    graph: Graph,
+    groups: Sequence[LinearGroup],
+    rescaled: Rescaled | None = None,
+    *,
+    keep: Collection[str] = (),
+) -> Rescaled:
     """Equalize the ranges of the channels between every two linear operators; see `equalizing_scale`.
 
-    Groups whose tensor is not computed by linear operators alone are left as they are.
+    Groups whose tensor is not computed by linear operators alone are left as they are, and those whose scale would
+    divide a tensor of `keep` on its way (see `smooth`).
     """
     found = rescaled or Rescaled()
-    able = [g for g in groups if g.fold is not None and any(f.kind == "linear" for f in g.fold.factors)]
+    able = [
+        g
+        for g in groups
+        if g.fold is not None
+        and any(f.kind == "linear" for f in g.fold.factors)
+        and not set(keep).intersection(g.fold.passed)
+    ]
     for _ in range(_ROUNDS):
         most = 0.0
         for group in able:
@@ -187,13 +200,14 @@ def scale_for_awq(
     *,
     folds: Folds = "all",
     least_gain: float = 0.0,
+    keep: Collection[str] = (),
     rescaled: Rescaled | None = None,
     xp: ModuleType = np,
 ) -> Rescaled:
     """Scale the channels of inputs so that weights round with the least error of the outputs (AWQ).
 
     Args:
-        graph, groups, specs, grams, folds, rescaled: as for `smooth`.
+        graph, groups, specs, grams, folds, keep, rescaled: as for `smooth`.
         least_gain: the part of a group's error that must go for it to be scaled. Before GPTQ, which makes up for most
             of the error itself, less than 1/4 is not worth it.
         xp: NumPy, or CuPy to work on a GPU.
@@ -207,7 +221,7 @@ def scale_for_awq(
         layers = _layers(graph, found, group, specs, grams)
         if not layers:
             continue
-        way = _way(graph, group, folds)
+        way = _way(graph, group, folds, keep)
         if not isinstance(way, bool):
             found = replace(found, notes={**found.notes, group.tensor: way})
             continue

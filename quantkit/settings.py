@@ -3,18 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import cast, get_args
+from typing import Any
 
-from quantkit.calibrators import Calibrator, WeightMethod, get_calibrator
-from quantkit.errors import RecipeError, UnknownNameError
+from quantkit.calibrators import Calibrator, get_calibrator
+from quantkit.calibrators.weight_rounding import Rounding
+from quantkit.errors import RecipeError, SpecError
 from quantkit.formats import QuantSpec
 from quantkit.graph import Graph, find_sites
+from quantkit.methods import Methods, Scaling, parse_methods
 from quantkit.presets import Preset, Target, get_preset
 from quantkit.recipe import AS_PRESET, FLOAT, Recipe, Settings
 
 # Of weights in few bits and blocks the scale of least squared error; of the others the largest magnitude, which keeps
 # as much and is what TensorRT does.
-_WEIGHT_METHOD: Mapping[bool, WeightMethod] = {True: "mse", False: "amax"}
+_WEIGHT_METHOD: Mapping[bool, Rounding] = {True: "mse", False: "amax"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +27,20 @@ class NodeSettings:
         preset: whose weights it gets, and what that preset leaves in float unless it is asked for.
         activations: how its inputs are quantized; None where they stay in float.
         calibrator: the method for them; None where their ranges are fixed.
-        weight_method: how the scales of its weight are solved.
+        weight_method: how its weight is rounded.
+        equalize: its channels and those of its neighbours are made equally large first.
+        scaling: what the channels of its input are scaled by.
+        correct_bias: its bias takes up the mean of the error.
         asked: it was named, by a rule or a pattern, so nothing of it is left in float for speed.
     """
 
     preset: Preset
     activations: QuantSpec | None
     calibrator: Calibrator | None = None
-    weight_method: WeightMethod = "amax"
+    weight_method: Rounding = "amax"
+    equalize: bool = False
+    scaling: Scaling | None = None
+    correct_bias: bool = False
     asked: bool = False
 
     @property
@@ -61,7 +69,7 @@ def node_settings(
     target: Target,
     *,
     calibrator: Calibrator | None = None,
-    weight_method: WeightMethod | None = None,
+    weight_method: Rounding | None = None,
 ) -> NodeSettings:
     """Return the settings of a node that a preset alone is for."""
     return NodeSettings(
@@ -72,9 +80,42 @@ def node_settings(
     )
 
 
-def default_weight_method(preset: Preset) -> WeightMethod:
-    """Return how the scales of a preset's weights are solved unless something else is asked for."""
+def default_weight_method(preset: Preset) -> Rounding:
+    """Return how a preset's weights are rounded unless something else is asked for."""
     return _WEIGHT_METHOD[preset.in_blocks or preset.weights.format.bits < 8]
+
+
+def with_methods(
+    settings: NodeSettings, methods: Methods, options: Mapping[str, Any] | None = None
+) -> NodeSettings:
+    """Return `settings` with these methods; the calibrator stays where none is named.
+
+    AWQ alone rounds with the scales of least output error.
+
+    Args:
+        settings: of a node.
+        methods: what was asked for.
+        options: of the calibrator.
+
+    Raises:
+        UnknownNameError, SpecError: no such calibrator, or options without one.
+    """
+    if options and methods.ranges is None:
+        raise SpecError(
+            f"method {methods}: no option {', '.join(options)}; options are those of a method for the ranges of "
+            "activations, such as percentile: name it too, or leave them out."
+        )
+    own: Rounding = "output" if methods.scaling == "awq" else default_weight_method(settings.preset)
+    return replace(
+        settings,
+        weight_method=methods.rounding or own,
+        equalize=methods.equalize,
+        scaling=methods.scaling,
+        correct_bias=methods.bias,
+        calibrator=settings.calibrator
+        if methods.ranges is None
+        else get_calibrator(methods.ranges, **(options or {})),
+    )
 
 
 def assign(
@@ -84,6 +125,7 @@ def assign(
     recipe: Recipe,
     *,
     calibrator: Calibrator | None = None,
+    methods: Methods | None = None,
     embeddings: bool = False,
     head: bool = True,
 ) -> Assignment:
@@ -95,6 +137,7 @@ def assign(
         default: what holds where no rule says otherwise; None keeps what no rule names in float.
         recipe: ordered rules over it.
         calibrator: the method for activations of nodes whose rules name none; None where ranges are fixed.
+        methods: what else is done to nodes whose rules name a preset and no method.
         embeddings: quantize embeddings too, where no rule names them.
         head: quantize the last linear node before an output too, where no rule names it.
 
@@ -121,7 +164,7 @@ def assign(
         elif not said.asked and node in last:
             kept[node] = "the last layer, left out as asked"
         else:
-            nodes[node] = _resolve(node, said, default, target, calibrator)
+            nodes[node] = _resolve(node, said, default, target, calibrator, methods or Methods())
     return Assignment(nodes=nodes, kept=kept, unmatched=tuple(str(r) for r in recipe.unmatched(known)))
 
 
@@ -131,6 +174,7 @@ def _resolve(
     default: NodeSettings | None,
     target: Target,
     calibrator: Calibrator | None,
+    methods: Methods,
 ) -> NodeSettings:
     """What the rules say of a node, over the default."""
     if said.weights == FLOAT or (said.weights is None and default is None and said.activations == FLOAT):
@@ -145,6 +189,7 @@ def _resolve(
         settings = default if said.group is None else _regrouped(default, said.group)
     else:
         settings = node_settings(_preset(weights, said.group), target, calibrator=calibrator)
+        settings = with_methods(settings, replace(methods, ranges=None))
         if default is not None and said.activations is None:
             settings = replace(settings, activations=default.activations)
     if said.activations == FLOAT:
@@ -153,10 +198,9 @@ def _resolve(
         found = get_preset(said.activations, activations=True) if said.activations else None
         assert found is not None
         settings = replace(settings, activations=target.activation_spec(found))
-    if said.method is not None and settings.activations is None:
-        settings = replace(settings, weight_method=weight_method_of(settings.preset, said.method))
-    elif said.method is not None:
-        settings = replace(settings, calibrator=get_calibrator(said.method, **said.method_options))
+    if said.method is not None:
+        methods = parse_methods(said.method, weights_alone=settings.activations is None)
+        settings = with_methods(settings, methods, said.method_options)
     return replace(settings, asked=said.asked)
 
 
@@ -167,23 +211,6 @@ def _regrouped(settings: NodeSettings, group: int) -> NodeSettings:
             f"recipe: group = {group}: the weights of {settings.preset.name} have no groups to choose; leave it out."
         )
     return replace(settings, preset=replace(settings.preset, weights=replace(weights, block_size=group)))
-
-
-def weight_method_of(preset: Preset, method: str | None = None) -> WeightMethod:
-    """Return the method for weights of that name; the preset's own where none is given.
-
-    Raises:
-        UnknownNameError: `method` is none for weights.
-    """
-    if method is None:
-        return default_weight_method(preset)
-    for known in get_args(WeightMethod):
-        if method == known:
-            return cast(WeightMethod, known)
-    raise UnknownNameError(
-        f"method {method}: {preset.name} quantizes weights alone, whose methods are "
-        f"{' and '.join(get_args(WeightMethod))}; choose one of them, or leave --method out."
-    )
 
 
 @cache

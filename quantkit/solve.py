@@ -2,36 +2,31 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import onnx_ir as ir
 
 from quantkit.cache import IMPORTED, CalibrationCache
-from quantkit.calibrators import (
-    Calibrator,
-    WeightMethod,
-    get_calibrator,
-    solve_range,
-    weight_qparams,
-    weight_range,
-)
+from quantkit.calibrators import Calibrator, WeightMethod, get_calibrator, solve_range
 from quantkit.errors import CacheError, PlanError, SpecError, UnknownNameError
-from quantkit.formats import QParams, QuantSpec, Range, qparams_from_range
+from quantkit.formats import QuantSpec, Range, qparams_from_range
 from quantkit.formats.scales import SMALLEST_SCALE, global_scale_of
-from quantkit.graph import Graph, LeftAlone, Site, find_sites, sharing_groups
+from quantkit.graph import Graph, LeftAlone, find_sites, sharing_groups
 from quantkit.graph.sites import LINEAR_OPS, QUANTIZED_ALREADY
-from quantkit.placement import PlacedActivation, PlacedWeight, Placement, place_nodes
-from quantkit.plan import ActivationPlan, BiasPlan, Plan, WeightPlan
+from quantkit.methods import parse_methods
+from quantkit.placement import PlacedActivation, Placement, place_nodes
+from quantkit.plan import ActivationPlan, ModelEdits, Plan, WeightPlan
 from quantkit.presets import Preset, Target
+from quantkit.protecting import Evidence, protect
+from quantkit.rescaling import Folds
 from quantkit.settings import Assignment, node_settings
+from quantkit.solve_weights import float_dtype, solve_weights
 from quantkit.statistics import FloatHistogram
 
-_INT32_MAX = 2**31 - 1
-# Block sizes that kernels take; those that divide a weight are named where the size asked for does not.
-_SIZES = (16, 32, 64, 128, 256)
+# Of the activations of a method that names no calibrator, where the cache names none either.
+_RANGES = "entropy"
 
 
 def calibrator_of(
@@ -58,13 +53,22 @@ def calibrator_of(
         return None
     if method is None:
         try:
-            return get_calibrator(cache.method, **{**cache.method_options, **(options or {})})
+            named = parse_methods(cache.method).ranges
+            return get_calibrator(named or _RANGES, **{**cache.method_options, **(options or {})})
         except UnknownNameError as error:
             raise UnknownNameError(
                 f"{str(error).rstrip('.?')}; the name comes from the cache: install that method again, or give "
                 "another one with --method."
             ) from error
     return get_calibrator(method, **(options or {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A plan, and the model that it is for: the given one, unless a method changes it first."""
+
+    graph: Graph
+    plan: Plan
 
 
 def solve(
@@ -91,7 +95,7 @@ def solve(
     assignment = Assignment(nodes=nodes, kept={})
     return solve_nodes(
         graph, histograms, assignment, preset.name, target, everything=everything, ranges=ranges
-    )
+    ).plan
 
 
 def solve_nodes(
@@ -104,8 +108,14 @@ def solve_nodes(
     everything: bool = False,
     ranges: Mapping[str, Range] | None = None,
     scale_dtype: np.dtype | None = None,
-) -> Plan:
-    """Return the plan that gives every node what it is to become.
+    evidence: Evidence | None = None,
+    alpha: float | Literal["auto"] | None = None,
+    folds: Folds = "all",
+) -> Solved:
+    """Return the plan that gives every node what it is to become, and the model that it is for.
+
+    In this order: channels are equalized, smoothed or scaled; activations get ranges, weights are rounded, and biases
+    take up the mean of the error.
 
     Tensors that MaxPool, Concat and their like tie together are solved from their merged histogram, so they get one
     scale. A tensor whose statistics hold no finite value, or NaN or infinities (an attention mask's −inf, say), and
@@ -121,46 +131,81 @@ def solve_nodes(
         ranges: fixed ranges by tensor name, in place of histograms. They are taken as they are: tensors that are
             tied together keep each its own.
         scale_dtype: the float type that the file's scales will have, where it is not the tensors' own.
+        evidence: what methods need beside histograms.
+        alpha, folds: see `protect`.
 
     Raises:
         PlanError: there is nothing that can be quantized so.
         SpecError: a plug-in's calibrator does not give a range, or a weight cannot be cut into whole blocks.
+        CacheError: a method lacks a statistic.
     """
     ranges = ranges or {}
-    unfit = _unfit(graph, assignment, histograms, ranges)
+    unfit = _unfit(graph, assignment, histograms, ranges, {})
+    placement = place_nodes(
+        graph, assignment.nodes, target, kept=assignment.kept, everything=everything, unfit=unfit
+    )
+    protected = protect(graph, placement, evidence or Evidence(), alpha=alpha, folds=folds)
+    known = protected.ranges
+    unfit = _unfit(protected.graph, assignment, histograms, ranges, known)
     while True:
         placement = place_nodes(
-            graph, assignment.nodes, target, kept=assignment.kept, everything=everything, unfit=unfit
+            protected.graph,
+            assignment.nodes,
+            target,
+            kept=assignment.kept,
+            everything=everything,
+            unfit=unfit,
         )
-        activations, misfits = _solve_activations(graph, histograms, placement, ranges, scale_dtype)
+        activations, misfits = _solve_activations(
+            protected.graph, histograms, placement, ranges, known, scale_dtype
+        )
         if not misfits:
             break
         # Without them the placement is another one; each round takes at least one tensor out.
         unfit |= misfits
     if not placement.nodes:
         raise PlanError(_nothing_left(graph, name, placement.left))
-    weights, biases = _solve_weights(graph, placement, activations, target, scale_dtype)
-    return Plan(
+    solved = solve_weights(protected.graph, placement, activations, target, scale_dtype, protected)
+    edits = protected.edits
+    if solved.corrections:
+        edits = replace(edits or ModelEdits(fingerprint=graph.fingerprint), biases=solved.corrections)
+    plan = Plan(
         model=graph.name,
-        fingerprint=graph.fingerprint,
+        fingerprint=solved.graph.fingerprint,
         preset=name,
         target=target.name,
         method=_method_name(placement),
         activations=activations,
-        weights=weights,
-        biases=biases,
+        weights=solved.weights,
+        biases=solved.biases,
         nodes=placement.nodes,
         left=placement.left,
-        formats=_formats(placement, weights, activations),
+        formats=_formats(placement, solved.weights, activations),
+        edits=edits,
     )
+    return Solved(graph=solved.graph, plan=plan)
 
 
 def _method_name(placement: Placement) -> str:
-    """The methods of the activations that have one, or else of the weights."""
+    """What was done, in the order in which it was; how weights were rounded where that says more than the ranges."""
     static = [a for a in placement.activations if a.spec.dynamic is None]
-    if not static:
-        return "+".join(sorted({w.settings.weight_method for w in placement.weights})) or "none"
-    return "+".join(sorted({IMPORTED if a.calibrator is None else a.calibrator.name for a in static}))
+    settings = placement.settings.values()
+    rounding = {
+        p.settings.weight_method
+        for p in placement.weights
+        if not static or p.settings.weight_method not in ("amax", "mse")
+    }
+    if any(s.scaling == "awq" for s in settings):
+        # What comes with it.
+        rounding.discard("output")
+    parts = (
+        {"equalize" for s in settings if s.equalize},
+        {s.scaling for s in settings if s.scaling},
+        rounding,
+        {IMPORTED if a.calibrator is None else a.calibrator.name for a in static},
+        {"bias" for s in settings if s.correct_bias},
+    )
+    return "+".join(name for part in parts for name in sorted(part)) or "none"
 
 
 def _formats(
@@ -181,6 +226,7 @@ def _unfit(
     assignment: Assignment,
     histograms: Mapping[str, FloatHistogram],
     ranges: Mapping[str, Range],
+    divided: Mapping[str, Range],
 ) -> dict[str, str]:
     unfit: dict[str, str] = {}
     finite: dict[str, bool] = {}
@@ -202,6 +248,8 @@ def _unfit(
                 site.node not in assignment.nodes or not is_observed(assignment.nodes[site.node].activations)
             )
         ):
+            continue
+        if site.name in divided:
             continue
         if ranges:
             if site.name not in ranges:
@@ -250,12 +298,12 @@ def _mend(reasons: Iterable[str]) -> str:
         return "export with --all, or another preset"
     if QUANTIZED_ALREADY in reasons:
         return "give the float model it was made from"
-    if any(reason.startswith(("tensor", "weight", "bias")) for reason in reasons):
-        return "mend the model or the calibration data"
     if any("recipe" in reason or "as asked" in reason for reason in reasons):
         return "let a rule, or --include, name some"
     if any(" has no " in reason for reason in reasons):
         return "choose another preset or another --target"
+    if any(reason.startswith(("tensor ", "weight ", "bias ")) for reason in reasons):
+        return "mend the model or the calibration data"
     if any("weights alone" in reason or "lie in blocks" in reason for reason in reasons):
         return "choose another preset, int8 or fp8"
     return "give a float model whose layers have constant weights"
@@ -266,9 +314,13 @@ def _solve_activations(
     histograms: Mapping[str, FloatHistogram],
     placement: Placement,
     ranges: Mapping[str, Range],
+    known: Mapping[str, Range],
     scale_dtype: np.dtype | None,
 ) -> tuple[dict[str, ActivationPlan], dict[str, str]]:
-    """Return the plans, and the tensors that cannot have one with the reason."""
+    """Return the plans, and the tensors that cannot have one with the reason.
+
+    `known` are ranges of tensors whose histograms say no longer what they hold.
+    """
     plans: dict[tuple[str, QuantSpec], ActivationPlan] = {}
     misfits: dict[str, str] = {}
     tied = [] if ranges else sharing_groups(graph)
@@ -286,7 +338,15 @@ def _solve_activations(
                 )
             continue
         first = members[0].name
-        if calibrator is None and ranges:
+        rescaled = [known[m.name] for m in members if m.name in known]
+        if rescaled:
+            # What are tied to them hold no more than was observed.
+            others = [histograms[m.name] for m in members if m.name not in known]
+            found = Range(
+                min(float(r.lo) for r in (*rescaled, *(Range(h.min, h.max) for h in others))),
+                max(float(r.hi) for r in (*rescaled, *(Range(h.min, h.max) for h in others))),
+            )
+        elif calibrator is None and ranges:
             found = ranges[first]
         else:
             merged = reduce(FloatHistogram.merge, (histograms[member.name] for member in members))
@@ -317,7 +377,7 @@ def _activation_plan(
             name=name, spec=spec, range=found, qparams=None, readers=placed.readers, global_scale=shared
         )
     try:
-        qparams = qparams_from_range(found, spec, scale_dtype=_float_dtype(graph, name, scale_dtype))
+        qparams = qparams_from_range(found, spec, scale_dtype=float_dtype(graph, name, scale_dtype))
     except SpecError as error:
         misfits[name] = f"tensor {name}: {error}"
         return None
@@ -333,147 +393,3 @@ def _by_name(plans: Mapping[tuple[str, QuantSpec], ActivationPlan]) -> dict[str,
     for (name, spec), plan in sorted(plans.items(), key=lambda item: (item[0][0], str(item[0][1]))):
         found[name if name not in found else f"{name}, {spec}"] = plan
     return found
-
-
-def _solve_weights(
-    graph: Graph,
-    placement: Placement,
-    activations: Mapping[str, ActivationPlan],
-    target: Target,
-    scale_dtype: np.dtype | None,
-) -> tuple[list[WeightPlan], list[BiasPlan]]:
-    readers: dict[tuple[str, QuantSpec, WeightMethod], list[PlacedWeight]] = {}
-    for placed in placement.weights:
-        key = placed.site.name, placed.spec, placed.settings.weight_method
-        readers.setdefault(key, []).append(placed)
-    scales = {reader: a for a in activations.values() for reader in a.readers}
-    everywhere = {a.name: a for a in activations.values() if not a.readers}
-    weights: list[WeightPlan] = []
-    biases: list[BiasPlan] = []
-    # s_x · s_w is often less than float16 can hold.
-    with_biases = target.integer_bias and scale_dtype in (None, np.float32)
-    for (name, spec, method), placed_here in readers.items():
-        w = graph.array(name)
-        if target.whole_blocks:
-            _check_blocks(name, w.shape, spec)
-        qparams = _weight_qparams(name, w, spec, _float_dtype(graph, name, scale_dtype), method)
-        with_bias: list[tuple[Site, np.float32]] = []
-        for placed in placed_here if with_biases and _can_add_bias(spec) else ():
-            site = placed.site
-            if placed.settings.integer_activations and _bias(graph.node(site.node)) is not None:
-                other = graph.node(site.node).inputs[1 - site.index]
-                assert other is not None
-                # An input that the model itself quantizes is in no plan; its node keeps a float bias.
-                held = scales.get((site.node, 1 - site.index)) or everywhere.get(str(other.name))
-                if held is not None and held.spec.format.bits == 8:
-                    with_bias.append((site, np.float32(held.static.scale)))
-        for site, input_scale in with_bias:
-            qparams = _wide_enough(graph, site, qparams, input_scale)
-        weights.append(
-            WeightPlan(
-                name=name,
-                spec=spec,
-                qparams=qparams,
-                readers=tuple((p.site.node, p.site.index) for p in placed_here),
-            )
-        )
-        for site, input_scale in with_bias:
-            biases.append(_solve_bias(graph, site, qparams, input_scale))
-    return weights, biases
-
-
-def _can_add_bias(spec: QuantSpec) -> bool:
-    """Whether an integer kernel multiplies by such weights, so that the bias can be added to its sums."""
-    return spec.format.kind == "integer" and spec.format.bits == 8 and spec.block_size is None
-
-
-def _check_blocks(name: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
-    if spec.axis is None or spec.block_size is None or shape[spec.axis] % spec.block_size == 0:
-        return
-    size = shape[spec.axis]
-    divisors = [d for d in _SIZES if size % d == 0] or [
-        d for d in range(1, size + 1) if size % d == 0 and 8 <= d <= 256
-    ]
-    fixed = spec.scale_format is not None
-    mend = (
-        "leave it in float with --exclude"
-        if fixed or not divisors
-        else f"choose --group {' or '.join(map(str, divisors))}, or leave it in float with --exclude"
-    )
-    raise SpecError(
-        f"{name}: its axis {spec.axis} has {size} elements, not a multiple of the group size {spec.block_size}, as "
-        f"this target needs; {mend}."
-    )
-
-
-def _weight_qparams(
-    name: str, w: np.ndarray, spec: QuantSpec, dtype: np.dtype, method: WeightMethod
-) -> QParams:
-    if spec.block_size is not None or spec.block_shape is not None or spec.format.bits < 8:
-        return weight_qparams(w, spec, method=method, scale_dtype=dtype, name=name)
-    range_ = weight_range(w.astype(np.float32), spec, method=method, name=name)
-    return qparams_from_range(_holdable(range_, spec, dtype), spec, scale_dtype=dtype)
-
-
-def _holdable(range_: Range, spec: QuantSpec, dtype: np.dtype) -> Range:
-    """Widen the ranges of channels so small that their scale would be zero in float16."""
-    if dtype != np.float16:
-        return range_
-    least = float(np.finfo(np.float16).smallest_subnormal) * spec.format.symmetric_max
-    widened = np.where(range_.amax > 0, np.maximum(range_.amax, least), 0.0)
-    return Range(np.where(widened > range_.amax, -widened, range_.lo), np.maximum(range_.hi, widened))
-
-
-def _bias(node: ir.Node) -> ir.Value | None:
-    """The constant bias of a Conv, ConvTranspose or Gemm that an integer kernel can add; None without one."""
-    if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.inputs) < 3:
-        return None
-    bias = node.inputs[2]
-    if bias is None or not bias.is_initializer() or bias.shape is None or len(bias.shape) != 1:
-        return None
-    if bias.dtype != ir.DataType.FLOAT:
-        # No integer kernel puts out float16, and s_x · s_w is often less than float16 can hold.
-        return None
-    if node.op_type == "ConvTranspose":
-        # ONNX Runtime has no integer ConvTranspose.
-        return None
-    if node.op_type == "Gemm":
-        for factor in ("alpha", "beta"):
-            attribute = node.attributes.get(factor)
-            if attribute is not None and attribute.as_float() != 1.0:
-                return None
-        weight = node.inputs[1]
-        transposed = node.attributes.get("transB")
-        axis = 0 if transposed is not None and transposed.as_int() else 1
-        if weight is None or weight.shape is None or weight.shape[axis] != bias.shape[0]:
-            return None
-    return bias
-
-
-def _wide_enough(graph: Graph, site: Site, qparams: QParams, input_scale: np.float32) -> QParams:
-    """Enlarge the weight scales of channels so small that their bias would overflow int32."""
-    bias = graph.array(_bias_name(graph, site)).astype(np.float64)
-    least = np.abs(bias) / (float(input_scale) * _INT32_MAX)
-    # Twice, so that rounding the product of the scales cannot overflow again.
-    return replace(qparams, scale=np.maximum(qparams.scale, (2 * least).astype(np.float32)))
-
-
-def _solve_bias(graph: Graph, site: Site, qparams: QParams, input_scale: np.float32) -> BiasPlan:
-    name = _bias_name(graph, site)
-    scale = input_scale * qparams.scale
-    codes = np.rint(graph.array(name).astype(np.float64) / scale.astype(np.float64))
-    return BiasPlan(name=name, qvalue=codes.astype(np.int32), scale=scale, reader=(site.node, 2))
-
-
-def _bias_name(graph: Graph, site: Site) -> str:
-    bias = _bias(graph.node(site.node))
-    if bias is None:
-        raise SpecError(f"{site.node}: has no constant bias; leave it in float.")
-    return str(bias.name)
-
-
-def _float_dtype(graph: Graph, name: str, scale_dtype: np.dtype | None) -> np.dtype:
-    """The float type in which the scale of a tensor is stored: its own, unless float32 is cast to another one."""
-    dtype = graph.values[name].dtype
-    own = np.dtype(np.float32) if dtype is None else np.dtype(dtype.numpy())
-    return scale_dtype if scale_dtype is not None and own == np.float32 else own

@@ -13,6 +13,7 @@ from quantkit.cli import options
 if TYPE_CHECKING:
     from quantkit.cache import CalibrationCache
     from quantkit.graph import LeftAlone, Site
+    from quantkit.observe_gram import GramWork
 
 
 def calibrate(
@@ -21,9 +22,19 @@ def calibrate(
     method: Annotated[
         str,
         typer.Option(
-            "--method", help="entropy, minmax, percentile, mse: recorded as the default of `export`."
+            "--method",
+            help="entropy, minmax, percentile, mse, or methods that protect accuracy, joined by + "
+            "(smoothquant+percentile, awq+gptq): recorded as the default of `export`.",
         ),
     ] = "entropy",
+    collect: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--collect",
+            help="gram: also the products of every layer's inputs with each other, into a .gram file beside the cache. "
+            "awq and gptq need them; asked for as --method, they are collected anyway.",
+        ),
+    ] = None,
     percentile: options.Percentile = None,
     samples: options.Samples = None,
     batch_size: options.BatchSize = None,
@@ -38,7 +49,12 @@ def calibrate(
     inputs: options.Inputs = None,
     max_memory: Annotated[
         int | None,
-        typer.Option("--max-memory", min=1, help="MiB that tensors may take while they are reduced (96)."),
+        typer.Option(
+            "--max-memory",
+            min=1,
+            help="MiB that tensors may take while they are reduced (96), and Gram matrices with theirs (1024): what "
+            "does not fit is collected in several runs.",
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -48,12 +64,15 @@ def calibrate(
     """
     from quantkit.data import data_files
     from quantkit.files import check_output
+    from quantkit.gram_file import SUFFIX
     from quantkit.graph import find_sites, load_graph
     from quantkit.model_files import model_files
-    from quantkit.pipeline import calibrate_model
+    from quantkit.pipeline import calibrate_model, collect_grams
 
     path = out or Path(f"{model.stem}.calib")
-    check_output(path, inputs=chain(model_files(model), data_files(data)))
+    collected = path.with_suffix(SUFFIX) if _with_grams(method, collect or []) else None
+    for written in (path, collected) if collected else (path,):
+        check_output(written, inputs=chain(model_files(model), data_files(data)))
     started = time.perf_counter()
     with options.before_writing():
         graph = load_graph(model)
@@ -72,11 +91,46 @@ def calibrate(
             progress=not as_json and options.on_terminal(),
         )
         cache.save(path)
+    if collected is not None:
+        collect_grams(
+            graph,
+            data,
+            collected,
+            samples=samples,
+            batch_size=batch_size,
+            image=image,
+            mapping=options.mapping(inputs),
+            max_memory=None if max_memory is None else max_memory * 2**20,
+            on_work=lambda work: typer.echo(_estimate(work, collected), err=True),
+            progress=not as_json and options.on_terminal(),
+        )
     seconds = time.perf_counter() - started
     if as_json:
-        options.print_json(_as_json(cache, path, seconds, left))
+        options.print_json(_as_json(cache, path, collected, seconds, left))
     else:
-        _show(cache, path, seconds, _nodes(sites), left, told=image is not None)
+        _show(cache, path, collected, seconds, _nodes(sites), left, told=image is not None)
+
+
+def _with_grams(method: str, collect: list[str]) -> bool:
+    from quantkit.errors import UnknownNameError
+    from quantkit.methods import parse_methods
+
+    words = [word.strip() for given in collect for word in given.split(",")]
+    unknown = [word for word in words if word != "gram"]
+    if unknown:
+        raise UnknownNameError(
+            f"--collect {unknown[0]}: there is gram alone beside what is always collected."
+        )
+    return bool(words) or parse_methods(method).needs_gram
+
+
+def _estimate(work: "GramWork", path: Path) -> str:
+    """What collecting Gram matrices will take."""
+    runs = options.count(len(work.passes), "run")
+    return (
+        f"gram: {len(work.views)} matri{'x' if len(work.views) == 1 else 'ces'}, "
+        f"{options.size(work.file_bytes)} in {path}, {options.size(work.memory_bytes)} of memory, {runs} over the data"
+    )
 
 
 def _nodes(sites: "list[Site]") -> dict[str, int]:
@@ -87,6 +141,7 @@ def _nodes(sites: "list[Site]") -> dict[str, int]:
 def _show(
     cache: "CalibrationCache",
     path: Path,
+    collected: Path | None,
     seconds: float,
     fit: dict[str, int],
     left: "list[LeftAlone]",
@@ -109,6 +164,7 @@ def _show(
         ["tensors observed", str(len(cache.statistics))],
         ["seconds", f"{seconds:.1f}"],
         ["cache", f"{path} ({options.size(path.stat().st_size)})"],
+        *([["gram", f"{collected} ({options.size(collected.stat().st_size)})"]] if collected else []),
     ]
     if broken:
         rows.append(["stay in float: NaN or infinity", ", ".join(broken)])
@@ -124,11 +180,12 @@ def _show(
 
 
 def _as_json(
-    cache: "CalibrationCache", path: Path, seconds: float, left: "list[LeftAlone]"
+    cache: "CalibrationCache", path: Path, collected: Path | None, seconds: float, left: "list[LeftAlone]"
 ) -> dict[str, object]:
     return {
         "cache": str(path),
         "size_bytes": path.stat().st_size,
+        "gram": None if collected is None else str(collected),
         "model": cache.model.path,
         "fingerprint": cache.model.fingerprint,
         "samples": cache.sample_count,

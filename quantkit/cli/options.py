@@ -140,7 +140,7 @@ def method_options(method: str | None, percentile: float | None) -> dict[str, fl
 
     if percentile is None:
         return {}
-    if method != "percentile":
+    if "percentile" not in (method or "").split("+"):
         raise SpecError(
             f"--percentile {percentile}: only --method percentile has it; add --method percentile."
         )

@@ -88,7 +88,12 @@ def folded(
 
 def inserted_name(group: LinearGroup) -> str:
     """Return the name of what a group's operators read once a Mul is inserted before them."""
-    return f"{group.tensor}::rescaled"
+    return rescaled_name(group.tensor)
+
+
+def rescaled_name(tensor: str) -> str:
+    """Return the name of a tensor behind a Mul that divides it."""
+    return f"{tensor}::rescaled"
 
 
 def apply_edits(graph: Graph, edits: Edits) -> Graph:
