@@ -14,13 +14,16 @@ from quantkit.errors import KernelError
 from quantkit.formats.quantize import QTensor
 from quantkit.kernels import device as gpu
 from quantkit.kernels import gemm_run, tuning
+from quantkit.kernels.blocks.heuristics import BlocksTile
+from quantkit.kernels.blocks.layout import block_of
+from quantkit.kernels.blocks.matmul import PackedBlockWeight, matmul_blocks, pack_block_weight
 from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
 from quantkit.kernels.gemm_checks import check_product, residual_type
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 from quantkit.kernels.heuristics import Device, Problem, Tile, choose
 from quantkit.kernels.mma_heuristics import ITEM_BYTES, MmaTile, mma_choose, mma_device
 
-__all__ = ["Epilogue", "PackedWeight", "matmul", "pack_codes", "pack_weight"]
+__all__ = ["Epilogue", "PackedBlockWeight", "PackedWeight", "matmul", "pack_codes", "pack_weight"]
 
 _FORMATS = {
     "int8": "int8",
@@ -34,8 +37,10 @@ _FORMATS = {
 _WGMMA = frozenset({"int8", "float8_e4m3fn", "bfloat16"})
 
 
-def pack_weight(weight: QTensor, arch: str | None = None) -> PackedWeight:
-    """Return `weight` [n, k], quantized per tensor or per row, on the current GPU.
+def pack_weight(weight: QTensor, arch: str | None = None) -> PackedWeight | PackedBlockWeight:
+    """Return `weight` [n, k] on the current GPU: quantized per tensor or per row, or e4m3 in blocks.
+
+    Blocks are 128 × 128 with float32 scales, or 32 along axis 1 with e8m0 ones (MXFP8).
 
     arch: whose layout it gets; that of the current GPU by default.
 
@@ -47,6 +52,8 @@ def pack_weight(weight: QTensor, arch: str | None = None) -> PackedWeight:
     values, params = weight.qvalue, weight.qparams
     if found is None:
         raise KernelError(f"weight: no kernel multiplies {name}; use int8 or fp8_e4m3.")
+    if block_of(weight.spec) is not None:
+        return pack_block_weight(weight, arch)
     if values.ndim != 2:
         raise KernelError(f"weight: shape {values.shape} is not a matrix; reshape it to (outputs, inputs).")
     if params.zero_point is not None and np.any(params.zero_point):
@@ -84,32 +91,38 @@ def pack_codes(
 
 def matmul(
     a: Any,
-    weight: PackedWeight,
+    weight: PackedWeight | PackedBlockWeight,
     *,
     epilogue: Epilogue | None = None,
     out_dtype: str = "bfloat16",
     out: Any = None,
-    tile: Tile | MmaTile | None = None,
+    tile: Tile | MmaTile | BlocksTile | None = None,
 ) -> Any:
     """Return D = a @ weight.T with its epilogue, on the current stream, without waiting for it.
 
-    On sm_90a the kernel is gemm_sm90.cu; on other architectures, and for float16, gemm_mma.cu. A CUDA graph may
-    capture the call once the same call has run plainly (which compiles the kernel, and uploads numbers given as
-    such); what it allocates then comes from CuPy's pool, so give it `out`.
+    On sm_90a the kernel is gemm_sm90.cu, or gemm_blocks_sm90.cu for a weight with block scales (there alone); on other
+    architectures, and for float16, gemm_mma.cu. A CUDA graph may capture the call once the same call has run plainly
+    (which compiles the kernel, and uploads numbers given as such); what it allocates then comes from CuPy's pool, so
+    give it `out`.
 
     Args:
         a: [..., k] of the weight's format; e4m3 travels as uint8, bfloat16 as bfloat16 or uint16. For an int8 weight
-            uint8 codes are taken too, at the price of a pass that moves them to int8.
+            uint8 codes are taken too, at the price of a pass that moves them to int8. For a weight with block scales,
+            what `quantize_activation` gave, codes and scales together.
         weight: what pack_weight gave.
         epilogue: nothing but the weight's scale by default.
         out_dtype: bfloat16, float16, float32, int8, float8_e4m3fn (as uint8), or int32 (sums of int8, less the zero
             point's part, without scales or anything else).
         out: a C-contiguous array to write, of the right shape and item size.
-        tile: instead of the chosen one: Tile for gemm_sm90.cu, MmaTile for gemm_mma.cu.
+        tile: instead of the chosen one: Tile for gemm_sm90.cu, MmaTile for gemm_mma.cu, BlocksTile for
+            gemm_blocks_sm90.cu.
 
     Raises:
         KernelError: shapes, types or devices that do not fit, or a GPU without this kernel.
     """
+    if isinstance(weight, PackedBlockWeight):
+        chosen = tile if isinstance(tile, BlocksTile) else None
+        return matmul_blocks(a, weight, epilogue=epilogue, out_dtype=out_dtype, out=out, tile=chosen)
     cupy = gpu.cupy()
     epilogue = epilogue or Epilogue()
     device = int(cupy.cuda.Device().id)
@@ -161,7 +174,7 @@ def matmul(
         device=device,
     )
     if arch == "sm_90a" and weight.format in _WGMMA and not isinstance(tile, MmaTile):
-        gemm_run.run_sm90(call, tile or _tile(problem, kind, device))
+        gemm_run.run_sm90(call, tile if isinstance(tile, Tile) else _tile(problem, kind, device))
     else:
         given = tile if isinstance(tile, MmaTile) else _mma_tile(problem, kind, arch, device)
         gemm_run.run_mma(call, given, arch)

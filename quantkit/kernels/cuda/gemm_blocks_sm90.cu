@@ -49,8 +49,8 @@ constexpr int ACROSS = MX ? BLOCKS : SWAP ? BANDS : 0;
 constexpr int SCALE_BYTES = (DOWN * TILE_M + ACROSS * TILE_N) * 4;
 constexpr int LOADERS = 3;                    // warps that bring them
 
-// Registers of a thread, 512 in all: MX has more to decode, and fewer sums.
-constexpr int OF_PRODUCER = MX ? 64 : 40, OF_CONSUMER = MX ? 224 : 232;
+// Registers of a thread, 504 in all (3 x 168 at the launch): MX has more to decode, and fewer sums.
+constexpr int OF_PRODUCER = MX ? 56 : 40, OF_CONSUMER = MX ? 224 : 232;
 
 // The epilogue works in pieces of at most 8 KB of output, PIECE columns of the sums each. A staged row is 128 bytes, or
 // 64 of one-byte elements.

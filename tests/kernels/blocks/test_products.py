@@ -28,10 +28,10 @@ from quantkit.kernels.emulator import Mode
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
 from quantkit.kernels.heuristics import SHARED_LIMIT, Tile
 
-from . import gemms
-from .backends import EmulatorBackend, gpu
-from .blocks import E4M3, Case, Tensors, oracle, run, tensors_of
-from .pairs import pairwise
+from .. import gemms
+from ..backends import EmulatorBackend, gpu
+from ..pairs import pairwise
+from .cases import E4M3, Case, Tensors, oracle, run, tensors_of
 
 KINDS = {
     "nothing": EpilogueKind(),

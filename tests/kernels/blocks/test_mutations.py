@@ -7,8 +7,8 @@ from quantkit.kernels.blocks.heuristics import BlocksTile
 from quantkit.kernels.blocks.launch import SOURCE
 from quantkit.kernels.epilogue import EpilogueKind
 
-from .blocks import Case, oracle, run, tensors_of
-from .mutations import assert_caught, mutated, outcomes
+from ..mutations import assert_caught, mutated, outcomes
+from .cases import Case, oracle, run, tensors_of
 
 FULL = EpilogueKind(bias=True, activation="relu")
 CASES = {

@@ -14,7 +14,7 @@ from quantkit.kernels.blocks.reference import blocks_reference
 from quantkit.kernels.emulator import Swizzle, TensorMap
 from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
 
-from .gemms import DTYPES, SWIZZLES
+from ..gemms import DTYPES, SWIZZLES
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 MULTIPROCESSORS = 4
