@@ -179,7 +179,7 @@ def export_model(
         )
     )
     exported = (
-        _write_folder(emitter, planned, path)
+        _write_folder(emitter, planned, HIGH_PRECISION.get(high_precision), path)
         if isinstance(emitter, FolderEmitter)
         else _write_file(emitter, planned, held, high_precision, path)
     )
@@ -258,10 +258,12 @@ def _write_file(
     return _exported(planned, path, size, checked, _unproven(held, probe, can_run(graph)))
 
 
-def _write_folder(emitter: FolderEmitter, planned: Planned, path: Path) -> Exported:
+def _write_folder(
+    emitter: FolderEmitter, planned: Planned, floats: ir.DataType | None, path: Path
+) -> Exported:
     with atomic_folder(path, replaceable=emitter.files) as temporary:
-        emitter.write(planned.graph, planned.plan, temporary)
-        checked = emitter.verify(temporary, planned.graph, planned.plan)
+        emitter.write(planned.graph, planned.plan, temporary, floats=floats)
+        checked = emitter.verify(temporary, planned.graph, planned.plan, floats=floats)
         size = sum(file.stat().st_size for file in temporary.iterdir())
     return _exported(planned, path, size, checked, [])
 

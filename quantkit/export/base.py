@@ -43,14 +43,21 @@ class FolderEmitter(Protocol):
     def files(self) -> tuple[str, ...]:
         """Patterns of the names that its files can have: a folder that holds nothing else may be written anew."""
 
-    def write(self, graph: Graph, plan: Plan, folder: Path) -> None:
+    def write(self, graph: Graph, plan: Plan, folder: Path, *, floats: ir.DataType | None = None) -> None:
         """Write the files into an empty folder; `graph` is not changed.
+
+        Args:
+            graph, plan: the model and what becomes of it.
+            folder: where to write.
+            floats: the type of what is float32 and not quantized; None for float32.
 
         Raises:
             PlanError: the plan does not fit the graph, or holds what this target has no place for.
         """
 
-    def verify(self, folder: Path, graph: Graph, plan: Plan) -> Verification:
+    def verify(
+        self, folder: Path, graph: Graph, plan: Plan, *, floats: ir.DataType | None = None
+    ) -> Verification:
         """Read the written files back and hold them against the plan.
 
         Raises:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from quantkit.errors import ExportError
@@ -97,8 +98,13 @@ class VllmEmitter:
         """Patterns of the names that its files can have."""
         return (CONFIG, FILE, INDEX, "model-*-of-*.safetensors")
 
-    def write(self, graph: Graph, plan: Plan, folder: Path) -> None:
+    def write(self, graph: Graph, plan: Plan, folder: Path, *, floats: ir.DataType | None = None) -> None:
         """Write the files into an empty folder; one weight is in memory at a time.
+
+        Args:
+            graph, plan: the model and what becomes of it.
+            folder: where to write.
+            floats: the type of what is float32 and not quantized; None for float32.
 
         Raises:
             PlanError: the plan does not fit the graph, or the graph is quantized already.
@@ -106,15 +112,17 @@ class VllmEmitter:
         """
         parameters = self._parameters(graph, plan)
         quantized = quantized_layers(graph, plan, parameters)
-        floats = list(float_tensors(graph, parameters))
+        others = list(float_tensors(graph, parameters, floats))
         codes = chain.from_iterable(tensors_of(layer, graph) for layer in quantized)
-        write_safetensors(sorted(chain(codes, floats), key=lambda t: t.name), folder)
-        config = _config(graph, parameters, quantized, floats)
+        write_safetensors(sorted(chain(codes, others), key=lambda t: t.name), folder)
+        config = _config(graph, parameters, quantized, others)
         (folder / CONFIG).write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
 
-    def verify(self, folder: Path, graph: Graph, plan: Plan) -> Verification:
+    def verify(
+        self, folder: Path, graph: Graph, plan: Plan, *, floats: ir.DataType | None = None
+    ) -> Verification:
         """Read the folder back: every code, scale and float is the plan's, and nothing else is there.
 
         Raises:
@@ -136,7 +144,7 @@ class VllmEmitter:
             targets = [g["targets"] for g in groups if g["format"] == layer.scheme.format]
             if not any(t == ["Linear"] or layer.layer.path in t for t in targets):
                 raise _differs(folder, f"the group of {layer.layer.path}")
-        for tensor in float_tensors(graph, parameters):
+        for tensor in float_tensors(graph, parameters, floats):
             if not _is_same(found.pop(tensor.name, None), tensor):
                 raise _differs(folder, tensor.name)
         if found:
@@ -208,12 +216,12 @@ def _differs(folder: Path, what: str) -> ExportError:
 
 
 def _config(
-    graph: Graph, parameters: Parameters, quantized: list[QuantizedLayer], floats: list[StoredTensor]
+    graph: Graph, parameters: Parameters, quantized: list[QuantizedLayer], others: list[StoredTensor]
 ) -> dict[str, Any]:
     """What `config.json` holds: the model's own, and how its layers are quantized."""
     config = _own_config(graph)
     sizes: Counter[str] = Counter()
-    for tensor in floats:
+    for tensor in others:
         sizes[str(tensor.dtype)] += tensor.nbytes
     if sizes:
         # transformers renamed it; where a model has one already, that is the one.

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from quantkit.export.linear_layers import Layer, Parameters
@@ -104,15 +107,20 @@ def tensors_of(quantized: QuantizedLayer, graph: Graph) -> Iterator[StoredTensor
         yield stored(f"{path}.{name}", array)
 
 
-def float_tensors(graph: Graph, parameters: Parameters) -> Iterator[StoredTensor]:
-    """Yield what stays in float: other layers' weights, linear ones as [out, in], biases, and all other tensors."""
+def float_tensors(
+    graph: Graph, parameters: Parameters, floats: ir.DataType | None = None
+) -> Iterator[StoredTensor]:
+    """Yield what stays in float: other layers' weights, linear ones as [out, in], biases, and all other tensors.
+
+    What is float32 becomes `floats` where that is given.
+    """
     for layer in parameters.layers:
         if layer.plan is None and not layer.tied:
-            yield _float(graph, layer.weight, f"{layer.path}.weight", transposed=layer.transposed)
+            yield _float(graph, layer.weight, f"{layer.path}.weight", floats, transposed=layer.transposed)
         if layer.bias_name:
-            yield _float(graph, layer.bias, layer.bias_name)
+            yield _float(graph, layer.bias, layer.bias_name, floats)
     for source, name in parameters.others.items():
-        yield _float(graph, source, name)
+        yield _float(graph, source, name, floats)
 
 
 def slabs(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -122,25 +130,28 @@ def slabs(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, start + height)
 
 
-def _float(graph: Graph, source: str, name: str, *, transposed: bool = False) -> StoredTensor:
+def _float(
+    graph: Graph, source: str, name: str, floats: ir.DataType | None, *, transposed: bool = False
+) -> StoredTensor:
     tensor = graph.model.graph.initializers[source].const_value
     assert tensor is not None
+    cast = tensor.dtype == ir.DataType.FLOAT and floats is not None
+    dtype = np.dtype((floats if cast and floats is not None else tensor.dtype).numpy())
     shape = graph.shape(source)
 
     def parts() -> Iterator[NDArray[np.generic]]:
         array = graph.array(source)
-        if not transposed:
-            yield array
-            return
-        for piece in slabs(array.T.shape):
-            yield array.T[piece]
+        for part in (array.T[piece] for piece in slabs(shape[::-1])) if transposed else (array,):
+            yield _within(part, dtype) if cast else part
 
-    return StoredTensor(
-        name=name,
-        dtype=np.dtype(tensor.dtype.numpy()),
-        shape=shape[::-1] if transposed else shape,
-        parts=parts,
-    )
+    return StoredTensor(name=name, dtype=dtype, shape=shape[::-1] if transposed else shape, parts=parts)
+
+
+def _within(x: NDArray[np.generic], dtype: np.dtype) -> NDArray[np.generic]:
+    """Cast to a narrower float type; a mask's most negative float32 stays finite, as what is infinite stays that."""
+    info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    limit = float(info.max)
+    return np.where(np.isinf(x), x, np.clip(x, -limit, limit)).astype(dtype)
 
 
 def _turned(spec: QuantSpec, *, transposed: bool) -> QuantSpec:

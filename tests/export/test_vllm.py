@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -395,6 +396,27 @@ def test_bfloat16_and_float16_models_keep_their_types(tmp_path):
     export(model, tmp_path / "q", preset="int4", group=16)
     assert tensors_of(tmp_path / "q")["fc.bias"].dtype == np.float16
     assert config_of(tmp_path / "q")["torch_dtype"] == "float16"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)])
+def test_what_is_not_quantized_is_cast_where_that_is_asked_for(linear, cache, tmp_path, name, dtype):
+    export(linear, tmp_path / "q", cache, preset="int8", high_precision=name)
+    found, graph = tensors_of(tmp_path / "q"), load_graph(linear)
+    for tensor in ("scale", "layers.0.up.bias"):
+        assert found[tensor].dtype == dtype
+        np.testing.assert_array_equal(found[tensor], graph.array(tensor).astype(dtype))
+    assert found["layers.0.up.weight"].dtype == np.int8
+    assert config_of(tmp_path / "q")["torch_dtype"] == np.dtype(dtype).name
+
+
+def test_a_mask_stays_finite_in_float16_and_an_infinite_one_infinite(tmp_path):
+    mask = np.array([0, np.finfo(np.float32).min, -np.inf, 1.5] * 6, np.float32)
+    model = model_of(
+        "(float[B,32] x) => (float[B,24] y) <float[32,24] w> { h = MatMul (x, w)  r = Relu (h)  y = Add (r, mask) }",
+        mask=mask,
+    )
+    export(model, tmp_path / "q", preset="int4", group=16, high_precision="fp16")
+    assert tensors_of(tmp_path / "q")["mask"][:4].tolist() == [0, -65504, -np.inf, 1.5]
 
 
 # --- names --------------------------------------------------------------------------------------------------
