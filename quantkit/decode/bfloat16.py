@@ -9,6 +9,7 @@ import onnx_ir.passes.common as passes
 
 from quantkit.decode.capability import graphs_of, nodes_of
 from quantkit.decode.constants import Constant
+from quantkit.graph.tensors import read_tensor
 
 _FLOAT, _BFLOAT16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 # What these put out is what went in, so there is nothing to round; those with branches are rounded inside.
@@ -80,7 +81,7 @@ def _widen(value: ir.Value) -> None:
     tensor = value.const_value
     assert tensor is not None
     wide = Constant(
-        dtype=_FLOAT, shape=tuple(tensor.shape.numpy()), read=lambda: tensor.numpy().astype(np.float32)
+        dtype=_FLOAT, shape=tuple(tensor.shape.numpy()), read=lambda: read_tensor(tensor).astype(np.float32)
     ).tensor()
     wide.name = value.name
     value.const_value = wide

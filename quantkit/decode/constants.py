@@ -6,6 +6,7 @@ lazy tensors over such recipes, made anew each time that they are read and kept 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from quantkit.decode.capability import TENSORRT_DOMAIN
 from quantkit.errors import ModelError
 from quantkit.formats import E8M0, QParams, QTensor, QuantSpec, dequantize, scale_shape
 from quantkit.graph.qdq_parameters import CODE_FORMATS
+from quantkit.graph.tensors import read_tensor
 
 # ONNX Runtime has no kernels at all for these.
 NO_TYPES = frozenset({ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E8M0})
@@ -68,10 +70,10 @@ def stored(value: ir.Value) -> Constant | None:
         return Constant(
             dtype=ir.DataType.FLOAT,
             shape=shape,
-            read=lambda: tensor.numpy().astype(np.float32),
+            read=lambda: read_tensor(tensor).astype(np.float32),
             decoded=True,
         )
-    return Constant(dtype=tensor.dtype, shape=shape, read=tensor.numpy)
+    return Constant(dtype=tensor.dtype, shape=shape, read=partial(read_tensor, tensor))
 
 
 def folded(node: ir.Node, constants: dict[ir.Value, Constant]) -> Constant | None:
@@ -139,7 +141,7 @@ def _dequantized(node: ir.Node, codes: Constant, inputs: list[Constant | None]) 
         if fmt.kind == "integer":
             stored_zero = np.zeros(wanted, fmt.dtype) if zero is None else zero.read().reshape(wanted)
         qparams = QParams(scale.read().astype(np.float32).reshape(wanted), stored_zero)
-        return dequantize(QTensor(original.numpy(), qparams, spec)).astype(to.numpy(), copy=False)
+        return dequantize(QTensor(read_tensor(original), qparams, spec)).astype(to.numpy(), copy=False)
 
     return Constant(dtype=to, shape=shape, read=read, decoded=True)
 

@@ -9,10 +9,20 @@ import onnx_ir as ir
 
 def read_tensor(tensor: ir.TensorProtocol) -> np.ndarray:
     """Return the contents of a tensor. Those of external data are read, where onnx-ir would map and keep them."""
-    plain = isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8
-    if not plain or tensor.nbytes == 0:
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.nbytes == 0:
         return tensor.numpy()
-    assert isinstance(tensor, ir.ExternalTensor)
+    if tensor.dtype.bitwidth < 8:
+        # Its copy unpacks the codes and maps the file, and goes with both.
+        copy = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=tensor.name,
+            base_dir=tensor.base_dir,
+        )
+        return copy.numpy()
     shape = tuple(tensor.shape.numpy())
     array = np.fromfile(
         tensor.path, np.dtype(tensor.dtype.numpy()), math.prod(shape), offset=tensor.offset or 0
