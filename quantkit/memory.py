@@ -12,6 +12,8 @@ from quantkit.graph.clean import quiet
 
 # Two batches of tensors live at a time, beside what the runtime needs itself.
 DEFAULT_MAX_MEMORY = 96 * 2**20
+# The same of a GPU, where one batch is run at a time.
+DEFAULT_DEVICE_MEMORY = 2**30
 # Beyond this a larger batch is no faster on a CPU.
 _LARGEST_BATCH = 32
 

@@ -1,13 +1,13 @@
 """Running the float model once and reducing every tensor that could be quantized as it arrives."""
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,14 @@ from quantkit.data import (
     peek,
     sample_fingerprint,
 )
+from quantkit.devices import Processors, device_of
 from quantkit.errors import ModelError
 from quantkit.graph import Graph, find_sites
 from quantkit.graph.sites import QUANTIZED_ALREADY
-from quantkit.memory import DEFAULT_MAX_MEMORY, fitting_batch, tensor_bytes
+from quantkit.memory import fitting_batch, tensor_bytes
 from quantkit.runtime import Session
 from quantkit.statistics import ChannelStats, FloatHistogram
-from quantkit.statistics.tensor import TensorStatistics, observe_tensor
+from quantkit.statistics.tensor import TensorStatistics
 
 
 @dataclass(kw_only=True)
@@ -56,13 +57,15 @@ def observe(
     *,
     batch_size: int | None = None,
     max_memory: int | None = None,
+    device: str = "cpu",
     on_samples: Callable[[int], object] = lambda count: None,
 ) -> Observation:
     """Run the model over the data and return the statistics of every site of every target.
 
-    Batches are run side by side, one a processor, and each is reduced by the thread that ran it: a run then needs no
-    other thread, and does not wait while tensors are counted. Memory is that of the tensors of the batches under
-    way, whatever the number of samples.
+    On the CPU batches are run side by side, one a processor, and each is reduced by the thread that ran it: a run then
+    needs no other thread, and does not wait while tensors are counted. On a GPU one batch is run at a time, and its
+    tensors are counted where they lie. Memory is that of the tensors of the batches under way, whatever the number of
+    samples. Equal tensors are counted alike on both, bit for bit; their sums agree to 1e-12.
 
     Args:
         graph: the cleaned model. It runs with all of ONNX Runtime's optimizations: below them, tensors of some
@@ -70,20 +73,27 @@ def observe(
         source: the samples.
         batch_size: samples to run at a time; None for as many as `max_memory` lets, at most 32.
         max_memory: bytes that fetched tensors may take at any moment; where a batch's do not fit, it is run several
-            times for a part of them each. None for 96 MiB, and for whatever a given batch size needs: which
-            tensors are fetched together decides what ONNX Runtime fuses, so it can move their last bits.
+            times for a part of them each. None for 96 MiB (1 GiB of a GPU's), and for whatever a given batch size
+            needs: which tensors are fetched together decides what ONNX Runtime fuses, so it can move their last bits.
+        device: "cpu", or "cuda" for ONNX Runtime's CUDA provider and statistics by CuPy.
         on_samples: called with the number of samples done since its last call.
 
     Raises:
         DataError: no samples, or samples that do not fit.
-        ModelError: the model does not run, or has nothing to quantize.
+        ModelError: the model does not run, or has nothing to quantize; or ONNX Runtime has no CUDA provider.
+        UnknownNameError: there is no such device.
+        KernelError: device is "cuda", and there is no GPU or no CuPy.
     """
+    place = device_of(device)
     wanted = _wanted(graph)
     first, samples = peek(source)
     axes = batch_axes(graph.inputs)
     sizes = tensor_bytes(graph, first, list(wanted))
-    work = _divide(graph, source, sizes, batch_size=batch_size, max_memory=max_memory)
-    sessions = [Session(graph.model, outputs=group, threads=work.threads) for group in work.groups]
+    work = _divide(graph, source, sizes, place, batch_size=batch_size, max_memory=max_memory)
+    sessions = [
+        Session(graph.model, outputs=group, threads=work.threads, provider=place.provider)
+        for group in work.groups
+    ]
     found = Observation(
         statistics={name: _empty(graph, name, axis) for name, axis in wanted.items()},
         batch_size=work.batch_size,
@@ -94,11 +104,12 @@ def observe(
     def run(batch: Sample) -> tuple[dict[str, ChannelStats], list[int]]:
         """Run a batch and count its tensors; return what must be added in the batches' order."""
         parts: dict[str, ChannelStats] = {}
-        for tensors in chain([dict(batch)], (session.run(batch) for session in sessions)):
+        feeds = place.feeds(batch)
+        for tensors in chain([dict(feeds)], (place.run(session, feeds) for session in sessions)):
             while tensors:
-                name, array = tensors.popitem()
+                name, tensor = tensors.popitem()
                 if name in wanted:
-                    parts |= _count(name, array, found.statistics[name], locks[name])
+                    parts |= _count(name, tensor, found.statistics[name], locks[name], place)
         return parts, [_key(sample) for sample in _samples_of(batch, axes)]
 
     fingerprints: list[int] = []
@@ -161,12 +172,13 @@ def _divide(
     graph: Graph,
     source: SampleSource,
     sizes: dict[str, int],
+    place: Processors,
     *,
     batch_size: int | None,
     max_memory: int | None,
 ) -> _Work:
-    processors, sample_bytes = _processors(), max(sum(sizes.values()), 1)
-    budget = max_memory or DEFAULT_MAX_MEMORY
+    processors, sample_bytes = place.workers, max(sum(sizes.values()), 1)
+    budget = max_memory or place.memory
     given = fixed_batch_size(graph.inputs) or batch_size
     if given is None:
         workers = max(1, min(processors, budget // sample_bytes))
@@ -183,18 +195,12 @@ def _divide(
     return _Work(batch_size=size, workers=workers, threads=max(1, processors // workers), groups=groups)
 
 
-def _processors() -> int:
-    """How many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        return os.cpu_count() or 1
-
-
-def _count(name: str, array: np.ndarray, statistics: TensorStatistics, lock: Lock) -> dict[str, ChannelStats]:
+def _count(
+    name: str, tensor: Any, statistics: TensorStatistics, lock: Lock, place: Processors
+) -> dict[str, ChannelStats]:
     """Count the tensor; return its channels' statistics, of this tensor alone."""
     part = None if statistics.channels is None else ChannelStats(statistics.channels.axis)
-    counts = observe_tensor(array, part, exponent=statistics.histogram.exponent)
+    counts = place.observe(tensor, part, exponent=statistics.histogram.exponent)
     if counts is not None:
         with lock:
             statistics.histogram.include(counts)

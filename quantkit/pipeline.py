@@ -41,6 +41,7 @@ def calibrate_model(
     image: ImagePreprocessing | None = None,
     mapping: Mapping[str, str] | None = None,
     max_memory: int | None = None,
+    device: str = "cpu",
     progress: bool = False,
 ) -> CalibrationCache:
     """Run the float model once over the data and return the statistics of everything that could be quantized.
@@ -57,7 +58,9 @@ def calibrate_model(
         batch_size: samples to run at a time; None for what memory allows, at most 32.
         image: how pixels become input values.
         mapping: {input: key} where the arrays are not named as the inputs.
-        max_memory: bytes that fetched tensors may take; None for 96 MiB, and for what a given batch size needs.
+        max_memory: bytes that fetched tensors may take; None for 96 MiB (1 GiB of a GPU's), and for what a given batch
+            size needs.
+        device: "cpu", or "cuda" to run the model by ONNX Runtime's CUDA provider and reduce tensors where they lie.
         progress: show a bar.
 
     Raises:
@@ -77,6 +80,7 @@ def calibrate_model(
             source,
             batch_size=batch_size,
             max_memory=max_memory,
+            device=device,
             on_samples=lambda count: bar.update(count),
         )
     return CalibrationCache(

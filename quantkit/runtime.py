@@ -1,7 +1,13 @@
 """ONNX Runtime sessions over onnx-ir models, without writing them to disk or copying their weights."""
 
+import contextlib
+import ctypes
+import io
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +26,43 @@ _PROTOBUF_LIMIT = 2**31 - 1
 Feeds = Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """What runs a model.
+
+    Attributes:
+        name: ONNX Runtime's.
+        device: its memory, as ONNX Runtime calls it.
+        options: what it is told.
+    """
+
+    name: str
+    device: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+CPU = Provider(name="CPUExecutionProvider", device="cpu")
+# Without TF32, which keeps ten bits of a float32; and without timing every algorithm of a convolution at its first run.
+CUDA = Provider(
+    name="CUDAExecutionProvider",
+    device="cuda",
+    options={"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
+)
+
+
+def require_provider(provider: Provider, what: str) -> None:
+    """Raise ModelError, saying how to mend it, unless this ONNX Runtime has the provider."""
+    import onnxruntime as ort
+
+    if provider.name not in ort.get_available_providers():
+        raise ModelError(
+            f"{what}: this ONNX Runtime has no {provider.name} ({', '.join(ort.get_available_providers())}); "
+            "pip install 'quantkit[gpu]'."
+        )
+
+
 class Session:
-    """A model that runs on the CPU.
+    """A model that runs on the CPU, or where another provider runs it.
 
     `optimize` chooses ONNX Runtime's graph optimizations. True (everything) is for float models. False is for judging
     a quantized file: above ORT_ENABLE_BASIC the CPU provider drops the Relu before a float8 or int4 QuantizeLinear,
@@ -39,9 +80,12 @@ class Session:
         outputs: Sequence[str] | None = None,
         optimize: bool = True,
         threads: int = 0,
+        provider: Provider = CPU,
     ) -> None:
         import onnxruntime as ort
 
+        if provider.name == CUDA.name:
+            _load_cuda()
         options = ort.SessionOptions()
         # Its errors come as exceptions; on the screen they would stand twice.
         options.log_severity_level = 4
@@ -62,14 +106,23 @@ class Session:
             source = str(model)
         try:
             self._session = ort.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+                source,
+                options,
+                providers=list(dict.fromkeys([provider.name, CPU.name])),
+                provider_options=[dict(provider.options), {}] if provider != CPU else None,
+                disabled_optimizers=disabled,
             )
         except Exception as error:
             # ONNX Runtime's exceptions share no base class but Exception.
             raise ModelError(
                 f"{what}: ONNX Runtime cannot load it: {reason(error)}; check it with onnx.checker."
             ) from error
-        self._what = what
+        if provider.name not in self._session.get_providers():
+            # It falls back to the CPU without an error.
+            raise ModelError(
+                f"{what}: ONNX Runtime cannot start {provider.name}; it needs a GPU with its driver, CUDA and cuDNN."
+            )
+        self._what, self._provider = what, provider
         self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -85,6 +138,60 @@ class Session:
         except Exception as error:
             shapes = ", ".join(f"{n} {a.dtype} {list(a.shape)}" for n, a in feeds.items())
             raise ModelError(f"{self._what}: fails when run on {shapes}: {reason(error)}.") from error
+
+    def run_there(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Run once on OrtValues, such as `upload` makes; return the outputs by name, as OrtValues where they were made.
+
+        Nothing is copied to the host. The outputs are finished.
+
+        Raises:
+            ModelError: the model fails on this input.
+        """
+        try:
+            binding = self._session.io_binding()
+            for name, value in feeds.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self.output_names:
+                binding.bind_output(name, self._provider.device)
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            return dict(zip(self.output_names, binding.get_outputs(), strict=True))
+        except Exception as error:
+            shapes = ", ".join(f"{n} {v.data_type()} {list(v.shape())}" for n, v in feeds.items())
+            raise ModelError(f"{self._what}: fails when run on {shapes}: {reason(error)}.") from error
+
+
+def host_array(value: Any) -> np.ndarray:
+    """Return what an OrtValue in the host's memory holds; bfloat16, which ONNX Runtime does not hand out, as a copy."""
+    if value.data_type() != "tensor(bfloat16)":
+        array: np.ndarray = value.numpy()
+        return array
+    shape = tuple(value.shape())
+    words = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    return np.array(words, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
+
+
+@cache
+def _load_cuda() -> None:
+    """Load CUDA and cuDNN from NVIDIA's packages, where pip installed them. If something lacks, the session tells."""
+    import onnxruntime as ort
+
+    # What a provider says as it fails to start stands in its own log, which is the screen.
+    ort.set_default_logger_severity(4)
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+
+
+def upload(feeds: Feeds, provider: Provider) -> dict[str, Any]:
+    """Return arrays as OrtValues in the provider's memory; bfloat16, which has no way there, in the host's."""
+    import onnxruntime as ort
+
+    return {
+        name: _ort_value(array)
+        if array.dtype == ml_dtypes.bfloat16
+        else ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), provider.device)
+        for name, array in feeds.items()
+    }
 
 
 def _ort_value(array: np.ndarray) -> Any:

@@ -56,6 +56,13 @@ def calibrate(
             "does not fit is collected in several runs.",
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="cpu, or cuda: the model runs on a GPU, and its tensors are counted where they lie.",
+        ),
+    ] = "cpu",
     as_json: options.AsJson = False,
 ) -> None:
     """Run the float model once over real inputs and keep the statistics of every tensor in a cache.
@@ -88,6 +95,7 @@ def calibrate(
             image=image,
             mapping=options.mapping(inputs),
             max_memory=None if max_memory is None else max_memory * 2**20,
+            device=device,
             progress=not as_json and options.on_terminal(),
         )
         cache.save(path)

@@ -1,0 +1,105 @@
+"""Where a model is run and its tensors are reduced: the processors here, or a GPU, which they do not leave."""
+
+import os
+from typing import Any
+
+from quantkit.data import Sample
+from quantkit.errors import UnknownNameError
+from quantkit.memory import DEFAULT_DEVICE_MEMORY, DEFAULT_MAX_MEMORY
+from quantkit.runtime import CPU, CUDA, Session, host_array, require_provider, upload
+from quantkit.statistics import ChannelStats
+from quantkit.statistics.counting import Counts
+from quantkit.statistics.tensor import observe_tensor
+
+
+class Processors:
+    """The CPU.
+
+    Attributes:
+        provider: ONNX Runtime's, for sessions.
+        memory: bytes that fetched tensors may take unless told otherwise.
+    """
+
+    provider = CPU
+    memory = DEFAULT_MAX_MEMORY
+
+    @property
+    def workers(self) -> int:
+        """Batches that may be run at a time: processors that this process may use."""
+        try:
+            return len(os.sched_getaffinity(0))
+        except AttributeError:  # not on this system
+            return os.cpu_count() or 1
+
+    def feeds(self, batch: Sample) -> dict[str, Any]:
+        """Return what a session is fed."""
+        return dict(batch)
+
+    def run(self, session: Session, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Return the session's outputs, where they were made.
+
+        Raises:
+            ModelError: the model fails on this input.
+        """
+        return dict(session.run(feeds))
+
+    def observe(self, tensor: Any, channels: ChannelStats | None, *, exponent: int) -> Counts | None:
+        """Take a tensor, fed or run, into `channels` and return its counts, as `observe_tensor` does.
+
+        Raises:
+            DataError: it does not fit `channels`.
+        """
+        return observe_tensor(tensor, channels, exponent=exponent)
+
+
+class Gpu(Processors):
+    """A GPU: ONNX Runtime's CUDA provider hands tensors to CuPy without a copy, one batch at a time.
+
+    Raises:
+        KernelError: there is no GPU, or no CuPy.
+        ModelError: ONNX Runtime has no CUDA provider.
+    """
+
+    provider = CUDA
+    memory = DEFAULT_DEVICE_MEMORY
+
+    def __init__(self) -> None:
+        from quantkit.kernels.statistics import require_gpu
+
+        require_gpu("--device cuda")
+        require_provider(self.provider, "--device cuda")
+
+    @property
+    def workers(self) -> int:
+        """One: the GPU itself is what works side by side."""
+        return 1
+
+    def feeds(self, batch: Sample) -> dict[str, Any]:
+        """Return the batch in the GPU's memory."""
+        return upload(batch, self.provider)
+
+    def run(self, session: Session, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Return the session's outputs in the GPU's memory."""
+        return session.run_there(feeds)
+
+    def observe(self, tensor: Any, channels: ChannelStats | None, *, exponent: int) -> Counts | None:
+        """The same where the tensor lies."""
+        from quantkit.kernels.statistics import device_array, observe_device_tensor
+
+        if tensor.device_name() != self.provider.device:  # of a type that has no way there
+            return observe_tensor(host_array(tensor), channels, exponent=exponent)
+        return observe_device_tensor(device_array(tensor), channels, exponent=exponent)
+
+
+def device_of(name: str) -> Processors:
+    """Return "cpu" or "cuda".
+
+    Raises:
+        UnknownNameError: there is no such device.
+        KernelError, ModelError: see `Gpu`.
+    """
+    if name == "cpu":
+        return Processors()
+    if name == "cuda":
+        return Gpu()
+    raise UnknownNameError(f"--device {name}: there are cpu and cuda.")

@@ -1,0 +1,241 @@
+"""Calibrating on a GPU where there is none: ONNX Runtime's CPU provider lends its memory, the emulator counts there."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from quantkit import devices
+from quantkit.cache import CalibrationCache
+from quantkit.cli import main
+from quantkit.data import open_data
+from quantkit.errors import CacheError, KernelError, ModelError, UnknownNameError
+from quantkit.graph import load_graph
+from quantkit.kernels import device as gpu
+from quantkit.kernels import statistics as reducing
+from quantkit.kernels.emulator import find_compiler
+from quantkit.kernels.statistics import DeviceArray, device_array, observe_device_tensor
+from quantkit.observe import observe
+from quantkit.runtime import CPU, CUDA, Provider, Session, host_array, upload
+from quantkit.statistics import ChannelStats, FloatHistogram
+from quantkit.statistics.tensor import observe_tensor
+from tests.kernels.fake_cupy import FakeCupy, install
+from tests.models import MODELS, model_of
+
+
+class Lent(FakeCupy):
+    """CuPy, reading arrays of others where they lie; remembers their addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[int] = []
+
+    def from_dlpack(self, value: Any) -> np.ndarray:
+        array = np.from_dlpack(value)
+        self.read.append(array.ctypes.data)
+        return self.memory.shown(array)
+
+    def ascontiguousarray(self, array: np.ndarray) -> np.ndarray:
+        return array if array.flags.c_contiguous else self.memory.new(array)
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Lent:
+    if find_compiler() is None:
+        pytest.skip("the emulator needs a C++ compiler")
+    fake = Lent()
+    install(monkeypatch, "sm_90a")
+    monkeypatch.setattr(gpu, "cupy", lambda: fake)
+    monkeypatch.setattr(gpu, "function_of", fake.function_of)
+    monkeypatch.setattr(reducing, "_above", reducing._above.__wrapped__)
+    monkeypatch.setattr(reducing, "require_gpu", lambda what: None)
+    # The very memory of ONNX Runtime, under another name.
+    monkeypatch.setattr(devices.Gpu, "provider", Provider(name=CPU.name, device=CPU.device))
+    return fake
+
+
+def on_gpu(cupy: Lent, x: np.ndarray) -> DeviceArray:
+    plain = x.dtype == ml_dtypes.bfloat16
+    return DeviceArray(array=cupy.asarray(x.view(np.uint16) if plain else x), dtype=x.dtype.name)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4, 6, 5, 7), 1), ((9, 64), -1), ((3, 5, 8), 2), ((50,), None)], ids=str
+)
+def test_a_tensor_on_the_gpu_is_observed_as_on_the_cpu(cupy, shape, axis, dtype):
+    rng = np.random.default_rng(1)
+    mine, theirs = FloatHistogram(), FloatHistogram()
+    here, there = (None, None) if axis is None else (ChannelStats(axis), ChannelStats(axis))
+    for scale in (1.0, 0.01, 300.0):
+        x = (scale * rng.standard_normal(shape)).astype(dtype)
+        for histogram, channels, tensor, take in (
+            (mine, here, x, observe_tensor),
+            (theirs, there, on_gpu(cupy, x), observe_device_tensor),
+        ):
+            counts = take(tensor, channels, exponent=histogram.exponent)
+            histogram.include(counts)
+    assert mine == theirs
+    if here is not None:
+        assert (here.count, here.min.tobytes(), here.max.tobytes()) == (
+            there.count,
+            there.min.tobytes(),
+            there.max.tobytes(),
+        )
+        np.testing.assert_allclose(there.abs_sum, here.abs_sum, rtol=1e-12)
+
+
+def test_nothing_is_launched_for_an_empty_tensor(cupy):
+    assert (
+        observe_device_tensor(on_gpu(cupy, np.zeros((0, 4), np.float32)), ChannelStats(1), exponent=-100)
+        is None
+    )
+    assert cupy.launches == []
+
+
+def test_counts_beyond_the_keys_do_not_leak_into_the_next_tensor(cupy, monkeypatch):
+    above = cupy.zeros(1 << 20, np.int32)
+    monkeypatch.setattr(reducing, "_above", lambda device: above)
+    x = np.linspace(-1, 1, 3000, dtype=np.float32)
+    x[1] = 1e30  # not in the sample
+    for tensor in (x, np.linspace(0, 1, 3000, dtype=np.float32)):
+        histogram, want = FloatHistogram(), FloatHistogram()
+        histogram.include(observe_device_tensor(on_gpu(cupy, tensor), None, exponent=-100))
+        want.observe(tensor)
+        assert histogram == want
+    assert not np.asarray(above).any()
+
+
+def test_what_onnx_runtime_made_is_read_where_it_lies(cupy):
+    graph = load_graph(MODELS["conv_relu"].build())
+    feeds = MODELS["conv_relu"].feeds(1)[0]
+    session = Session(graph.model, outputs=["a", "r", "y"], provider=devices.Gpu.provider)
+    values = session.run_there(upload(feeds, devices.Gpu.provider))
+    assert list(values) == ["a", "r", "y"]
+    for name, value in values.items():
+        found = device_array(value)
+        assert found.array.ctypes.data == value.data_ptr() == cupy.read[-1]
+        assert found.dtype == "float32"
+        np.testing.assert_array_equal(np.from_dlpack(value), session.run(feeds)[name])
+
+
+# --- observing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["conv_relu", "layernorm_mlp", "conv_grouped"])
+def test_a_model_is_observed_on_the_gpu_as_on_the_cpu(cupy, name):
+    tiny = MODELS[name]
+    graph = load_graph(tiny.build())
+    source = open_data(tiny.feeds(6), graph.inputs)
+    here, there = (observe(graph, source, batch_size=2, device=device) for device in ("cpu", "cuda"))
+    assert here.statistics.keys() == there.statistics.keys()
+    assert (here.fingerprints == there.fingerprints).all() and here.probe.keys() == there.probe.keys()
+    for tensor, want in here.statistics.items():
+        found = there.statistics[tensor]
+        assert found.histogram == want.histogram
+        if want.channels is not None:
+            assert found.channels.min.tobytes() == want.channels.min.tobytes()
+            assert found.channels.max.tobytes() == want.channels.max.tobytes()
+            np.testing.assert_allclose(found.channels.abs_sum, want.channels.abs_sum, rtol=1e-12)
+            assert found.channels.count == want.channels.count
+    assert len(cupy.read) >= len(here.statistics)
+
+
+def test_tensors_that_do_not_fit_together_are_made_in_several_runs(cupy):
+    tiny = MODELS["layernorm_mlp"]
+    graph = load_graph(tiny.build())
+    source = open_data(tiny.feeds(4), graph.inputs)
+    whole = observe(graph, source, device="cuda")
+    parts = observe(graph, source, device="cuda", max_memory=1)
+    assert parts.passes > whole.passes == 1
+    for name, want in whole.statistics.items():
+        assert parts.statistics[name].histogram.count == want.histogram.count
+
+
+def test_bfloat16_inputs_are_counted_on_the_host(cupy):
+    model = load_graph(
+        model_of(
+            "(bfloat16[N,8] x) => (float[N,5] y) <float[8,5] w> { c = Cast <to = 1> (x) y = MatMul (c, w) }"
+        )
+    )
+    x = np.linspace(-2, 2, 24).reshape(3, 8).astype(ml_dtypes.bfloat16)
+    value = upload({"x": x}, CPU)["x"]
+    np.testing.assert_array_equal(host_array(value), x)
+    found = observe(model, open_data({"x": x}, model.inputs), device="cuda")
+    assert found.statistics["c"].histogram.count == 24
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_or_cupy_one_line_says_so(monkeypatch):
+    monkeypatch.setattr(
+        "quantkit.kernels.statistics.why_no_gpu", lambda: "CuPy is not installed: pip install it"
+    )
+    with pytest.raises(
+        KernelError, match=r"^--device cuda: no GPU here \(CuPy is not installed: pip install it\); leave"
+    ):
+        devices.device_of("cuda")
+
+
+def test_without_the_cuda_provider_one_line_says_so(monkeypatch):
+    monkeypatch.setattr("quantkit.kernels.statistics.why_no_gpu", lambda: None)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(
+        ModelError, match=r"--device cuda: this ONNX Runtime has no CUDAExecutionProvider \(CPU"
+    ):
+        devices.device_of("cuda")
+
+
+def test_a_provider_that_cannot_start_is_an_error_not_the_cpu(capfd):
+    if CUDA.name in Session(load_graph(MODELS["gemm"].build()).model)._session.get_providers():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ModelError, match=r"cannot start CUDAExecutionProvider; it needs a GPU|has no"):
+        Session(load_graph(MODELS["gemm"].build()).model, provider=CUDA)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(UnknownNameError, match=r"--device tpu: there are cpu and cuda"):
+        devices.device_of("tpu")
+
+
+def test_the_command_says_what_lacks_and_writes_nothing(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("quantkit.kernels.statistics.why_no_gpu", lambda: "CUDA counts none")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["quantkit", "calibrate", str(digits.model), "--data", str(digits.calib), "--device", "cuda"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "--device cuda: no GPU here (CUDA counts none); leave it out to run on the CPU." in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_the_same_cache_from_a_gpu(cupy, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    caches = []
+    for device in ("cpu", "cuda"):
+        arguments = [
+            "quantkit",
+            "calibrate",
+            str(digits.model),
+            "--data",
+            str(digits.calib),
+            "--samples",
+            "3",
+        ]
+        monkeypatch.setattr("sys.argv", [*arguments, "--out", f"{device}.calib", "--device", device])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code == 0, capsys.readouterr().err
+        caches.append(CalibrationCache.load(f"{device}.calib"))
+    here, there = caches
+    assert here.statistics.keys() == there.statistics.keys()
+    assert all(s.histogram == there.statistics[n].histogram for n, s in here.statistics.items())
+    # One run of the data, seen twice.
+    with pytest.raises(CacheError):
+        here.merge(there)
