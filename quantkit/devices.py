@@ -31,6 +31,10 @@ class Processors:
         except AttributeError:  # not on this system
             return os.cpu_count() or 1
 
+    def threads(self, workers: int) -> int:
+        """Return how many threads a session has where so many run side by side; 0 for ONNX Runtime's own choice."""
+        return max(1, self.workers // workers)
+
     def feeds(self, batch: Sample) -> dict[str, Any]:
         """Return what a session is fed."""
         return dict(batch)
@@ -73,6 +77,10 @@ class Gpu(Processors):
     def workers(self) -> int:
         """One: the GPU itself is what works side by side."""
         return 1
+
+    def threads(self, workers: int) -> int:
+        """What the provider lacks runs on the CPU, alone."""
+        return 0
 
     def feeds(self, batch: Sample) -> dict[str, Any]:
         """Return the batch in the GPU's memory."""

@@ -192,7 +192,7 @@ def _divide(
             budget = max(budget, size * sample_bytes)
     fed = {spec.name for spec in graph.inputs}
     groups = _groups({n: b * size for n, b in sizes.items() if n not in fed}, budget // workers)
-    return _Work(batch_size=size, workers=workers, threads=max(1, processors // workers), groups=groups)
+    return _Work(batch_size=size, workers=workers, threads=place.threads(workers), groups=groups)
 
 
 def _count(

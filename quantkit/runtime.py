@@ -168,7 +168,8 @@ def host_array(value: Any) -> np.ndarray:
         return array
     shape = tuple(value.shape())
     words = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    return np.array(words, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
+    copied: np.ndarray = np.array(words, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
+    return copied
 
 
 @cache
