@@ -9,9 +9,18 @@ from numpy.typing import NDArray
 
 from quantkit.bench.feeding import Captured
 from quantkit.bench.layers import Layer
-from quantkit.formats import FP8_E4M3, INT8, QParams, QTensor, qparams_from_range, quantize, range_of
+from quantkit.formats import (
+    FP8_E4M3,
+    INT8,
+    QParams,
+    QTensor,
+    dynamic_qparams,
+    qparams_from_range,
+    quantize,
+    range_of,
+)
 from quantkit.formats.layout import scale_shape
-from quantkit.formats.presets import weight_spec
+from quantkit.formats.presets import ACTIVATION_SPECS, weight_spec
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.family import Operands
 from quantkit.kernels.work import FORMATS, Work
@@ -23,6 +32,8 @@ ROWS = 512
 # Which preset stores the weight, by the format of a product.
 _WEIGHTS = {"fp8-block": "fp8-block", "w8a16": "int8"}
 _ACTIVATIONS = {"int8": INT8, "e4m3": FP8_E4M3}
+# Formats whose activations have scales in blocks, as their preset says.
+_IN_BLOCKS = ("fp8-block", "mxfp8")
 
 
 def operands_of(work: Work, layer: Layer, captured: Captured) -> Operands:
@@ -50,7 +61,14 @@ def operands_of(work: Work, layer: Layer, captured: Captured) -> Operands:
         weight = _quantized(_random(work.n, work.k), work)
     scale = layer.activations.scale if stored else None
     activations, scales = _activation_codes(rows, work, scale)
-    return Operands(activations=activations, scale=scales, weight=weight, bias=layer.bias, origin=origin)
+    return Operands(
+        activations=activations,
+        scale=scales,
+        weight=weight,
+        bias=layer.bias,
+        origin=origin,
+        block=_block(work),
+    )
 
 
 def random_operands(work: Work) -> Operands:
@@ -62,6 +80,7 @@ def random_operands(work: Work) -> Operands:
         weight=_quantized(_random(work.n, work.k), work),
         bias=np.ones(work.n, np.float32) if work.bias else None,
         origin="random numbers",
+        block=_block(work),
     )
 
 
@@ -79,13 +98,17 @@ def exact_operands(work: Work, seed: int = 0) -> Operands:
             dtype
         )
 
+    block = _block(work)
+    # Where every block of a sum has scales of its own, on both sides, sums have room for fewer bits of each.
+    low, high = (-3, 3) if block is None else (-2, 2)
+
     def powers(shape: tuple[int, ...]) -> NDArray[np.float32]:
-        return np.ldexp(np.float32(1), rng.integers(-3, 3, shape)).astype(np.float32)
+        return np.ldexp(np.float32(1), rng.integers(low, high, shape)).astype(np.float32)
 
     held = _ACTIVATIONS.get(fmt.activations)
     bias = rng.integers(-8, 9, work.n).astype(np.float32) if work.bias else None
     activations = codes(work.m, ml_dtypes.bfloat16 if held is None else held.dtype)
-    scale = None if held is None else powers((1,))
+    scale = None if held is None else powers((1,) if block is None else (work.m, -(-work.k // block)))
     if work.format == "bf16":
         return Operands(
             activations=activations, scale=None, weight=codes(work.n, ml_dtypes.bfloat16), bias=bias
@@ -96,7 +119,9 @@ def exact_operands(work: Work, seed: int = 0) -> Operands:
     zero = np.zeros(scales.shape, spec.format.dtype) if spec.format.kind == "integer" else None
     shared = np.asarray(0.5, np.float32) if spec.has_global_scale else None
     params = QParams(scales, zero, shared)
-    return Operands(activations=activations, scale=scale, weight=QTensor(weight, params, spec), bias=bias)
+    return Operands(
+        activations=activations, scale=scale, weight=QTensor(weight, params, spec), bias=bias, block=block
+    )
 
 
 def drawn(histogram: FloatHistogram, rows: int, k: int) -> NDArray[np.float32]:
@@ -118,8 +143,10 @@ def cropped(work: Work, operands: Operands, *, m: int, n: int, k: int) -> tuple[
 
 def taken(operands: Operands, rows: Any, columns: Any, inner: slice) -> Operands:
     """Return the operands of some rows and columns of D, and of a part of K."""
-    scale = operands.scale
-    if scale is not None and scale.size > 1:
+    scale, block = operands.scale, operands.block
+    if scale is not None and block is not None:
+        scale = np.ascontiguousarray(scale[rows, : _blocks_of(inner, operands.activations.shape[1], block)])
+    elif scale is not None and scale.size > 1:
         scale = scale[rows]
     return Operands(
         activations=np.ascontiguousarray(operands.activations[rows, inner]),
@@ -127,6 +154,7 @@ def taken(operands: Operands, rows: Any, columns: Any, inner: slice) -> Operands
         weight=_taken_weight(operands.weight, columns, inner),
         bias=None if operands.bias is None else operands.bias[columns],
         origin=operands.origin,
+        block=block,
     )
 
 
@@ -134,6 +162,8 @@ def _taken_weight(weight: QTensor | NDArray[Any], rows: Any, inner: slice) -> QT
     if not isinstance(weight, QTensor):
         return np.ascontiguousarray(weight[rows, inner])
     n, k = weight.qvalue.shape
+    if weight.spec.block_shape is not None:
+        return _taken_tiles(weight, rows, inner)
     blocks = slice(None if inner.stop is None else -(-min(inner.stop, k) // (weight.spec.block_size or k)))
 
     def part(parameter: NDArray[Any] | None) -> NDArray[Any] | None:
@@ -151,9 +181,34 @@ def _taken_weight(weight: QTensor | NDArray[Any], rows: Any, inner: slice) -> QT
     )
 
 
+def _taken_tiles(weight: QTensor, rows: Any, inner: slice) -> QTensor:
+    """Some rows of a weight in tiles: the first ones in tiles as they were, else each with the scales of its own."""
+    n, k = weight.qvalue.shape
+    height, width = weight.spec.block_shape or (1, 1)
+    held = weight.qparams.scale[:, : _blocks_of(inner, k, width)]
+    codes = np.ascontiguousarray(weight.qvalue[rows, inner])
+    if isinstance(rows, slice) and rows.start is None:
+        return QTensor(codes, QParams(held[: -(-len(codes) // height)]), weight.spec)
+    spec = QuantSpec(format=weight.spec.format, axis=1, block_size=width)
+    return QTensor(codes, QParams(np.repeat(held, height, axis=0)[:n][rows]), spec)
+
+
+def _blocks_of(inner: slice, k: int, block: int) -> int:
+    return -(-min(k if inner.stop is None else inner.stop, k) // block)
+
+
+def _block(work: Work) -> int | None:
+    """Activations along K that share a scale."""
+    return ACTIVATION_SPECS[work.format].block_size if work.format in _IN_BLOCKS else None
+
+
 def _activation_codes(
     rows: NDArray[np.float32], work: Work, scale: NDArray[np.float32] | None
 ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+    if work.format in _IN_BLOCKS:
+        blocks = ACTIVATION_SPECS[work.format]
+        found = quantize(rows, dynamic_qparams(rows, blocks), blocks)
+        return found.qvalue, found.qparams.scale
     fmt = _ACTIVATIONS.get(FORMATS[work.format].activations)
     if fmt is None:
         return rows.astype(ml_dtypes.bfloat16), None

@@ -77,6 +77,9 @@ class TorchOperands:
     @cached_property
     def a_bf16(self) -> Any:
         """The activations' values [m, k]."""
+        if self._operands.block is not None:
+            rows = self.torch.arange(self.work.m, device="cuda") % len(self._operands.activations)
+            return self.torch.from_numpy(self._operands.values()).cuda()[rows].to(self.torch.bfloat16)
         a = self.a if self.a.dtype == self.torch.bfloat16 else self.a.float() * self.a_scale
         return a.to(self.torch.bfloat16)
 
@@ -130,11 +133,9 @@ def peers_of(work: Work, operands: Operands) -> tuple[dict[str, Contender], dict
 
 def bf16_values(operands: Operands) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the values of activations and weight, bfloat16."""
-    a = operands.activations.astype(np.float32)
-    a = a if operands.scale is None else a * operands.scale.reshape(-1, 1)
     held = operands.weight
     w = dequantize(held) if isinstance(held, QTensor) else held
-    return a.astype(ml_dtypes.bfloat16), w.astype(ml_dtypes.bfloat16)
+    return operands.values().astype(ml_dtypes.bfloat16), w.astype(ml_dtypes.bfloat16)
 
 
 def missing_peers() -> list[str]:

@@ -1,5 +1,6 @@
 """The kernels that there are: a table to which each further one adds one entry, those to be preferred first."""
 
+from quantkit.kernels.blocks.family import BlocksFamily
 from quantkit.kernels.family import Family, Prediction
 from quantkit.kernels.gemm_family import GemmFamily
 from quantkit.kernels.gpus import Gpu
@@ -8,7 +9,7 @@ from quantkit.kernels.w4.family import W4Family
 from quantkit.kernels.w4.mma_family import W4MmaFamily
 from quantkit.kernels.work import Work
 
-FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily(), W4Family(), W4MmaFamily())
+FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily(), BlocksFamily(), W4Family(), W4MmaFamily())
 
 
 def family_of(work: Work, gpu: Gpu) -> Family | None:

@@ -23,10 +23,11 @@ class Operands:
     Attributes:
         activations: codes [rows, k] of the format's type (int8, float8_e4m3fn, bfloat16). There may be fewer rows than
             the work has: they are repeated then.
-        scale: of the activations: one float32, or one a row; None for bf16.
+        scale: of the activations: one float32, or one a row, or [rows, blocks]; None for bf16.
         weight: the weight [n, k]; plain bfloat16 codes where nothing is quantized.
         bias: float32 [n], or None.
         origin: where the activations came from, in words.
+        block: activations along K that share a scale, where there are blocks.
     """
 
     activations: NDArray[Any]
@@ -34,16 +35,26 @@ class Operands:
     weight: QTensor | NDArray[Any]
     bias: NDArray[np.float32] | None = None
     origin: str = ""
+    block: int | None = None
 
     def rows(self, m: int) -> NDArray[Any]:
         """Return the codes of m rows."""
         return np.resize(self.activations, (m, self.activations.shape[1]))
 
     def row_scales(self, m: int) -> NDArray[np.float32] | None:
-        """Return one scale, or one for each of m rows."""
-        if self.scale is None or self.scale.size == 1:
+        """Return one scale, or one for each of m rows, or those of their blocks."""
+        if self.scale is None or (self.scale.size == 1 and self.block is None):
             return self.scale
-        return np.resize(self.scale, m)
+        return np.resize(self.scale, m if self.block is None else (m, self.scale.shape[1]))
+
+    def values(self) -> NDArray[np.float32]:
+        """Return what the activations stand for, float32 [rows, k]."""
+        x: NDArray[np.float32] = self.activations.astype(np.float32)
+        if self.scale is None:
+            return x
+        if self.block is not None:
+            return x * np.repeat(self.scale, self.block, axis=1)[:, : x.shape[1]]
+        return x * self.scale.reshape(-1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +135,7 @@ class Family(ABC):
 
     def reference(self, work: Work, operands: Operands) -> NDArray[Any]:
         """Return D as the oracle has it: here the product of the dequantized operands, rounded once."""
-        a = operands.activations.astype(np.float64)
-        if operands.scale is not None:
-            a *= operands.scale.reshape(-1, 1)
+        a = operands.values().astype(np.float64)
         held = operands.weight
         w = (dequantize(held) if isinstance(held, QTensor) else held).astype(np.float64)
         d = a @ w.T + (0 if operands.bias is None else operands.bias)

@@ -16,6 +16,7 @@ class GemmFormat:
         activation_bits, weight_bits: of an element, without scales.
         group: weights along K that share a scale; None where a scale is for a whole row or more.
         scale_bits: of such a scale.
+        activation_scale_bits: of the scales that come with blocks of activations, for each element.
         rate: whose tensor-core rate the products run at.
     """
 
@@ -27,6 +28,7 @@ class GemmFormat:
     rate: str
     group: int | None = None
     scale_bits: int = 0
+    activation_scale_bits: float = 0.0
 
     def weight_bytes(self, n: int, k: int, group: int | None = None) -> float:
         """Return the bytes of a weight [n, k] with the scales of its groups."""
@@ -35,7 +37,13 @@ class GemmFormat:
 
 
 def _format(
-    name: str, activations: str, weights: str, rate: str, group: int | None = None, scale_bits: int = 0
+    name: str,
+    activations: str,
+    weights: str,
+    rate: str,
+    group: int | None = None,
+    scale_bits: int = 0,
+    activation_scale_bits: float = 0.0,
 ) -> GemmFormat:
     return GemmFormat(
         name=name,
@@ -46,6 +54,7 @@ def _format(
         rate=rate,
         group=group,
         scale_bits=scale_bits,
+        activation_scale_bits=activation_scale_bits,
     )
 
 
@@ -58,7 +67,7 @@ FORMATS = {
     for fmt in (
         _format("int8", "int8", "int8", "int8"),
         _format("fp8", "e4m3", "e4m3", "fp8"),
-        _format("fp8-block", "e4m3", "e4m3", "fp8"),
+        _format("fp8-block", "e4m3", "e4m3", "fp8", activation_scale_bits=0.25),
         _format("bf16", "bf16", "bf16", "bf16"),
         _format("w8a16", "bf16", "int8", "bf16"),
         _format("int4", "bf16", "int4", "bf16", group=128, scale_bits=16),
@@ -66,7 +75,7 @@ FORMATS = {
         _format("w4a8-fp8", "e4m3", "int4", "fp8", group=128, scale_bits=16),
         _format("int2", "bf16", "int2", "bf16", group=32, scale_bits=16),
         _format("mxfp4", "bf16", "e2m1", "bf16", group=32, scale_bits=8),
-        _format("mxfp8", "e4m3", "e4m3", "fp8", group=32, scale_bits=8),
+        _format("mxfp8", "e4m3", "e4m3", "fp8", group=32, scale_bits=8, activation_scale_bits=0.25),
         _format("nvfp4", "bf16", "e2m1", "bf16", group=16, scale_bits=8),
     )
 }
@@ -110,7 +119,8 @@ class Work:
     def size_bytes(self) -> float:
         """Bytes that must move at least: each operand read once, D written once."""
         fmt = FORMATS[self.format]
-        read = self.m * self.k * fmt.activation_bits / 8 + fmt.weight_bytes(self.n, self.k, self.group)
+        bits = fmt.activation_bits + fmt.activation_scale_bits
+        read = self.m * self.k * bits / 8 + fmt.weight_bytes(self.n, self.k, self.group)
         return read + self.m * self.n * OUTPUT_BYTES[self.output]
 
     @property

@@ -1,5 +1,7 @@
 """What a product is run on: real codes where the file has them, real values, or numbers that say what they are."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -118,6 +120,25 @@ def test_a_part_of_d_is_the_product_of_parts(form: str) -> None:
     assert family.reference(small, corner).shape == (6, 8)
 
 
+@pytest.mark.parametrize("form", ["fp8-block", "mxfp8"])
+def test_a_part_of_a_product_with_block_scales_keeps_its_scales(form: str) -> None:
+    (family,) = (f for f in FAMILIES if form in f.formats and "sm_90a" in f.architectures)
+    work = Work(m=20, n=300, k=320, format=form, bias=True)
+    operands = random_operands(work)
+    np.testing.assert_allclose(
+        operands.values(), random_operands(replace(work, format="bf16")).activations, rtol=0.07, atol=0.02
+    )
+    whole = family.reference(work, operands)
+    columns = np.array([0, 7, 129, 299])
+    part = family.reference(work, taken(operands, slice(5), columns, slice(None)))
+    np.testing.assert_array_equal(part, whole[:5][:, columns])
+    small, corner = cropped(work, operands, m=6, n=130, k=100)
+    assert isinstance(corner.weight, QTensor) and isinstance(operands.weight, QTensor)
+    np.testing.assert_array_equal(corner.values(), operands.values()[:6, :100])
+    np.testing.assert_array_equal(dequantize(corner.weight), dequantize(operands.weight)[:130, :100])
+    assert family.reference(small, corner).shape == (6, 130)
+
+
 @pytest.mark.parametrize("form", ["int4", "nvfp4", "mxfp4"])
 def test_blocks_are_cut_with_their_scales(form: str) -> None:
     work = Work(m=4, n=10, k=256, format=form)
@@ -132,7 +153,8 @@ def test_exact_operands_have_one_right_answer(form: str) -> None:
     work = Work(m=5, n=256, k=300, format=form, bias=True)
     operands = exact_operands(work)
     weight = dequantize(operands.weight) if isinstance(operands.weight, QTensor) else operands.weight
-    products = operands.activations.astype(np.float64)[:, None, :] * weight.astype(np.float64)[None]
+    activations = operands.activations if operands.block is None else operands.values()
+    products = activations.astype(np.float64)[:, None, :] * weight.astype(np.float64)[None]
     unit = 2.0**-7
     assert np.array_equal(products / unit, np.rint(products / unit))
     assert np.abs(products).sum(-1).max() / unit < 2**24

@@ -49,6 +49,8 @@ def test_a_work_goes_to_one_family_alone() -> None:
         ("h200", "fp8"),
         ("h200", "int4"),
         ("h200", "nvfp4"),
+        ("h200", "fp8-block"),
+        ("h200", "mxfp8"),
         ("a100", "int8"),
         ("a100", "bf16"),
         ("a100", "int4"),
