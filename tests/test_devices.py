@@ -52,6 +52,9 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Lent:
     monkeypatch.setattr(reducing, "require_gpu", lambda what: None)
     # The very memory of ONNX Runtime, under another name.
     monkeypatch.setattr(devices.Gpu, "provider", Provider(name=CPU.name, device=CPU.device))
+    # As many as on the CPU: the bits of a convolution may depend on them.
+    monkeypatch.setattr(devices.Gpu, "threads", lambda self, workers: 1)
+    monkeypatch.setattr(devices.Processors, "threads", lambda self, workers: 1)
     return fake
 
 
