@@ -31,8 +31,8 @@ from quantkit.kernels.compile import compile_kernel
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, deepest, few_tiles, w4_choose
 from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
-from quantkit.kernels.w4.layout import Layout4
-from quantkit.kernels.w4.matmul import PackedWeight4, Workspace4, matmul_w4, pack_weight4
+from quantkit.kernels.w4.layout import Layout4, Packed4
+from quantkit.kernels.w4.matmul import PackedWeight4, Workspace4, matmul_w4, pack_weight4, upload4
 
 KIND = EpilogueKind(column_scale="each")
 FORMS = {
@@ -285,11 +285,12 @@ class Operands:
             codes = cupy.random.randint(0, 256, (f.slabs, f.blocks, 2048), dtype=np.uint8)
             size = {"bfloat16": 2, "e4m3": 1, "e8m0": 1}[f.scales]
             shape = (f.sides, f.blocks, 32, 2 * f.groups_in_slab * size)
-            if size == 2:
-                scales = (
-                    cupy.random.randint(0, 128, (*shape[:-1], shape[-1] // 2), dtype=np.uint16)
-                    + np.uint16(0x3F80)
-                ).view(np.uint8)
+            if (
+                size == 2
+            ):  # as they are stored: from 2^126 on for upper rows, a sixteenth of that for lower ones
+                pairs = cupy.random.randint(0, 128, (*shape[:-1], 2, f.groups_in_slab), dtype=np.uint16)
+                pairs += cupy.asarray([[0x7E80], [0x7C80]], np.uint16)
+                scales = pairs.reshape(*shape[:-1], shape[-1] // 2).view(np.uint8)
             else:
                 scales = cupy.random.randint(
                     240 if f.scales == "e8m0" else 40,
@@ -302,14 +303,9 @@ class Operands:
                 if f.zeros
                 else None
             )
-            self.weights[form] = PackedWeight4(
-                layout=f,
-                codes=codes,
-                scales=scales,
-                zeros=zeros,
-                channel_scale=cupy.full(self.n, 1e-2, np.float32),
-                arch="sm_90a",
-            )
+            channel = cupy.full(self.n, 1e-2, np.float32)
+            packed = Packed4(layout=f, codes=codes, scales=scales, zeros=zeros, channel_scale=channel)
+            self.weights[form] = upload4(packed, arch="sm_90a")
         return self.weights[form]
 
     def ours(self, m: int, form: str, tile: W4Tile | W4Few | None = None) -> Any:

@@ -23,6 +23,7 @@ from quantkit.formats.layout import scale_shape
 from quantkit.formats.presets import ACTIVATION_SPECS, weight_spec
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.family import Operands
+from quantkit.kernels.w4.layout import two_levels
 from quantkit.kernels.work import FORMATS, Work
 from quantkit.statistics import FloatHistogram
 
@@ -30,7 +31,7 @@ from quantkit.statistics import FloatHistogram
 ROWS = 512
 
 # Which preset stores the weight, by the format of a product.
-_WEIGHTS = {"fp8-block": "fp8-block", "w8a16": "int8"}
+_WEIGHTS = {"fp8-block": "fp8-block", "w8a16": "int8", "mxfp4-fp8": "mxfp4"}
 _ACTIVATIONS = {"int8": INT8, "e4m3": FP8_E4M3}
 # Formats whose activations have scales in blocks, as their preset says.
 _IN_BLOCKS = ("fp8-block", "mxfp8")
@@ -115,7 +116,7 @@ def exact_operands(work: Work, seed: int = 0) -> Operands:
         )
     spec = _weight_spec(work)
     weight = codes(work.n, spec.format.dtype)
-    scales = powers(scale_shape((work.n, work.k), spec))
+    scales = _held_scale(powers(scale_shape((work.n, work.k), spec)), work)
     zero = np.zeros(scales.shape, spec.format.dtype) if spec.format.kind == "integer" else None
     shared = np.asarray(0.5, np.float32) if spec.has_global_scale else None
     params = QParams(scales, zero, shared)
@@ -225,7 +226,15 @@ def _quantized(weight: NDArray[np.float32], work: Work) -> QTensor | NDArray[Any
     spec = _weight_spec(work)
     # Scales of groups are stored in as many bits as the format's bytes are counted with.
     dtype = np.dtype(ml_dtypes.bfloat16) if FORMATS[work.format].scale_bits == 16 else None
-    return quantize(weight, qparams_from_range(range_of(weight, spec), spec, scale_dtype=dtype), spec)
+    params = qparams_from_range(range_of(weight, spec), spec, scale_dtype=dtype)
+    return quantize(
+        weight, QParams(_held_scale(params.scale, work), params.zero_point, params.global_scale), spec
+    )
+
+
+def _held_scale(scale: NDArray[np.float32], work: Work) -> NDArray[np.float32]:
+    """Return scales that the format can hold: of int4 by int8, small whole multiples of one number a row."""
+    return two_levels(scale) if work.format == "w4a8" else scale
 
 
 def _weight_spec(work: Work) -> QuantSpec:

@@ -22,6 +22,8 @@ from quantkit.kernels.gemm_checks import check_product, residual_type
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 from quantkit.kernels.heuristics import Device, Problem, Tile, choose
 from quantkit.kernels.mma_heuristics import ITEM_BYTES, MmaTile, mma_choose, mma_device
+from quantkit.kernels.w4.choice import Configuration
+from quantkit.kernels.w4.matmul import PackedWeight4, Workspace4, matmul_w4, pack_weight4
 
 __all__ = ["Epilogue", "PackedBlockWeight", "PackedWeight", "matmul", "pack_codes", "pack_weight"]
 
@@ -37,12 +39,24 @@ _FORMATS = {
 _WGMMA = frozenset({"int8", "float8_e4m3fn", "bfloat16"})
 
 
-def pack_weight(weight: QTensor, arch: str | None = None) -> PackedWeight | PackedBlockWeight:
-    """Return `weight` [n, k] on the current GPU: quantized per tensor or per row, or e4m3 in blocks.
+# Four bits: what each type of activations is multiplied by, in bits.
+_FOUR_BITS = frozenset({"int4", "uint4", "fp4_e2m1"})
+_ACTIVATION_BITS = {"bfloat16": 16, "float16": 16, "int8": 8, "float8_e4m3fn": 8}
 
-    Blocks are 128 × 128 with float32 scales, or 32 along axis 1 with e8m0 ones (MXFP8).
 
-    arch: whose layout it gets; that of the current GPU by default.
+def pack_weight(
+    weight: QTensor, arch: str | None = None, *, activations: str | None = None
+) -> PackedWeight | PackedBlockWeight:
+    """Return `weight` [n, k] on the current GPU: quantized per tensor or per row, e4m3 in blocks, or of four bits.
+
+    Blocks of e4m3 are 128 × 128 with float32 scales, or 32 along axis 1 with e8m0 ones (MXFP8). Of four bits are int4
+    and uint4 (groups along axis 1, or rows; with zero points or without), NVFP4 and MXFP4.
+
+    Args:
+        weight: the quantized weight.
+        arch: whose layout it gets; that of the current GPU by default.
+        activations: the type that will be multiplied by it. Of four-bit weights bfloat16 or float16, which are one, by
+            default; int8 for integers with scales of two levels; float8_e4m3fn for MXFP4. Of others their own.
 
     Raises:
         KernelError: not a matrix, or a format, zero point or granularity that no kernel takes.
@@ -50,8 +64,16 @@ def pack_weight(weight: QTensor, arch: str | None = None) -> PackedWeight | Pack
     name = weight.spec.format.name
     found = _FORMATS.get(name)
     values, params = weight.qvalue, weight.qparams
+    if name in _FOUR_BITS:
+        return _pack_four_bits(weight, arch, activations or "bfloat16")
     if found is None:
-        raise KernelError(f"weight: no kernel multiplies {name}; use int8 or fp8_e4m3.")
+        raise KernelError(
+            f"weight: no kernel multiplies {name}; use int8, fp8_e4m3, int4, uint4 or fp4_e2m1."
+        )
+    if activations not in (None, found):
+        raise KernelError(
+            f"weight: {name} is multiplied by its own type, not by {activations}; leave it out."
+        )
     if block_of(weight.spec) is not None:
         return pack_block_weight(weight, arch)
     if values.ndim != 2:
@@ -65,6 +87,19 @@ def pack_weight(weight: QTensor, arch: str | None = None) -> PackedWeight | Pack
             f"weight: {scale.size} scales for {values.shape}; quantize per tensor or along axis 0."
         )
     return pack_codes(values, scale, found, arch)
+
+
+def _pack_four_bits(weight: QTensor, arch: str | None, activations: str) -> PackedWeight4:
+    bits = _ACTIVATION_BITS.get(activations)
+    if bits is None:
+        raise KernelError(f"activations {activations!r}; one of {', '.join(_ACTIVATION_BITS)}.")
+    packed = pack_weight4(weight, activation_bits=bits, arch=arch)
+    if activations not in packed.layout.activations:
+        raise KernelError(
+            f"weight: {weight.spec.format.name} is not multiplied by {activations}; pass "
+            f"{' or '.join(packed.layout.activations)}."
+        )
+    return packed
 
 
 def pack_codes(
@@ -96,30 +131,39 @@ def matmul(
     epilogue: Epilogue | None = None,
     out_dtype: str = "bfloat16",
     out: Any = None,
-    tile: Tile | MmaTile | BlocksTile | None = None,
+    tile: Tile | MmaTile | BlocksTile | Configuration | None = None,
+    workspace: Workspace4 | None = None,
 ) -> Any:
     """Return D = a @ weight.T with its epilogue, on the current stream, without waiting for it.
 
     On sm_90a the kernel is gemm_sm90.cu, or gemm_blocks_sm90.cu for a weight with block scales (there alone); on other
-    architectures, and for float16, gemm_mma.cu. A CUDA graph may capture the call once the same call has run plainly
+    architectures, and for float16, gemm_mma.cu. Weights of four bits have kernels of their own, which `w4.matmul` tells
+    of. A CUDA graph may capture the call once the same call has run plainly
     (which compiles the kernel, and uploads numbers given as such); what it allocates then comes from CuPy's pool, so
     give it `out`.
 
     Args:
         a: [..., k] of the weight's format; e4m3 travels as uint8, bfloat16 as bfloat16 or uint16. For an int8 weight
             uint8 codes are taken too, at the price of a pass that moves them to int8. For a weight with block scales,
-            what `quantize_activation` gave, codes and scales together.
+            what `quantize_activation` gave, codes and scales together. For a weight of four bits, of the type that it
+            was packed for.
         weight: what pack_weight gave.
         epilogue: nothing but the weight's scale by default.
         out_dtype: bfloat16, float16, float32, int8, float8_e4m3fn (as uint8), or int32 (sums of int8, less the zero
             point's part, without scales or anything else).
         out: a C-contiguous array to write, of the right shape and item size.
         tile: instead of the chosen one: Tile for gemm_sm90.cu, MmaTile for gemm_mma.cu, BlocksTile for
-            gemm_blocks_sm90.cu.
+            gemm_blocks_sm90.cu; for weights of four bits what `w4.matmul` takes.
+        workspace: of weights of four bits: for blocks that share tiles, in a captured call.
 
     Raises:
         KernelError: shapes, types or devices that do not fit, or a GPU without this kernel.
     """
+    if isinstance(weight, PackedWeight4):
+        four = tile if isinstance(tile, Configuration) else None
+        return matmul_w4(
+            a, weight, epilogue=epilogue, out_dtype=out_dtype, out=out, tile=four, workspace=workspace
+        )
     if isinstance(weight, PackedBlockWeight):
         chosen = tile if isinstance(tile, BlocksTile) else None
         return matmul_blocks(a, weight, epilogue=epilogue, out_dtype=out_dtype, out=out, tile=chosen)

@@ -75,6 +75,7 @@ FORMATS = {
         _format("w4a8-fp8", "e4m3", "int4", "fp8", group=128, scale_bits=16),
         _format("int2", "bf16", "int2", "bf16", group=32, scale_bits=16),
         _format("mxfp4", "bf16", "e2m1", "bf16", group=32, scale_bits=8),
+        _format("mxfp4-fp8", "e4m3", "e2m1", "fp8", group=32, scale_bits=8),
         _format("mxfp8", "e4m3", "e4m3", "fp8", group=32, scale_bits=8, activation_scale_bits=0.25),
         _format("nvfp4", "bf16", "e2m1", "bf16", group=16, scale_bits=8),
     )

@@ -1,4 +1,4 @@
-// D[m, n] = A[m, k] @ W[n, k].T for sm_90a: W of four bits, decoded in registers, A bf16, fp16 or int8.
+// D[m, n] = A[m, k] @ W[n, k].T for sm_90a: W of four bits, decoded in registers, A bf16, fp16, int8 or e4m3.
 //
 //   producer warpgroup            consumer warpgroups
 //   one thread:                   16 bytes of codes a thread -> registers -> decode -> wgmma's A operand
@@ -8,6 +8,9 @@
 // Operands are swapped: 64 rows of W fill wgmma's M, from registers; TILE_N rows of A are its N, from shared memory.
 // A consumer has MI blocks of 64 rows of W. While the tensor core multiplies one granule (GRAIN instructions deep), the
 // consumer decodes the next into the other set of registers.
+//
+// The tensor core adds products of e4m3 in some 14 bits: with PROMOTE a stage's 128 of K are summed apart, from zero, and
+// added to the float sums; meanwhile the tensor core has the other consumers' products.
 //
 // Work: the first `whole` tiles are dealt out one by one; the rest of the tiles, laid end to end along K, is cut into
 // one equal piece a block (stream-K). Pieces of one tile leave their sums in `partials`; the consumer that arrives last
@@ -25,6 +28,8 @@ constexpr int BLOCKS = MI * CONSUMERS;  // of 64 rows of W in a tile
 constexpr int ROW = 128;                // bytes of a slab's row of A
 constexpr int GRANULES = SLABS * 4 / GRAIN;
 static_assert(GRANULES % 2 == 0, "granules alternate between two sets of registers");
+constexpr bool PROMOTE = FP8;
+static_assert(!PROMOTE || SLABS == 1, "128 of K are summed apart");
 
 constexpr int SIDES = GROUP_SLABS >= SLABS ? 1 : SLABS;  // of scales that a stage holds
 static_assert(GROUP_SLABS < 2 || GROUP_SLABS % SLABS == 0, "a stage's slabs share a group, or have their own");
@@ -229,6 +234,8 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
       };
       if (more) {
       Registers<uint32_t, 4> fragments[2][MI][GRAIN];
+      Registers<Sum, TILE_N / 2> apart[MI];
+      Registers<Sum, TILE_N / 2>(&running)[MI] = PROMOTE ? apart : sum;
       int previous = 0, step = segment.begin;
       QK_ROLLED do {  // at least one: the compiler has no cause to copy sums where the loop might be left out
         mbarrier_wait_ring(full + 8 * s, parity);
@@ -261,13 +268,20 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
           QK_UNROLL for (int k = 0; k < GRAIN; k++) {
             const int depth = granule * GRAIN + k;
             QK_UNROLL for (int i = 0; i < MI; i++)
-              wgmma<Type, TILE_N>(sum[i], fragments[granule % 2][i][k],
-                                  of_a + ((depth / 4 * TILE_N * ROW + depth % 4 * 32) >> 4),
-                                  true);
+              wgmma<Type, TILE_N>(running[i], fragments[granule % 2][i][k],
+                                  of_a + ((depth / 4 * TILE_N * ROW + depth % 4 * 32) >> 4), !PROMOTE || depth > 0);
           }
           wgmma_commit();
           wgmma_wait<1>();
-          if (granule == 0 && step > segment.begin) release(previous);
+          if (!PROMOTE && granule == 0 && step > segment.begin) release(previous);
+        }
+        if constexpr (PROMOTE) {
+          wgmma_wait<0>();
+          release(s);
+          QK_UNROLL for (int i = 0; i < MI; i++) {
+            wgmma_settle(apart[i]);
+            QK_UNROLL for (int v = 0; v < TILE_N / 2; v++) sum[i][v] += apart[i][v];
+          }
         }
         previous = s;
         if (++s == STAGES) {
@@ -275,9 +289,11 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
           parity ^= 1;
         }
       } while (++step < segment.end);
-      wgmma_wait<0>();
-      QK_UNROLL for (int i = 0; i < MI; i++) wgmma_settle(sum[i]);
-      release(previous);
+      if constexpr (!PROMOTE) {
+        wgmma_wait<0>();
+        QK_UNROLL for (int i = 0; i < MI; i++) wgmma_settle(sum[i]);
+        release(previous);
+      }
       if (segment.begin > 0 || segment.end < steps) {
         U32x4* const mine = slot_of(cluster);
         QK_UNROLL for (int v = 0; v < VECTORS; v++) {

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from quantkit.kernels.emulator import Mode, Swizzle, TensorMap, load
 from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
-from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile
 from quantkit.kernels.w4.launch import (
     FEW_KERNEL,
     FEW_SOURCE,
@@ -22,6 +21,8 @@ from quantkit.kernels.w4.mma_heuristics import W4MmaTile
 from quantkit.kernels.w4.mma_launch import KERNEL as MMA_KERNEL
 from quantkit.kernels.w4.mma_launch import SOURCE as MMA_SOURCE
 from quantkit.kernels.w4.mma_launch import w4_mma_launch_of
+from quantkit.kernels.w4.problem import W4Problem
+from quantkit.kernels.w4.tiles import W4Few, W4Tile
 
 _MULTIPROCESSORS = 4
 
@@ -32,18 +33,24 @@ def emulated_w4(
     problem: W4Problem,
     tile: W4Tile | W4Few | W4MmaTile,
     *,
+    row_scale: NDArray[np.float32] | None = None,
     bias: NDArray[np.float32] | None = None,
     relu: bool = False,
     mode: Mode = Mode.EAGER,
 ) -> NDArray[Any]:
-    """Return D[m, n] = relu(a[m, k] @ W[n, k].T + bias) of the emulated kernel that the tile is of.
+    """Return D[m, n] = relu(a[m, k] @ W[n, k].T · row_scale + bias) of the emulated kernel that the tile is of.
 
     Raises:
         KernelError: no C++ compiler here, or the kernel broke a rule.
     """
     m, k = a.shape
     form = packed.layout
-    kind = EpilogueKind(column_scale="each", bias=bias is not None, activation="relu" if relu else "none")
+    kind = EpilogueKind(
+        row_scale="none" if row_scale is None else "one" if row_scale.size == 1 else "each",
+        column_scale="each",
+        bias=bias is not None,
+        activation="relu" if relu else "none",
+    )
     row = 16 // a.itemsize  # rows start at multiples of 16 bytes
     padded = np.zeros((m, -(-k // row) * row), a.dtype)
     padded[:, :k] = a
@@ -53,7 +60,8 @@ def emulated_w4(
     unused = np.zeros(16, np.float32)
     weights = [unused if part is None else part for part in (packed.codes, packed.scales, packed.zeros)]
     epilogue = (
-        unused, packed.channel_scale, unused if bias is None else bias, unused, unused, unused,
+        unused if row_scale is None else np.ascontiguousarray(row_scale, np.float32).reshape(-1),
+        packed.channel_scale, unused if bias is None else bias, unused, unused, unused,
         EpilogueValues().packed(), np.int32(m), np.int32(form.n),
     )  # fmt: skip
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
-from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, schedule_of
+from quantkit.kernels.w4.problem import W4Problem
+from quantkit.kernels.w4.tiles import W4Few, W4Tile, schedule_of
 
 SOURCE = Path(__file__).parent.parent / "cuda" / "gemm_w4_sm90.cu"
 KERNEL = "gemm_w4_sm90"
 FEW_SOURCE = Path(__file__).parent.parent / "cuda" / "gemm_w4_few.cu"
 FEW_KERNEL = "gemm_w4_few"
 
-_TYPES = {"bfloat16": "BF16", "float16": "F16", "int8": "S8"}
+_TYPES = {"bfloat16": "BF16", "float16": "F16", "int8": "S8", "float8_e4m3fn": "E4M3"}
 _CODES = {"int4": "CODES_INT4", "uint4": "CODES_INT4", "fp4_e2m1": "CODES_E2M1"}
 _SCALES = {
     "none": "SCALES_NONE",
@@ -137,4 +138,5 @@ def decoding(problem: W4Problem) -> dict[str, str | int]:
         "SCALES": _SCALES[problem.scales],
         "GROUP": problem.group or 0,
         "ZEROS": int(problem.zeros),
+        **({"DEEP": 1} if problem.deep else {}),
     }

@@ -1,10 +1,10 @@
-"""Products with weights of four bits on a GPU: pack a weight once, multiply bf16, fp16 or int8 by it.
+"""Products with weights of four bits on a GPU: pack a weight once, multiply bf16, fp16, int8 or e4m3 by it.
 
 D[m, n] = activation((A @ W.T)[m, n] · row_scale[m] + bias[n]) + residual[m, n]. `reference` says what a weight is
 decoded to; sums are float32. Scales of whole rows, and NVFP4's global scale, multiply the sums.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,15 +12,12 @@ import ml_dtypes
 import numpy as np
 
 from quantkit.errors import KernelError
-from quantkit.formats.quantize import QTensor
 from quantkit.kernels import device as gpu
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind, EpilogueValues
 from quantkit.kernels.gemm_checks import check_product, residual_type
-from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
+from quantkit.kernels.gemm_operands import Epilogue
 from quantkit.kernels.gemm_run import aligned
-from quantkit.kernels.heuristics import Device
-from quantkit.kernels.mma_heuristics import mma_device
-from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, w4_choose
+from quantkit.kernels.w4.choice import Configuration, configuration_of
 from quantkit.kernels.w4.launch import (
     FEW_KERNEL,
     FEW_SOURCE,
@@ -31,80 +28,24 @@ from quantkit.kernels.w4.launch import (
     w4_few_launch_of,
     w4_launch_of,
 )
-from quantkit.kernels.w4.layout import Layout4, Packed4, pack4
-from quantkit.kernels.w4.mma_heuristics import W4MmaTile, w4_mma_choose
+from quantkit.kernels.w4.mma_heuristics import W4MmaTile
 from quantkit.kernels.w4.mma_launch import KERNEL as MMA_KERNEL
 from quantkit.kernels.w4.mma_launch import SOURCE as MMA_SOURCE
 from quantkit.kernels.w4.mma_launch import W4MmaLaunch, w4_mma_launch_of
+from quantkit.kernels.w4.operands import PackedWeight4, Workspace4, pack_weight4, upload4, workspace_of
+from quantkit.kernels.w4.problem import W4Problem
+from quantkit.kernels.w4.tiles import W4Few, W4Tile
 
-_ACTIVATIONS = {"bfloat16": "bfloat16", "uint16": "bfloat16", "float16": "float16", "int8": "int8"}
+__all__ = ["PackedWeight4", "Workspace4", "matmul_w4", "pack_weight4", "upload4"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class PackedWeight4:
-    """A weight of four bits laid out for the kernels, the same for all of them, on the device.
-
-    codes, scales, zeros, channel_scale: as in `layout.Packed4`.
-    """
-
-    layout: Layout4
-    codes: Any
-    scales: Any
-    zeros: Any
-    channel_scale: Any
-    arch: str
-
-    @property
-    def n(self) -> int:
-        """Rows: columns of D."""
-        return self.layout.n
-
-    @property
-    def k(self) -> int:
-        """Columns along which products are summed."""
-        return self.layout.k
-
-
-class Workspace4:
-    """Memory on the current GPU in which blocks that share a tile leave their sums. One launch at a time may use it.
-
-    size_bytes: for sums; 64 MB are enough for every tile on 132 multiprocessors. counters: one for each tile that is
-    shared, and consumer.
-    """
-
-    def __init__(self, size_bytes: int = 64 << 20, counters: int = 1 << 14) -> None:
-        cupy = gpu.cupy()
-        self.partials = cupy.empty(size_bytes, np.uint8)
-        self.arrivals = cupy.zeros(counters, np.uint32)
-
-    def holds(self, launch: W4Launch | W4MmaLaunch) -> bool:
-        """Return whether a launch fits."""
-        return bool(self.partials.nbytes >= launch.partials_bytes and self.arrivals.size >= launch.arrivals)
-
-
-def pack_weight4(
-    weight: QTensor, *, scale_type: str | None = None, activation_bits: int = 16, arch: str | None = None
-) -> PackedWeight4:
-    """Return `weight` [n, k] on the current GPU; what is taken, and how, is what `layout.pack4` says.
-
-    Raises:
-        KernelError: a weight that the kernels have not, or no GPU.
-    """
-    return upload4(pack4(weight, scale_type=scale_type, activation_bits=activation_bits), arch=arch)
-
-
-def upload4(packed: Packed4, *, arch: str | None = None) -> PackedWeight4:
-    """Return a packed weight on the current GPU."""
-    cupy = gpu.cupy()
-    scales, zeros = (None if part is None else cupy.asarray(part) for part in (packed.scales, packed.zeros))
-    return PackedWeight4(
-        layout=packed.layout,
-        codes=cupy.asarray(packed.codes),
-        scales=scales,
-        zeros=zeros,
-        channel_scale=cupy.asarray(packed.channel_scale),
-        arch=arch or gpu.architecture(int(cupy.cuda.Device().id)),
-    )
+# What arrays carry each type of activations: CuPy has no eight-bit floats.
+_ACTIVATIONS = {
+    "bfloat16": "bfloat16",
+    "uint16": "bfloat16",
+    "float16": "float16",
+    "int8": "int8",
+    "uint8": "float8_e4m3fn",
+}
 
 
 def matmul_w4(
@@ -114,7 +55,7 @@ def matmul_w4(
     epilogue: Epilogue | None = None,
     out_dtype: str = "bfloat16",
     out: Any = None,
-    tile: W4Tile | W4Few | W4MmaTile | None = None,
+    tile: Configuration | None = None,
     workspace: Workspace4 | None = None,
 ) -> Any:
     """Return D = a @ weight.T with its epilogue, on the current stream, without waiting for it.
@@ -122,7 +63,8 @@ def matmul_w4(
     On sm_90a the kernels are gemm_w4_sm90.cu and gemm_w4_few.cu; on other architectures gemm_w4_mma.cu.
 
     Args:
-        a: [..., k], float16, bfloat16, uint16 that holds bfloat16, or int8 where the weight was packed for it.
+        a: [..., k], float16, bfloat16, or uint16 that holds bfloat16; where the weight was packed for it int8, or
+            uint8 that holds e4m3.
         weight: what pack_weight4 gave.
         epilogue: nothing but the weight's scale by default.
         out_dtype: bfloat16, float16, float32, int8 or float8_e4m3fn (as uint8).
@@ -141,21 +83,19 @@ def matmul_w4(
     device = int(cupy.cuda.Device().id)
     arch = gpu.architecture(device)
     activations = _ACTIVATIONS.get(str(a.dtype))
-    if activations is None:
-        raise KernelError(f"matmul_w4: activations of {a.dtype}; pass bfloat16, float16 or int8.")
-    if arch != "sm_90a" and isinstance(tile, W4Tile | W4Few):
-        raise KernelError(f"matmul_w4: a {type(tile).__name__} on {arch}; pass a W4MmaTile, or None.")
     form = weight.layout
-    if 8 * a.dtype.itemsize != form.activation_bits:
+    if activations not in form.activations:
         raise KernelError(
-            f"matmul_w4: {a.dtype} for a weight packed for activations of {form.activation_bits} bits; pack it again."
+            f"matmul: a: {a.dtype} for a weight packed for {' or '.join(form.activations)}; pass that, or pack it "
+            "again."
         )
+    if arch != "sm_90a" and isinstance(tile, W4Tile | W4Few):
+        raise KernelError(f"matmul: a {type(tile).__name__} on {arch}; pass a W4MmaTile, or None.")
+    if activations == "float8_e4m3fn" and arch in ("sm_80", "sm_86"):
+        raise KernelError(f"matmul: {arch} does not multiply e4m3; pack the weight for bfloat16.")
     if out_dtype == "int32":
-        raise KernelError("matmul_w4: int32 would hold sums without their scales; take float32.")
-    stands_for = PackedWeight(
-        data=weight.codes, scale=None, n=form.n, k=form.k, format=activations, arch=weight.arch
-    )
-    check_product(a, stands_for, epilogue, out_dtype, out, device, arch)
+        raise KernelError("matmul: int32 would hold sums without their scales; take float32.")
+    check_product(a, weight.as_operand_of(activations), epilogue, out_dtype, out, device, arch)
     lead, n, k = tuple(a.shape[:-1]), form.n, form.k
     m = int(np.prod(lead, dtype=np.int64))
     if out is None:
@@ -165,10 +105,7 @@ def matmul_w4(
         out = cupy.empty((*lead, n), np.dtype(carrier))
     if m == 0:
         return out
-    problem = W4Problem(
-        m=m, n=n, k=k, activations=activations, output=out_dtype, codes=form.codes, group=form.group,
-        scales=form.scales, zeros=form.zeros,
-    )  # fmt: skip
+    problem = W4Problem.of(form, m=m, activations=activations, output=out_dtype)
     row_scale, granularity = _rows(epilogue.row_scale, device)
     kind = EpilogueKind(
         row_scale=granularity,
@@ -181,14 +118,12 @@ def matmul_w4(
     )
     stream = cupy.cuda.get_current_stream()
     cut = workspace is not None or not stream.is_capturing()
-    launch = _planned(problem, tile, kind, arch, gpu.multiprocessors(device), cut)
+    launch = _planned(problem, tile, kind, arch, device, cut)
     target = out if out.data.ptr % 16 == 0 else cupy.empty((*lead, n), out.dtype)
     rows, pitch = aligned(a.reshape(m, k), cupy)
-    vectors = (
-        row_scale, weight.channel_scale, _plain(epilogue.bias), None, None, _plain(epilogue.residual)
-    )  # fmt: skip
+    vectors = row_scale, weight.scale, _plain(epilogue.bias), None, None, _plain(epilogue.residual)
     common = (
-        *(_address(part) for part in (weight.codes, weight.scales, weight.zeros, target, *vectors)),
+        *(_address(part) for part in (weight.data, weight.group_scales, weight.zeros, target, *vectors)),
         _values(epilogue),
         np.int32(m),
         np.int32(n),
@@ -196,7 +131,7 @@ def matmul_w4(
     macros = tuple(sorted(launch.defines.items()))
     if isinstance(launch, W4MmaLaunch):
         function = gpu.function_of(device, MMA_SOURCE, MMA_KERNEL, macros, launch.shared_bytes)
-        held = _workspace(device, stream.ptr, launch, workspace) if launch.arrivals else None
+        held = workspace_of(device, stream.ptr, launch, workspace) if launch.arrivals else None
         pieces = (0, 0) if held is None else (held.partials.data.ptr, held.arrivals.data.ptr)
         row = np.int32(k * a.dtype.itemsize), np.int64(pitch), np.int32(form.slabs)
         arguments: tuple[Any, ...] = (_address(rows), *common, *map(np.uint64, pieces), *row)
@@ -214,7 +149,7 @@ def matmul_w4(
             width = OUTPUT_BYTES[out_dtype]
             map_d = gpu.tensor_map(target.data.ptr, out_dtype, (m, n), n * width, launch.output_box)
         held = (
-            None if launch.share == launch.extra == 0 else _workspace(device, stream.ptr, launch, workspace)
+            None if launch.share == launch.extra == 0 else workspace_of(device, stream.ptr, launch, workspace)
         )
         pieces = (0, 0) if held is None else (held.partials.data.ptr, held.arrivals.data.ptr)
         schedule = form.slabs, launch.whole, launch.share, launch.extra
@@ -228,42 +163,19 @@ def matmul_w4(
 @lru_cache(maxsize=4096)
 def _planned(
     problem: W4Problem,
-    tile: W4Tile | W4Few | W4MmaTile | None,
+    tile: Configuration | None,
     kind: EpilogueKind,
     arch: str,
-    multiprocessors: int,
+    device: int,
     cut: bool,
 ) -> W4Launch | W4FewLaunch | W4MmaLaunch:
-    if tile is None and arch != "sm_90a":
-        tile = w4_mma_choose(problem, mma_device(arch, multiprocessors))
-    tile = tile or w4_choose(problem, Device(multiprocessors=multiprocessors))
+    tile = tile or configuration_of(problem, kind, arch, device)
     if isinstance(tile, W4MmaTile):
         return w4_mma_launch_of(problem, tile if cut else replace(tile, slices=1), kind)
     if isinstance(tile, W4Few):
         return w4_few_launch_of(problem, tile, kind)
-    return w4_launch_of(problem, tile if cut else replace(tile, stream=False), kind, multiprocessors)
-
-
-# Of each device and stream. The counters of a workspace are zero between launches.
-_workspaces: dict[tuple[int, int], Workspace4] = {}
-
-
-def _workspace(
-    device: int, stream: int, launch: W4Launch | W4MmaLaunch, given: Workspace4 | None
-) -> Workspace4:
-    if given is not None:
-        if not given.holds(launch):
-            raise KernelError(
-                f"workspace: {given.partials.nbytes} bytes and {given.arrivals.size} counters; this product takes "
-                f"{launch.partials_bytes} and {launch.arrivals}."
-            )
-        return given
-    held = _workspaces.get((device, stream))
-    if held is None or not held.holds(launch):
-        # What it replaces goes back to the pool of this stream, whose next use comes after the launches before.
-        held = Workspace4(max(launch.partials_bytes, 1 << 20), max(launch.arrivals, 1 << 12))
-        _workspaces[device, stream] = held
-    return held
+    tile = tile if cut else replace(tile, stream=False)
+    return w4_launch_of(problem, tile, kind, gpu.multiprocessors(device))
 
 
 def _address(array: Any) -> np.uint64:

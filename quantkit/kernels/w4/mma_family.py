@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantkit.kernels.compile import ARCHITECTURES
-from quantkit.kernels.family import Prediction
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.mma_heuristics import MmaDevice, mma_device
 from quantkit.kernels.w4.family import W4Family, kind_of, problem_of
 from quantkit.kernels.w4.heuristics import W4Problem
-from quantkit.kernels.w4.mma_heuristics import W4MmaTile, w4_mma_choose, w4_mma_estimate_us, w4_mma_rank
+from quantkit.kernels.w4.mma_heuristics import W4MmaTile, w4_mma_estimate_us, w4_mma_rank
 from quantkit.kernels.w4.mma_launch import KERNEL, SOURCE, w4_mma_launch_of
-from quantkit.kernels.work import Work
+from quantkit.kernels.work import FORMATS, Work
 
 
 class W4MmaFamily(W4Family):
@@ -21,24 +20,19 @@ class W4MmaFamily(W4Family):
     name = KERNEL
     architectures = ARCHITECTURES
 
-    def predict(self, work: Work, gpu: Gpu) -> Prediction:
-        """Return the tile modelled fastest, and how fast: never faster than this very GPU's ceilings allow."""
-        tile = self.ranked(work, gpu)[0]
-        modelled = w4_mma_estimate_us(problem_of(work), tile, _device(gpu))
-        return Prediction(
-            kernel=KERNEL,
-            configuration=tile,
-            words=self.describe(tile),
-            time_us=max(modelled, work.roofline(gpu)[0]),
-        )
+    def takes(self, work: Work, gpu: Gpu) -> bool:
+        """Return whether it computes `work` on `gpu`: e4m3 is multiplied from sm_89 on."""
+        has_e4m3 = gpu.architecture not in ("sm_80", "sm_86")
+        return super().takes(work, gpu) and (has_e4m3 or FORMATS[work.format].activations != "e4m3")
 
-    def choose(self, problem: W4Problem, gpu: Gpu | None = None) -> W4MmaTile:
-        """Return the tile modelled fastest."""
-        return w4_mma_choose(problem, mma_device("sm_80", 4) if gpu is None else _device(gpu))
+    def candidates(self, problem: W4Problem, gpu: Gpu | None) -> Sequence[W4MmaTile]:
+        """Return every tile that a CUDA graph runs as it is, the one modelled fastest first."""
+        ranked = w4_mma_rank(problem, mma_device("sm_80", 4) if gpu is None else _device(gpu))
+        return ranked if gpu is None else [tile for tile in ranked if tile.slices == 1]
 
-    def ranked(self, work: Work, gpu: Gpu) -> Sequence[W4MmaTile]:
-        """Return every tile that a CUDA graph runs as it is."""
-        return [tile for tile in w4_mma_rank(problem_of(work), _device(gpu)) if tile.slices == 1]
+    def estimate_us(self, problem: W4Problem, configuration: W4MmaTile, gpu: Gpu) -> float:
+        """Return the modelled time."""
+        return w4_mma_estimate_us(problem, configuration, _device(gpu))
 
     def describe(self, configuration: W4MmaTile) -> str:
         """Return a tile as 128x16 s3 8 warps: rows of W by rows of A, stages, warps, slices."""

@@ -1,5 +1,6 @@
 """matmul_w4 from the door to the launch, on arrays that only look like CuPy's: the emulator is the GPU."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,18 @@ import pytest
 from quantkit.errors import KernelError
 from quantkit.kernels import device as gpu
 from quantkit.kernels.emulator import Swizzle, TensorMap, load
+from quantkit.kernels.epilogue import EpilogueKind
+from quantkit.kernels.gemm import matmul, pack_weight
 from quantkit.kernels.gemm_operands import Epilogue
-from quantkit.kernels.w4 import matmul as w4
-from quantkit.kernels.w4.heuristics import W4Tile
+from quantkit.kernels.heuristics import Device
+from quantkit.kernels.timing_table import Entry
+from quantkit.kernels.w4 import choice, operands
+from quantkit.kernels.w4.heuristics import W4Tile, w4_rank
+from quantkit.kernels.w4.launch import w4_few_launch_of
 from quantkit.kernels.w4.layout import pack4
 from quantkit.kernels.w4.matmul import Workspace4, matmul_w4, pack_weight4
 from quantkit.kernels.w4.mma_heuristics import W4MmaTile
+from quantkit.kernels.w4.problem import W4Problem
 from quantkit.kernels.w4.reference import w4_reference
 
 from .weights import weight
@@ -65,7 +72,7 @@ class FakeCupy:
         return self.asarray(np.array([value], np.float32))
 
     def tensor_map(self, address: int, kind: str, shape: Any, pitch: int, box: Any) -> TensorMap:
-        dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+        dtype = np.dtype(getattr(ml_dtypes, kind, kind))
         held = self.memory[address]
         return TensorMap(
             array=held if held.dtype == dtype else held.view(dtype), box=box, swizzle=Swizzle.BYTES_128,
@@ -94,11 +101,14 @@ def cupy(monkeypatch, compiler) -> FakeCupy:
     monkeypatch.setattr(gpu, "function_of", fake.function_of)
     monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90a")
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: MULTIPROCESSORS)
-    monkeypatch.setattr(w4, "_workspaces", {})
+    monkeypatch.setattr(operands, "_workspaces", {})
+    # No GPU, nothing timed on it.
+    monkeypatch.setattr(choice.tuning, "best_entry", lambda key, device: None)
+    choice.configuration_of.cache_clear()
     return fake
 
 
-def activations(m: int, k: int, dtype: Any) -> np.ndarray:
+def small_codes(m: int, k: int, dtype: Any) -> np.ndarray:
     return np.random.default_rng(m * k).integers(-4, 5, (m, k)).astype(dtype)
 
 
@@ -115,15 +125,62 @@ def activations(m: int, k: int, dtype: Any) -> np.ndarray:
 def test_products_take_the_chosen_kernel_and_are_exact(cupy, m, kind, dtype, output):
     w = weight(np.random.default_rng(0), 136, 400, *kind)
     bits = 8 * np.dtype(dtype).itemsize
-    a = activations(m, 400, dtype)
+    a = small_codes(m, 400, dtype)
     d = matmul_w4(cupy.asarray(a), pack_weight4(w, activation_bits=bits), out_dtype=output)
     assert cupy.launched[-1][0] == ("gemm_w4_few" if m <= 16 else "gemm_w4_sm90")
     np.testing.assert_array_equal(d, w4_reference(a, pack4(w, activation_bits=bits), output=output))
 
 
+@pytest.mark.parametrize("m", [5, 40])
+@pytest.mark.parametrize(
+    ("kind", "activations", "dtype"),
+    [
+        (("uint4", 64), None, np.float16),
+        (("int4", 128), "int8", np.int8),
+        (("mxfp4", 32), "float8_e4m3fn", ml_dtypes.float8_e4m3fn),
+    ],
+)
+def test_the_common_door_takes_weights_of_four_bits(cupy, kind, activations, dtype, m):
+    w = weight(np.random.default_rng(0), 136, 400, *kind)
+    bits = 8 * np.dtype(dtype).itemsize
+    a = small_codes(m, 400, dtype)
+    carried = a.view(np.uint8) if activations == "float8_e4m3fn" else a
+    packed = pack_weight(w, activations=activations)
+    d = matmul(cupy.asarray(carried), packed, out_dtype="float32", epilogue=Epilogue(row_scale=0.5))
+    want = w4_reference(a, pack4(w, activation_bits=bits), row_scale=np.float32([0.5]), output="float32")
+    np.testing.assert_array_equal(d, want)
+
+
+def test_the_door_refuses_activations_that_a_format_is_not_multiplied_by(cupy):
+    rng = np.random.default_rng(0)
+    for kind, activations, complaint in (
+        (("nvfp4", 16), "float8_e4m3fn", "only fp4_e2m1 with scales of e8m0"),
+        (("int4", None), "float8_e4m3fn", "int4 is not multiplied by float8_e4m3fn; pass int8"),
+        (("int4", 32), "int16", "activations 'int16'; one of bfloat16"),
+    ):
+        with pytest.raises(KernelError, match=complaint):
+            pack_weight(weight(rng, 8, 64, *kind), activations=activations)
+
+
+def test_what_was_timed_fastest_is_launched(cupy, monkeypatch):
+    w = weight(np.random.default_rng(0), 136, 400, "int4", 128)
+    packed, a = pack_weight4(w), small_codes(3, 400, np.float16)
+    problem = W4Problem.of(packed.layout, m=3, activations="float16", output="float32")
+    slowest = w4_rank(problem, Device(multiprocessors=MULTIPROCESSORS))[-1]
+    entry = Entry(configuration=asdict(slowest), time_us=1.0, q1_us=1.0, q3_us=1.0, m=3, source="")
+    monkeypatch.setattr(
+        choice.tuning,
+        "best_entry",
+        lambda key, device: entry if key.format == "int4-128-bfloat16-float16" else None,
+    )
+    matmul_w4(cupy.asarray(a), packed, out_dtype="float32")
+    kind = EpilogueKind(column_scale="each")
+    assert cupy.launched[-1][1] == w4_few_launch_of(problem, slowest, kind).defines
+
+
 def test_the_epilogue_reaches_the_kernel(cupy):
     w = weight(np.random.default_rng(0), 72, 130, "uint4", 64, zeros=True)
-    a = activations(6, 130, np.float16)
+    a = small_codes(6, 130, np.float16)
     row, bias = np.random.default_rng(1).random(6, np.float32), np.arange(72, dtype=np.float32)
     residual = np.ones((2, 3, 72), np.float32)
     epilogue = Epilogue(
@@ -139,27 +196,27 @@ def test_the_epilogue_reaches_the_kernel(cupy):
 
 def test_a_captured_call_cuts_tiles_only_with_a_workspace_of_its_own(cupy):
     w = weight(np.random.default_rng(0), 72, 900, "int4", 128)
-    a, packed = cupy.asarray(activations(20, 900, np.float16)), pack_weight4(w)
+    a, packed = cupy.asarray(small_codes(20, 900, np.float16)), pack_weight4(w)
     want = w4_reference(np.asarray(a), pack4(w), output="float32")
     tile = W4Tile(tile_n=32, consumers=1, slabs=2, grain=2, stages=2)
     cupy.capturing = True
     np.testing.assert_array_equal(matmul_w4(a, packed, out_dtype="float32", tile=tile), want)
-    assert not w4._workspaces
+    assert not operands._workspaces
     own = Workspace4(1 << 20, 64)
     np.testing.assert_array_equal(matmul_w4(a, packed, out_dtype="float32", tile=tile, workspace=own), want)
-    assert not own.arrivals.any() and not w4._workspaces
+    assert not own.arrivals.any() and not operands._workspaces
     with pytest.raises(KernelError, match="this product takes"):
         matmul_w4(a, packed, out_dtype="float32", tile=tile, workspace=Workspace4(16, 1))
     cupy.capturing = False
     np.testing.assert_array_equal(matmul_w4(a, packed, out_dtype="float32", tile=tile), want)
-    assert w4._workspaces
+    assert operands._workspaces
 
 
 def test_what_does_not_fit_is_refused(cupy, monkeypatch):
     packed = pack_weight4(weight(np.random.default_rng(0), 8, 64, "int4", 32))
     for dtype, options, complaint in (
-        (np.float32, {}, "activations of float32; pass bfloat16"),
-        (np.int8, {}, "packed for activations of 16 bits"),
+        (np.float32, {}, "float32 for a weight packed for bfloat16 or float16"),
+        (np.int8, {}, "int8 for a weight packed for bfloat16"),
         (np.float16, {"out_dtype": "int32"}, "int32 would hold sums without their scales"),
         (np.float16, {"epilogue": Epilogue(bias=cupy.asarray(np.ones(3, np.float32)))}, "bias: 3 values"),
         (np.float16, {"out": cupy.asarray(np.ones((2, 9), np.float16))}, "out: .* is not a contiguous"),
@@ -189,11 +246,11 @@ def test_other_architectures_take_the_universal_kernel(cupy, monkeypatch, m, kin
     monkeypatch.setattr(gpu, "architecture", lambda device: "sm_86")
     w = weight(np.random.default_rng(0), 72, 16000, *kind)
     bits = 8 * np.dtype(dtype).itemsize
-    a, packed = activations(m, 16000, dtype), pack_weight4(w, activation_bits=bits)
+    a, packed = small_codes(m, 16000, dtype), pack_weight4(w, activation_bits=bits)
     want = w4_reference(a, pack4(w, activation_bits=bits), output=output)
     np.testing.assert_array_equal(matmul_w4(cupy.asarray(a), packed, out_dtype=output), want)
     name, defines = cupy.launched[-1]
-    assert (name, defines["SLICED"]) == ("gemm_w4_mma", 1) and w4._workspaces
+    assert (name, defines["SLICED"]) == ("gemm_w4_mma", 1) and operands._workspaces
     cupy.capturing = True
     np.testing.assert_array_equal(matmul_w4(cupy.asarray(a), packed, out_dtype=output), want)
     assert cupy.launched[-1][1]["SLICED"] == 0
@@ -204,7 +261,7 @@ def test_other_architectures_take_the_universal_kernel(cupy, monkeypatch, m, kin
 
 def test_hopper_takes_the_universal_kernel_where_it_is_asked_to(cupy):
     w = weight(np.random.default_rng(0), 72, 130, "int4", 128)
-    a = activations(6, 130, np.float16)
+    a = small_codes(6, 130, np.float16)
     tile = W4MmaTile(tile_w=64, tile_a=8, warps_w=4, slabs=2)
     d = matmul_w4(cupy.asarray(a), pack_weight4(w), out_dtype="float32", tile=tile)
     assert cupy.launched[-1][0] == "gemm_w4_mma"
