@@ -14,7 +14,9 @@ from quantkit.errors import CacheError, PlanError, SpecError, UnknownNameError
 from quantkit.formats import QuantSpec, Range, qparams_from_range
 from quantkit.formats.scales import SMALLEST_SCALE, global_scale_of
 from quantkit.graph import Graph, LeftAlone, find_sites, sharing_groups
+from quantkit.graph.kept_scales import kept_scales
 from quantkit.graph.sites import LINEAR_OPS, QUANTIZED_ALREADY
+from quantkit.keeping import with_kept_scales
 from quantkit.methods import parse_methods
 from quantkit.placement import PlacedActivation, Placement, place_nodes
 from quantkit.plan import ActivationPlan, ModelEdits, Plan, WeightPlan
@@ -165,7 +167,9 @@ def solve_nodes(
         unfit |= misfits
     if not placement.nodes:
         raise PlanError(_nothing_left(graph, name, placement.left))
-    solved = solve_weights(protected.graph, placement, activations, target, scale_dtype, protected)
+    kept = kept_scales(protected.graph)
+    activations = with_kept_scales(activations, kept, but=known)
+    solved = solve_weights(protected.graph, placement, activations, target, scale_dtype, protected, kept=kept)
     edits = protected.edits
     if solved.corrections:
         edits = replace(edits or ModelEdits(fingerprint=graph.fingerprint), biases=solved.corrections)

@@ -14,6 +14,7 @@ from quantkit.errors import SpecError
 from quantkit.formats import QParams, QuantSpec, Range, dequantize, qparams_from_range, quantize
 from quantkit.graph import Graph, Site
 from quantkit.graph.biases import add_to_biases, can_add_to_bias
+from quantkit.graph.kept_scales import Scale
 from quantkit.placement import PlacedWeight, Placement
 from quantkit.plan import ActivationPlan, BiasPlan, WeightPlan
 from quantkit.presets import Target
@@ -50,6 +51,8 @@ def solve_weights(
     target: Target,
     scale_dtype: np.dtype | None = None,
     protected: Protected | None = None,
+    *,
+    kept: Mapping[str, Scale] | None = None,
 ) -> SolvedWeights:
     """Round every placed weight as its settings say; then its bias, where the target adds integers.
 
@@ -60,6 +63,7 @@ def solve_weights(
         target: what will run the model.
         scale_dtype: the float type that the file's scales will have, where it is not the tensors' own.
         protected: what is known of the inputs of linear operators.
+        kept: scales of tensors that the model quantizes itself.
 
     Raises:
         SpecError: a weight cannot be cut into whole blocks, or is not finite.
@@ -79,7 +83,7 @@ def solve_weights(
     corrected = add_to_biases(graph, corrections)
     # s_x · s_w is often less than float16 can hold.
     if target.integer_bias and scale_dtype in (None, np.float32):
-        weights, biases = _solve_biases(corrected, weights, together.values(), activations)
+        weights, biases = _solve_biases(corrected, weights, together.values(), activations, kept or {})
     else:
         biases = []
     return SolvedWeights(graph=corrected, weights=weights, biases=biases, corrections=corrections)
@@ -141,6 +145,7 @@ def _solve_biases(
     weights: list[WeightPlan],
     together: Iterable[list[PlacedWeight]],
     activations: Mapping[str, ActivationPlan],
+    kept: Mapping[str, Scale],
 ) -> tuple[list[WeightPlan], list[BiasPlan]]:
     """Biases as int32, and the weights with scales wide enough for them."""
     scales = {reader: a for a in activations.values() for reader in a.readers}
@@ -154,10 +159,11 @@ def _solve_biases(
             if placed.settings.integer_activations and _bias(graph.node(site.node)) is not None:
                 other = graph.node(site.node).inputs[1 - site.index]
                 assert other is not None
-                # An input that the model itself quantizes is in no plan; its node keeps a float bias.
-                held = scales.get((site.node, 1 - site.index)) or everywhere.get(str(other.name))
-                if held is not None and held.spec.format.bits == 8:
-                    with_bias.append((site, np.float32(held.static.scale)))
+                planned = scales.get((site.node, 1 - site.index)) or everywhere.get(str(other.name))
+                # An input that the model itself quantizes is in no plan.
+                held = kept.get(str(other.name)) if planned is None else (planned.spec, planned.static)
+                if held is not None and (held[0].format.kind, held[0].format.bits) == ("integer", 8):
+                    with_bias.append((site, np.float32(held[1].scale)))
         qparams = plan.qparams
         for site, input_scale in with_bias:
             qparams = _wide_enough(graph, site, qparams, input_scale)

@@ -13,6 +13,8 @@ from quantkit.errors import PlanError
 from quantkit.export.writer import Writer
 from quantkit.formats import QuantSpec
 from quantkit.graph import Graph, detached
+from quantkit.graph.kept_scales import same_scale
+from quantkit.graph.qdq_parameters import same_parameters, stored_parameters
 from quantkit.plan import ActivationPlan, BiasPlan, Plan, Reader, WeightPlan
 
 # The IR version that came with each operator set (onnx/docs/Versioning.md): what newer readers ask for is never less.
@@ -113,8 +115,17 @@ class QdqWriter(Writer):
             raise PlanError(
                 f"plan: {plan.name} is not read by {sorted(plan.readers)}; solve it again for this model."
             )
+        own = self._dequantized_already(plan, value)
         if not users:
-            users = [(node, index) for node, index in value.uses()]
+            users = [
+                (node, index)
+                for node, index in value.uses()
+                if own is None or node.op_type != "QuantizeLinear"
+            ]
+        if own is not None:
+            for node, index in users:
+                node.replace_input_with(index, own)
+            return
         nodes = self.dynamic_activation(plan, value) if plan.qparams is None else self._static(plan, value)
         producer = value.producer()
         if producer is not None:
@@ -123,6 +134,16 @@ class QdqWriter(Writer):
             self.model.graph.insert_before(self.model.graph[0], nodes)
         for node, index in users:
             node.replace_input_with(index, nodes[-1].outputs[0])
+
+    def _dequantized_already(self, plan: ActivationPlan, value: ir.Value) -> ir.Value | None:
+        """The tensor behind a Q/DQ pair of the model's own that quantizes as the plan does."""
+        for user, _ in value.uses():
+            if user.op_type != "QuantizeLinear" or user.domain or not _quantizes_so(user, plan):
+                continue
+            for other, _ in user.outputs[0].uses():
+                if other.op_type == "DequantizeLinear" and same_parameters(user, other):
+                    return other.outputs[0]
+        return None
 
     def dynamic_activation(self, plan: ActivationPlan, value: ir.Value) -> list[ir.Node]:
         """Return the nodes that quantize and dequantize a tensor by scales that they compute.
@@ -262,6 +283,13 @@ class QdqWriter(Writer):
             zero = np.zeros(scale.shape, dtype.numpy()) if zero_point is None else zero_point
             inputs.append(self.constant(f"{name}_zero_point", zero, dtype))
         return inputs
+
+
+def _quantizes_so(node: ir.Node, plan: ActivationPlan) -> bool:
+    found = stored_parameters(node)
+    if plan.qparams is None or isinstance(found, str):
+        return False
+    return found[0].axis is None and same_scale(found, (plan.spec, plan.qparams))
 
 
 def _codes(graph: Graph, plan: WeightPlan, arrange: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
