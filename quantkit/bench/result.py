@@ -55,6 +55,7 @@ class Benchmark:
             columns += self._measured()
         elif self.mode == "predicted":
             columns += [("predicted µs", [_digits(r.predicted_us) for r in self.rows]), *self._rates()]
+            columns.append(("× bf16", [_times(r.predicted_vs_bf16) for r in self.rows]))
             columns.append(("roofline µs", [_digits(r.roofline_us) for r in self.rows]))
             columns.append(("bound by", [r.bound for r in self.rows]))
         else:

@@ -26,7 +26,8 @@ class BenchRow:
         asked: the format that was asked for; "as stored" for a quantized file's own.
         work: its shape and format.
         kernel, configuration: what was chosen, "" where no kernel takes it. tuned: it was timed once, not modelled.
-        predicted_us: what the model of time says; None where no kernel takes it.
+        predicted_us: what the model of time says; None where no kernel takes it. bf16_us: what cuBLAS takes in bf16, as
+            modelled.
         roofline_us, bound: the least time that the GPU allows, and what bounds it.
         timing: of the kernel; None where nothing was timed.
         peers: timings of others on the same numbers. refused: why those that did not run did not.
@@ -45,6 +46,7 @@ class BenchRow:
     configuration: str
     tuned: bool
     predicted_us: float | None
+    bf16_us: float
     roofline_us: float
     bound: str
     timing: Timing | None = None
@@ -85,6 +87,11 @@ class BenchRow:
         return self.speedup(BASELINE)
 
     @property
+    def predicted_vs_bf16(self) -> float | None:
+        """The same of the modelled times."""
+        return None if not self.predicted_us else self.bf16_us / self.predicted_us
+
+    @property
     def vs_same_format(self) -> float | None:
         """Speed-up over cuBLASLt in the same format, the fastest of its ways."""
         return self.speedup(*(name for name in self.peers if name.startswith("cuBLASLt")))
@@ -116,6 +123,7 @@ class BenchRow:
             "configuration": self.configuration,
             "tuned": self.tuned,
             "predicted_us": self.predicted_us,
+            "predicted_speedup_over_cublas_bf16": self.predicted_vs_bf16,
             "time_us": None if timing is None else timing.median_us,
             "q1_us": None if timing is None else timing.q1_us,
             "q3_us": None if timing is None else timing.q3_us,

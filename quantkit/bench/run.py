@@ -15,6 +15,7 @@ from quantkit.cache import CalibrationCache, find_cache
 from quantkit.data import ImagePreprocessing, SampleSource, open_data
 from quantkit.errors import CacheError, SpecError
 from quantkit.graph import Graph, ModelLike, load_graph
+from quantkit.kernels.cublas import cublas_bf16_us
 from quantkit.kernels.families import best_family
 from quantkit.kernels.family import Family, Prediction
 from quantkit.kernels.gpus import Gpu, get_gpu
@@ -199,6 +200,7 @@ def _row(case: Case, gpu: Gpu, found: tuple[Family, Prediction] | None, told: Ma
         configuration="" if prediction is None else prediction.words,
         tuned=prediction is not None and prediction.tuned,
         predicted_us=None if prediction is None else prediction.time_us,
+        bf16_us=cublas_bf16_us(case.work.m, case.work.n, case.work.k, gpu),
         roofline_us=roofline_us,
         bound=bound,
         **told,

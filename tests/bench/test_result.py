@@ -41,6 +41,7 @@ def row(
         configuration="64x64 swap",
         tuned=False,
         predicted_us=19.0,
+        bf16_us=38.0,
         roofline_us=roofline_us,
         bound=bound,
         timing=None if us is None else timing(us),
@@ -114,6 +115,9 @@ def test_the_table_shows_what_its_mode_has_figures_for() -> None:
     assert "fc1 +1" in measured.rows[0]
     predicted = result(row(None), mode="predicted").table()
     assert {"predicted µs", "roofline µs", "bound by"} <= set(predicted.headers)
+    assert [dict(zip(predicted.headers, cells, strict=True))["× bf16"] for cells in predicted.rows] == [
+        "2.00"
+    ]
     assert "µs" not in predicted.headers
     emulated = result(row(None), mode="emulated").table()
     assert emulated.headers[-2:] == ("emulated", "error")

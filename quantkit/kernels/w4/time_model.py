@@ -57,6 +57,9 @@ _FIXED_US, _STEP_US = 6.4, 0.024  # launch, first bytes, end of a tile; a stage 
 
 # Of gemm_w4_sm90.cu: a launch, the first bytes, a tile's end; sums of a shared tile on their way through memory.
 _FIXED_TILES_US, _SHARED_US = 5.9, 5.0
+# Of the rate at which 8-bit products are modelled elsewhere, what is left where decoding shares the registers. Assumed:
+# no product of 8-bit activations by four-bit weights has been timed.
+_SUSTAINED = 0.85
 # Products and sums of 16-bit activations that a multiprocessor reaches in a microsecond, by the rows of A in a tile.
 _RATES = {8: 0.3e6, 16: 0.6e6, 32: 1.2e6, 64: 2.0e6, 128: 2.98e6, 256: 3.08e6}
 
@@ -143,9 +146,12 @@ def _tiles(problem: W4Problem, tile: W4Tile, device: Device) -> W4Cost:
         # A warp of each consumer has each scheduler's slots; an instruction of fewer than 64 rows of A takes as long.
         issued = tile.consumers * _INSTRUCTION * instructions / _CYCLES
         macs = tile.tile_w * max(tile.tile_n, 64) * tile.slabs * problem.slab
-        multiplied = macs / device.macs_per_cycle / device.cycles_per_us
+        multiplied = macs / (_SUSTAINED * device.macs_per_cycle * device.cycles_per_us)
+        multiplied *= 1.1 if tile.tile_n <= 64 else 1.0  # narrow ones read shared memory more often
         alone = (issued + multiplied) / tile.consumers  # one consumer's work, of which nothing overlaps
-        each = tile.steps(problem) * (max(issued, multiplied, alone) + _STEP_US)
+        fetched = tile.slabs * (tile.tile_n // tile.cluster * 128 + tile.tile_w * problem.slab // 2)
+        loaded = fetched * min(count, clusters) * tile.cluster / device.l2_bytes_per_us
+        each = tile.steps(problem) * (max(issued, multiplied, alone, loaded) + _STEP_US)
     work = waves * each
     blocks = clusters * tile.cluster
     moved = _moved(problem) + _AGAIN * (min(count * tile.cluster, blocks) - 1) * min(
