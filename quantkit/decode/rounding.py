@@ -48,7 +48,8 @@ def e4m3_scale(a: Arithmetic, amax: ir.Value, global_scale: ir.Value, fmt: Forma
     unit = a.op("Mul", a.op("Cast", global_scale, to=int(ir.DataType.DOUBLE)), a.doubles(fmt.max))
     least = float(FP8_E4M3.magnitudes()[1])
     ratio = a.op("Clip", a.op("Div", amax, unit), a.doubles(least), a.doubles(FP8_E4M3.max))
-    # In float64: by way of float32 it would be rounded twice.
+    # Rounded to float32 first, as there; what follows is exact in float64.
+    ratio = a.op("Cast", a.op("Cast", ratio, to=int(ir.DataType.FLOAT)), to=int(ir.DataType.DOUBLE))
     octave = a.op("Max", _floor_power_of_two(a, ratio), a.doubles(_E4M3_LEAST_NORMAL))
     step = a.op("Mul", octave, a.doubles(2.0**-_E4M3_MANTISSA))
     return _or_one(a, amax, a.op("Mul", a.op("Round", a.op("Div", ratio, step)), step))

@@ -74,7 +74,8 @@ def block_scales(
     least = float(held.magnitudes()[1])
     ratio = amax / (spec.format.symmetric_max * float(global_scale))
     ratio = np.where(amax == 0, 1.0, np.clip(ratio, least, held.max))
-    return ratio.astype(held.dtype).astype(np.float32)
+    # By way of float32, as kernels hold it (and ml_dtypes goes that way, too).
+    return ratio.astype(np.float32).astype(held.dtype).astype(np.float32)
 
 
 def float_scales(ratio: NDArray[np.float64], dtype: np.dtype, steps: float) -> NDArray[np.float32]:
