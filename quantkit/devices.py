@@ -1,14 +1,18 @@
 """Where a model is run and its tensors are reduced: the processors here, or a GPU, which they do not leave."""
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
 
 from quantkit.data import Sample
 from quantkit.errors import UnknownNameError
 from quantkit.memory import DEFAULT_DEVICE_MEMORY, DEFAULT_MAX_MEMORY
 from quantkit.runtime import CPU, CUDA, Session, host_array, require_provider, upload
-from quantkit.statistics import ChannelStats
+from quantkit.statistics import ChannelStats, GramMatrix
 from quantkit.statistics.counting import Counts
+from quantkit.statistics.patches import patches
 from quantkit.statistics.tensor import observe_tensor
 
 
@@ -55,6 +59,33 @@ class Processors:
         """
         return observe_tensor(tensor, channels, exponent=exponent)
 
+    def array(self, tensor: Any) -> Any:
+        """Return a tensor, fed or run, as an array of floats."""
+        return tensor
+
+    def patches(self, x: Any, **window: Any) -> Iterator[Any]:
+        """Cut such an array into patches, as `quantkit.statistics.patches` does."""
+        return patches(x, **window)
+
+    def gram(self, size: int, groups: int) -> "Collects":
+        """Return a Gram matrix that takes in such arrays."""
+        return _Here(size, groups)
+
+
+class Collects(Protocol):
+    """Takes in vectors, and gives their Gram matrix when asked."""
+
+    def observe(self, rows: Any) -> None:
+        """Take in vectors of shape (groups, vectors, K)."""
+
+    def result(self) -> GramMatrix:
+        """Return the matrix of all of them."""
+
+
+class _Here(GramMatrix):
+    def result(self) -> GramMatrix:
+        return self
+
 
 class Gpu(Processors):
     """A GPU: ONNX Runtime's CUDA provider hands tensors to CuPy without a copy, one batch at a time.
@@ -97,6 +128,28 @@ class Gpu(Processors):
         if tensor.device_name() != self.provider.device:  # of a type that has no way there
             return observe_tensor(host_array(tensor), channels, exponent=exponent)
         return observe_device_tensor(device_array(tensor), channels, exponent=exponent)
+
+    def array(self, tensor: Any) -> Any:
+        """Return a tensor as CuPy's, without a copy where it lies on the GPU and has a type of CuPy's."""
+        from quantkit.kernels.device import cupy
+        from quantkit.kernels.gram import as_floats
+        from quantkit.kernels.statistics import device_array
+
+        if tensor.device_name() != self.provider.device:
+            return cupy().asarray(host_array(tensor).astype(np.float32))
+        return as_floats(device_array(tensor))
+
+    def patches(self, x: Any, **window: Any) -> Iterator[Any]:
+        """The same on the GPU."""
+        from quantkit.kernels.gram import device_patches
+
+        return device_patches(x, **window)
+
+    def gram(self, size: int, groups: int) -> Collects:
+        """Return a Gram matrix on the GPU."""
+        from quantkit.kernels.gram import DeviceGram
+
+        return DeviceGram(size, groups)
 
 
 def device_of(name: str) -> Processors:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from quantkit.data import SampleSource, batch_axes, batch_length, batches, fixed_batch_size, peek
+from quantkit.devices import device_of
 from quantkit.graph import Graph
 from quantkit.graph.linears import Linear
 from quantkit.memory import fitting_batch, tensor_bytes
@@ -90,6 +92,7 @@ def observe_grams(
     source: SampleSource,
     work: GramWork,
     *,
+    device: str = "cpu",
     on_samples: Callable[[int], object] = lambda count: None,
 ) -> Iterator[tuple[str, GramMatrix]]:
     """Run the model once a pass and yield every view with its matrix, in the order of `work`.
@@ -99,35 +102,47 @@ def observe_grams(
     Args:
         graph, source: those that `work` was made of; the source is gone through once a pass.
         work: from `divide_grams`.
+        device: "cpu", or "cuda" to run the model and multiply its tensors on a GPU.
         on_samples: called with the number of samples done since its last call.
 
     Raises:
         DataError: no samples, or samples that do not fit.
-        ModelError: the model does not run.
+        ModelError: the model does not run; or ONNX Runtime has no CUDA provider.
+        UnknownNameError: there is no such device.
+        KernelError: device is "cuda", and there is no GPU or no CuPy.
     """
+    place = device_of(device)
     axes = batch_axes(graph.inputs)
     fed = {spec.name for spec in graph.inputs}
     for part in work.passes:
-        grams = {view: GramMatrix(work.views[view].size, work.views[view].groups) for view in part}
+        grams = {view: place.gram(work.views[view].size, work.views[view].groups) for view in part}
         readers: dict[str, list[str]] = {}
         for view in part:
             readers.setdefault(work.views[view].tensor, []).append(view)
         fetched = [name for name in readers if name not in fed]
         # As calibration runs it: with all optimizations.
-        session = Session(graph.model, outputs=fetched) if fetched else None
+        session = Session(graph.model, outputs=fetched, provider=place.provider) if fetched else None
         for batch in batches(source, graph.inputs, work.batch_size):
-            tensors = dict(batch) if session is None else {**batch, **session.run(batch)}
+            feeds = place.feeds(batch)
+            tensors = feeds if session is None else {**feeds, **place.run(session, feeds)}
             for name, reading in readers.items():
-                array = tensors.pop(name)
+                array = place.array(tensors.pop(name))
                 for view in reading:
-                    for rows in vectors(array, work.views[view]):
+                    for rows in vectors(array, work.views[view], cut=place.patches):
                         grams[view].observe(rows)
             on_samples(batch_length(batch, axes))
-        yield from grams.items()
+        for view, gram in grams.items():
+            yield view, gram.result()
 
 
-def vectors(x: np.ndarray, linear: Linear) -> Iterator[np.ndarray]:
-    """Yield the vectors of an input that a linear operator multiplies, of shape (groups, vectors, K)."""
+def vectors(x: Any, linear: Linear, *, cut: Callable[..., Iterator[Any]] = patches) -> Iterator[Any]:
+    """Yield the vectors of an input that a linear operator multiplies, of shape (groups, vectors, K).
+
+    Args:
+        x: the input, NumPy's or CuPy's.
+        linear: the operator.
+        cut: what cuts the input of a convolution into patches.
+    """
     if linear.window is None:
         yield np.moveaxis(x, linear.input_axis, -1).reshape(1, -1, x.shape[linear.input_axis])
         return
@@ -143,6 +158,4 @@ def vectors(x: np.ndarray, linear: Linear) -> Iterator[np.ndarray]:
                 lower=w.auto_pad == "SAME_LOWER",
             )
         )
-    yield from patches(
-        x, kernel=w.kernel, strides=w.strides, pads=pads, dilations=w.dilations, groups=w.groups
-    )
+    yield from cut(x, kernel=w.kernel, strides=w.strides, pads=pads, dilations=w.dilations, groups=w.groups)

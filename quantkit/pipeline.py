@@ -107,6 +107,7 @@ def collect_grams(
     image: ImagePreprocessing | None = None,
     mapping: Mapping[str, str] | None = None,
     max_memory: int | None = None,
+    device: str = "cpu",
     on_work: Callable[[GramWork], object] = lambda work: None,
     progress: bool = False,
 ) -> GramWork:
@@ -120,6 +121,7 @@ def collect_grams(
         path: the file to write.
         max_memory: bytes for the matrices of a pass and the tensors of a batch; where not all matrices fit, the model
             runs once for every part of them that does. None for 1 GiB.
+        device: "cpu", or "cuda" to run the model and multiply its tensors on a GPU.
         on_work: called with what it will take before anything is run.
 
     Returns:
@@ -147,7 +149,7 @@ def collect_grams(
     }
     sizes = {view: (work.views[view].groups, work.views[view].size) for part in work.passes for view in part}
     with _bar("collect", source, progress, passes=len(work.passes)) as bar:
-        found = observe_grams(graph, source, work, on_samples=lambda count: bar.update(count))
+        found = observe_grams(graph, source, work, device=device, on_samples=lambda count: bar.update(count))
         write_grams(path, text, sizes, found)
     return work
 

@@ -5,6 +5,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from quantkit import devices
 from quantkit.cache import CalibrationCache
@@ -12,13 +15,17 @@ from quantkit.cli import main
 from quantkit.data import open_data
 from quantkit.errors import CacheError, KernelError, ModelError, UnknownNameError
 from quantkit.graph import load_graph
+from quantkit.graph.linears import find_linears
 from quantkit.kernels import device as gpu
 from quantkit.kernels import statistics as reducing
 from quantkit.kernels.emulator import find_compiler
+from quantkit.kernels.gram import DeviceGram, device_patches
 from quantkit.kernels.statistics import DeviceArray, device_array, observe_device_tensor
 from quantkit.observe import observe
+from quantkit.observe_gram import divide_grams, observe_grams
 from quantkit.runtime import CPU, CUDA, Provider, Session, host_array, upload
-from quantkit.statistics import ChannelStats, FloatHistogram
+from quantkit.statistics import ChannelStats, FloatHistogram, GramMatrix
+from quantkit.statistics.patches import patches
 from quantkit.statistics.tensor import observe_tensor
 from tests.kernels.fake_cupy import FakeCupy, install
 from tests.models import MODELS, model_of
@@ -35,6 +42,10 @@ class Lent(FakeCupy):
         array = np.from_dlpack(value)
         self.read.append(array.ctypes.data)
         return self.memory.shown(array)
+
+    @staticmethod
+    def pad(array: np.ndarray, width: Any) -> np.ndarray:
+        return np.pad(array, width)
 
     def ascontiguousarray(self, array: np.ndarray) -> np.ndarray:
         return array if array.flags.c_contiguous else self.memory.new(array)
@@ -167,6 +178,91 @@ def test_bfloat16_inputs_are_counted_on_the_host(cupy):
     np.testing.assert_array_equal(host_array(value), x)
     found = observe(model, open_data({"x": x}, model.inputs), device="cuda")
     assert found.statistics["c"].histogram.count == 24
+
+
+# --- Gram matrices ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["conv_relu", "conv_grouped", "layernorm_mlp", "gemm", "shared_weight", "nan_activation"]
+)
+def test_gram_matrices_from_the_gpu_are_those_of_the_cpu(cupy, name):
+    tiny = MODELS[name]
+    graph = load_graph(tiny.build())
+    linears = find_linears(graph)
+    source = open_data(tiny.feeds(3), graph.inputs)
+    work = divide_grams(graph, source, linears.values())
+    here, there = (dict(observe_grams(graph, source, work, device=device)) for device in ("cpu", "cuda"))
+    assert here.keys() == there.keys()
+    for view, want in here.items():
+        found = there[view]
+        assert (found.count, found.products.dtype) == (want.count, np.float64)
+        assert found.is_finite == want.is_finite
+        if not want.is_finite:
+            continue
+        # √(Gᵢᵢ Gⱼⱼ): what a product of two vectors is at most.
+        most = np.sqrt(want.products.diagonal(axis1=1, axis2=2))
+        # Threads may move the last bits of what the model computes.
+        assert np.all(
+            np.abs(found.products - want.products) <= 1e-6 * most[:, :, None] * most[:, None, :] + 1e-12
+        )
+        np.testing.assert_allclose(found.sums, want.sums, atol=1e-4 * max(want.count, 1))
+
+
+def test_sums_of_float64_are_those_of_the_cpu_to_twelve_digits(cupy, monkeypatch):
+    monkeypatch.setattr("quantkit.kernels.gram._PIECE", 7 * 40)
+    rows = np.random.default_rng(2).standard_normal((2, 300, 40)).astype(np.float32)
+    mine, theirs = GramMatrix(40, 2), DeviceGram(40, 2)
+    for part in (rows[:, :200], rows[:, 200:]):
+        mine.observe(part)
+        theirs.observe(cupy.asarray(part))
+    found = theirs.result()
+    np.testing.assert_allclose(found.products, mine.products, rtol=1e-12, atol=1e-11)
+    np.testing.assert_allclose(found.sums, mine.sums, rtol=1e-12, atol=1e-11)
+    assert found.count == mine.count == 300
+
+
+@given(
+    rows=hnp.arrays(
+        np.float32,
+        st.tuples(st.just(1), st.integers(1, 60), st.integers(1, 9)),
+        elements=st.floats(-1000, 1000, width=16),
+    ),
+    block=st.integers(1, 70),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sums_of_float32_keep_the_bound_that_is_stated(cupy, monkeypatch, rows, block):
+    monkeypatch.setattr("quantkit.kernels.gram.FLOAT32_BLOCK", block)
+    exact, gram = GramMatrix(rows.shape[2]), DeviceGram(rows.shape[2], float64=False)
+    exact.observe(rows)
+    gram.observe(cupy.asarray(rows))
+    most = np.sqrt(exact.products.diagonal(axis1=1, axis2=2))
+    error = np.abs(gram.result().products - exact.products)
+    bound = (min(block, rows.shape[1]) + 1) * 2.0**-24 * most[:, :, None] * most[:, None, :]
+    # A product of two subnormal numbers may vanish.
+    assert np.all(error <= bound + rows.shape[1] * 2.0**-149)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", 8), ("sm_90a", 8), ("sm_89", 4), ("sm_120a", 4)])
+def test_float64_is_multiplied_where_tensor_cores_do(cupy, monkeypatch, arch, dtype):
+    monkeypatch.setattr(gpu, "architecture", lambda device: arch)
+    assert np.dtype(DeviceGram(3)._type).itemsize == dtype
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_patches_cut_by_slices_are_those_of_windows(cupy, monkeypatch, data):
+    spatial = data.draw(st.integers(1, 2))
+    many = lambda low, high: data.draw(st.lists(st.integers(low, high), min_size=spatial, max_size=spatial))  # noqa: E731
+    groups = data.draw(st.sampled_from([1, 2]))
+    window = {"kernel": many(1, 3), "strides": many(1, 3), "dilations": many(1, 2), "groups": groups}
+    window["pads"] = [*many(0, 2), *many(0, 2)]
+    shape = (data.draw(st.integers(1, 3)), 2 * groups, *many(5, 8))
+    monkeypatch.setattr("quantkit.kernels.gram._PIECE", data.draw(st.sampled_from([1, 10**6])))
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    want = np.concatenate(list(patches(x, **window)), axis=1)
+    found = np.concatenate([np.asarray(rows) for rows in device_patches(cupy.asarray(x), **window)], axis=1)
+    np.testing.assert_array_equal(found, want)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

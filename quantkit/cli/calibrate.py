@@ -109,6 +109,7 @@ def calibrate(
             image=image,
             mapping=options.mapping(inputs),
             max_memory=None if max_memory is None else max_memory * 2**20,
+            device=device,
             on_work=lambda work: typer.echo(_estimate(work, collected), err=True),
             progress=not as_json and options.on_terminal(),
         )
