@@ -35,9 +35,9 @@ def decode_matmul_nbits(node: ir.Node, a: Arithmetic) -> None:
         return np.ascontiguousarray(codes.reshape(n, -1)[:, :k].T).astype(dtype.numpy(), copy=False)
 
     weight = a.stored(Constant(dtype=dtype, shape=(k, n), read=read).tensor())
-    product = a.op("MatMul", node.inputs[0], weight)
+    product = a.typed(a.op("MatMul", node.inputs[0], weight), dtype)
     bias = node.inputs[5] if len(node.inputs) > 5 else None
-    a.replace(product if bias is None else a.op("Add", product, bias))
+    a.replace(product if bias is None else a.typed(a.op("Add", product, bias), dtype))
 
 
 def decode_quantized_gather(node: ir.Node, a: Arithmetic) -> None:
@@ -65,7 +65,8 @@ def decode_quantized_gather(node: ir.Node, a: Arithmetic) -> None:
         return codes.astype(dtype.numpy(), copy=False)
 
     weight = a.stored(Constant(dtype=dtype, shape=shape, read=read).tensor())
-    a.replace(a.op("Gather", weight, node.inputs[1], axis=_int(node, "gather_axis", 0)))
+    rows = a.op("Gather", weight, node.inputs[1], axis=_int(node, "gather_axis", 0))
+    a.replace(a.typed(rows, dtype))
 
 
 def _constants(node: ir.Node, indices: tuple[int, ...]) -> list[Constant | None]:

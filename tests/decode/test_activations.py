@@ -66,6 +66,15 @@ def oracle(x: Array, spec: QuantSpec, scale: Array | None = None) -> Array:
 # --- NVFP4 --------------------------------------------------------------------------------------------------
 
 
+def test_a_block_whose_scale_lies_between_two_codes_is_the_oracle_bit_for_bit() -> None:
+    # amax / (6 · scale) is 58 to float32 and a hair more in float64; E4M3 has 56 and 60.
+    x, g = np.full((1, 16), 0.334741, np.float32), np.asarray(0.0009618994, np.float32)
+    ratio = 0.334741 / (6 * float(g))
+    assert np.float32(ratio) == 58 < ratio
+    found = run(model_of(nvfp4_nodes(), inputs={"x": [1, 16]}, g=g), {"x": x})
+    np.testing.assert_array_equal(as_bits(found), as_bits(oracle(x, NVFP4, g)))
+
+
 @pytest.mark.parametrize("shape", [(4, 64), (2, 3, 32), (5, 16), (3, 40), (2, 2, 2, 7), (16,)])
 def test_dynamic_nvfp4_is_the_oracle_bit_for_bit(shape: tuple[int, ...]) -> None:
     x, g = outliers(*shape, seed=sum(shape)), global_scale(37.5)
