@@ -11,6 +11,7 @@ from quantkit.data.labels import IGNORED_LABEL
 from quantkit.decode import beyond_onnxruntime, decode
 from quantkit.errors import DataError, ModelError
 from quantkit.evaluation import Evaluation, LayerMetrics
+from quantkit.export.vllm_model import read_folder
 from quantkit.graph import Graph
 from quantkit.graph.sites import LINEAR_OPS
 from quantkit.memory import DEFAULT_MAX_MEMORY, fitting_batch, tensor_bytes
@@ -37,7 +38,7 @@ def evaluate(
 
     Args:
         graph: the float model.
-        quantized: the quantized model's file, or a model that is run in its place.
+        quantized: the quantized model's file or folder, or a model that is run in its place.
         source: the samples.
         labels: one integer a sample, −100 where it is not known, or a row of them where the output has rank 3.
         next_token: the labels are the model's own integer input, shifted by one.
@@ -50,8 +51,10 @@ def evaluate(
         DataError: the labels do not fit the samples, or are all −100.
         ModelError: a model does not run, or not with all optimizations, or the two are not of one network.
     """
-    written = _open(quantized)
     what = str(quantized) if isinstance(quantized, Path) else quantized.name
+    if isinstance(quantized, Path) and quantized.is_dir():
+        quantized = read_folder(quantized, graph)
+    written = _open(quantized)
     _same_interface(graph, written, what)
     # Without extra outputs the file itself is run, as it lies there.
     runnable: ir.Model | Path = quantized if isinstance(quantized, Path) else written

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from quantkit.errors import PlanError, SpecError
 from quantkit.export.module_names import NameMap, Names, module_path
 from quantkit.graph import Graph
-from quantkit.plan import Plan, WeightPlan
+from quantkit.plan import WeightPlan
 
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 _Use = tuple[str, int]
@@ -53,14 +53,32 @@ class Parameters:
     Attributes:
         layers: the modules with weights, in the graph's order.
         others: every other initializer of floats → what it is called in the folder.
+        left_out: those that the name map leaves out.
     """
 
     layers: tuple[Layer, ...]
     others: Mapping[str, str]
+    left_out: tuple[str, ...] = ()
+
+    def name_map(self) -> dict[str, str | None]:
+        """Return the name map that gives all of it these names."""
+        found: dict[str, str | None] = {}
+        for layer in self.layers:
+            found |= dict.fromkeys(layer.nodes, layer.path)
+            if layer.bias_name and layer.bias_name != f"{layer.path}.bias":
+                found[layer.bias] = layer.bias_name
+        return found | dict(self.others) | dict.fromkeys(self.left_out)
 
 
-def find_parameters(graph: Graph, plan: Plan, name_map: NameMap | None = None) -> Parameters:
+def find_parameters(
+    graph: Graph, weights: Iterable[WeightPlan] = (), name_map: NameMap | None = None
+) -> Parameters:
     """Return every parameter of a graph under the name that it has in the framework.
+
+    Args:
+        graph: the cleaned model.
+        weights: what becomes of weights; those of all other layers stay in float.
+        name_map: names other than those that the exporter kept.
 
     Raises:
         PlanError: the plan quantizes what is no linear layer, or the graph is quantized already.
@@ -70,7 +88,7 @@ def find_parameters(graph: Graph, plan: Plan, name_map: NameMap | None = None) -
         raise PlanError(
             f"{graph.name}: it holds QuantizeLinear or DequantizeLinear; give the float model it was made from."
         )
-    plans = {reader: weight for weight in plan.weights for reader in weight.readers}
+    plans = {reader: weight for weight in weights for reader in weight.readers}
     claimed: set[_Use] = set()
     found: dict[tuple[str, int, str], Layer] = {}
     for node in graph.model.graph:
@@ -78,7 +96,8 @@ def find_parameters(graph: Graph, plan: Plan, name_map: NameMap | None = None) -
         if layer is None:
             continue
         # A module that is called twice is one; a weight that two modules share is written for each.
-        key = layer.weight, id(layer.plan), layer.path
+        named = (name_map or {}).get(layer.nodes[0])
+        key = layer.weight, id(layer.plan), named or layer.path
         same = found.get(key)
         found[key] = layer if same is None else replace(same, nodes=same.nodes + layer.nodes)
     stray = [
@@ -90,12 +109,14 @@ def find_parameters(graph: Graph, plan: Plan, name_map: NameMap | None = None) -
         )
     names = Names(name_map)
     layers = _named(graph, list(found.values()), names)
-    others = _others(graph, claimed, names)
+    moved = _others(graph, claimed, names)
+    others = {source: name for source, name in moved.items() if name is not None}
+    left_out = tuple(source for source, name in moved.items() if name is None)
     _check_known(graph, others)
     names.check_used()
     layers = [replace(x, tied=x.plan is None and x.weight in others) for x in layers]
     _check_names(layers, others)
-    return Parameters(layers=tuple(layers), others=others)
+    return Parameters(layers=tuple(layers), others=others, left_out=left_out)
 
 
 def _layer(node: ir.Node, plans: Mapping[_Use, WeightPlan], claimed: set[_Use]) -> Layer | None:
@@ -174,16 +195,14 @@ def _named(graph: Graph, layers: list[Layer], names: Names) -> list[Layer]:
     return named
 
 
-def _others(graph: Graph, claimed: set[_Use], names: Names) -> dict[str, str]:
-    """Initializers of floats that are not in layers alone → their names in the folder."""
-    found: dict[str, str] = {}
+def _others(graph: Graph, claimed: set[_Use], names: Names) -> dict[str, str | None]:
+    """Initializers of floats that are not in layers alone → their names in the folder, None where they are left out."""
+    found: dict[str, str | None] = {}
     for name, value in graph.model.graph.initializers.items():
         uses = [(str(user.name), index) for user, index in value.uses()]
         if not _is_stored(value) or (uses and all(use in claimed for use in uses)):
             continue
-        moved = names.tensor(name)
-        if moved is not None:
-            found[name] = moved
+        found[name] = names.tensor(name)
     return found
 
 

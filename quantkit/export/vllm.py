@@ -1,8 +1,9 @@
-"""Folders for vLLM, as compressed-tensors writes them: `model.safetensors` and `config.json`.
+"""Folders for vLLM, as compressed-tensors writes them: `model.safetensors`, `config.json`, and `names.json` besides.
 
 Every parameter of the model is in it: linear weights as [out, in], quantized ones as their codes and scales, all others
 in float under their own names (a name map moves them, and leaves out what the runtime makes itself). `config.json` is
-that of the model's own folder, where one lies there, with the `quantization_config` added.
+that of the model's own folder, where one lies there, with the `quantization_config` added. `names.json` says what
+everything is called: a name map to edit, and the way back to the ONNX model.
 
 vLLM computes its own 8-bit scales for the inputs of 4-bit weights, token by token. Convolutions, products of two
 activations and stacks of matrices stay in float.
@@ -44,7 +45,7 @@ from quantkit.graph import Graph
 from quantkit.plan import Plan
 from quantkit.presets import Preset, Target, kind_of
 
-CONFIG = "config.json"
+CONFIG, NAMES = "config.json", "names.json"
 # A reciprocal and back costs half a unit in the last place each way.
 _RECIPROCAL = 2.0**-22
 
@@ -96,7 +97,7 @@ class VllmEmitter:
     @property
     def files(self) -> tuple[str, ...]:
         """Patterns of the names that its files can have."""
-        return (CONFIG, FILE, INDEX, "model-*-of-*.safetensors")
+        return (CONFIG, NAMES, FILE, INDEX, "model-*-of-*.safetensors")
 
     def write(self, graph: Graph, plan: Plan, folder: Path, *, floats: ir.DataType | None = None) -> None:
         """Write the files into an empty folder; one weight is in memory at a time.
@@ -116,9 +117,8 @@ class VllmEmitter:
         codes = chain.from_iterable(tensors_of(layer, graph) for layer in quantized)
         write_safetensors(sorted(chain(codes, others), key=lambda t: t.name), folder)
         config = _config(graph, parameters, quantized, others)
-        (folder / CONFIG).write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        _write_json(folder / CONFIG, config)
+        _write_json(folder / NAMES, parameters.name_map())
 
     def verify(
         self, folder: Path, graph: Graph, plan: Plan, *, floats: ir.DataType | None = None
@@ -154,7 +154,11 @@ class VllmEmitter:
     def _parameters(self, graph: Graph, plan: Plan) -> Parameters:
         names = self.name_map
         assert not isinstance(names, str | os.PathLike)
-        return find_parameters(graph, plan, names)
+        return find_parameters(graph, plan.weights, names)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _is_written(found: dict[str, ReadTensor], quantized: QuantizedLayer, graph: Graph) -> bool:

@@ -6,14 +6,24 @@ A scheme is the arguments of the weights, those of the input activations, and th
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.errors import SpecError
-from quantkit.formats import E8M0, QuantSpec
+from quantkit.formats import E8M0, FP4_E2M1, FP8_E4M3, INT2, INT4, INT8, UINT2, UINT4, Format, QuantSpec
 from quantkit.presets import kind_of
 
 _PACKED, _INT, _FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 _NVFP4, _MXFP4, _MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
+
+_ELEMENTS: Mapping[tuple[str, int, bool], Format] = {
+    ("int", 8, True): INT8,
+    ("int", 4, True): INT4,
+    ("int", 4, False): UINT4,
+    ("int", 2, True): INT2,
+    ("int", 2, False): UINT2,
+    ("float", 8, True): FP8_E4M3,
+    ("float", 4, True): FP4_E2M1,
+}
 
 # Kind of the weights → kind of the activations ("" for float) → format.
 FORMATS: Mapping[str, Mapping[str, str]] = {
@@ -73,6 +83,51 @@ def scheme_of(node: str, weights: QuantSpec, inputs: QuantSpec | None) -> Scheme
             "preset, or leave it in float with --exclude."
         )
     return Scheme(weights=weights, inputs=inputs, format=known[by])
+
+
+def read_schemes(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Scheme]:
+    """Return the schemes of the layers of these paths that a `quantization_config` of this package's quantizes.
+
+    Raises:
+        KeyError, ValueError: it is none.
+    """
+    found: dict[str, Scheme] = {}
+    groups = [(_scheme(group), group["targets"]) for group in config["config_groups"].values()]
+    for path in paths:
+        for scheme, targets in groups:
+            if path in targets or (targets == ["Linear"] and path not in config["ignore"]):
+                found[path] = scheme
+    return found
+
+
+def _scheme(group: Mapping[str, Any]) -> Scheme:
+    form, inputs = group["format"], group["input_activations"]
+    return Scheme(
+        weights=_spec(group["weights"], form, weights=True),
+        inputs=None if inputs is None else _spec(inputs, form, weights=False),
+        format=form,
+    )
+
+
+def _spec(arguments: Mapping[str, Any], form: str, *, weights: bool) -> QuantSpec:
+    """The format that `_arguments` wrote down."""
+    strategy, symmetric = arguments["strategy"], arguments["symmetric"]
+    fmt = _ELEMENTS[arguments["type"], arguments["num_bits"], symmetric]
+    tile = arguments["block_structure"]
+    axis = {"channel": 0, "group": 1, "tensor_group": 1}.get(strategy) if weights else None
+    dynamic: Literal["token", "block"] | None = None
+    if arguments["dynamic"]:
+        dynamic = "token" if strategy == "token" else "block"
+        axis = None if dynamic == "token" else -1
+    return QuantSpec(
+        format=fmt,
+        axis=axis,
+        block_size=arguments["group_size"],
+        block_shape=None if tile is None else (tile[0], tile[1]),
+        symmetric=symmetric,
+        scale_format={_NVFP4: FP8_E4M3, _MXFP4: E8M0, _MXFP8: E8M0}.get(form),
+        dynamic=dynamic,
+    )
 
 
 def quantization_config(schemes: Mapping[str, Scheme], floats: Iterable[str]) -> dict[str, Any]:
