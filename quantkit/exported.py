@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.export.verify import Verification
+from quantkit.graph.quantized import QuantizedTensor
 from quantkit.plan import ActivationPlan, Plan
 from quantkit.tables import Cell, Table
 
@@ -21,6 +22,7 @@ class Exported:
         float_size_bytes: of the float model's weights.
         verification: what holding the file against its plan showed; None where nothing could be compared.
         warnings: what the user should know before trusting it.
+        kept: the tensors that the model quantized itself, whose scales are as they were.
     """
 
     path: Path
@@ -29,6 +31,7 @@ class Exported:
     float_size_bytes: int
     verification: Verification | None
     warnings: tuple[str, ...] = ()
+    kept: tuple[QuantizedTensor, ...] = ()
 
     def table(self) -> Table:
         """Return what was quantized, by operator and format, and what was left, by reason."""
@@ -61,6 +64,7 @@ class Exported:
                 {"node": left.node, "op_type": left.op_type, "reason": left.reason} for left in plan.left
             ],
             "activations": {name: _activation(a) for name, a in plan.activations.items()},
+            "already_quantized": _already_quantized(self.kept),
             "size_bytes": self.size_bytes,
             "float_size_bytes": self.float_size_bytes,
             "warnings": list(self.warnings),
@@ -93,6 +97,26 @@ def _activation(plan: ActivationPlan) -> dict[str, Any]:
         found["global_scale"] = float(plan.global_scale)
     if plan.range is not None:
         found["range"] = [float(plan.range.lo), float(plan.range.hi)]
+    return found
+
+
+def _already_quantized(kept: tuple[QuantizedTensor, ...]) -> dict[str, Any]:
+    """Tensor → how the model quantizes it; one that it quantizes twice has the name of the node behind its own."""
+    found: dict[str, Any] = {}
+    for tensor in kept:
+        name = tensor.name if tensor.name not in found else f"{tensor.name}, {tensor.nodes[0]}"
+        scale, zero_point = tensor.qparams.scale, tensor.qparams.zero_point
+        found[name] = {
+            "role": tensor.role,
+            "format": "int32" if tensor.spec is None else str(tensor.spec),
+            "readers": [list(reader) for reader in tensor.readers],
+        }
+        if scale.ndim > 1:
+            # One a block: as many as a small model has weights.
+            found[name]["scale_shape"] = list(scale.shape)
+            continue
+        found[name]["scale"] = scale.tolist()
+        found[name]["zero_point"] = None if zero_point is None else zero_point.tolist()
     return found
 
 

@@ -26,6 +26,7 @@ from quantkit.formats.spec import ScaleRule
 from quantkit.gram_file import SUFFIX, GramFile
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.graph.high_precision import HIGH_PRECISION, cast_floats
+from quantkit.graph.quantized import find_quantized
 from quantkit.interchange.probe import made_up_probe
 from quantkit.model_files import model_files
 from quantkit.plan import Plan
@@ -278,6 +279,7 @@ def _exported(
         float_size_bytes=planned.graph.weight_bytes,
         verification=checked,
         warnings=(*warnings, *planned.warnings),
+        kept=tuple(find_quantized(planned.original)[0]),
     )
 
 

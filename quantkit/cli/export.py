@@ -282,6 +282,8 @@ def _show(exported: "Exported", held: "CalibrationCache | None", model: Path, ca
     )
     if exported.verification is not None:
         typer.echo(f"checked: {_verdict(exported.verification)}")
+    if exported.kept:
+        typer.echo(f"kept: the model's own scales, {len(exported.kept)} in all")
     for warning in exported.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"\nnext: {shlex.join(_evaluation(exported.path, held, model, cache))}")

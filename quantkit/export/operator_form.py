@@ -181,6 +181,9 @@ class _OperatorWriter(Writer):
             made = self._convolution(node)
         if made is None:
             return
+        for step in made[:-1]:
+            if not step.outputs[0].name:
+                step.outputs[0].name = self._free_name(f"{node.outputs[0].name}_{step.op_type}_Output")
         last = made[-1].outputs[0]
         last.name = node.outputs[0].name
         ir.convenience.replace_nodes_and_values(
