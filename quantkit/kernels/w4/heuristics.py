@@ -51,7 +51,7 @@ def few_tiles(problem: W4Problem, multiprocessors: int) -> Iterator[W4Few]:
                 tile = deepest_few(
                     problem, tile_n=tile_n, warps_w=warps_w, groups=groups, warps_k=warps_k, slabs=slabs
                 )
-                if tile.stages >= 3 or (slabs <= 2 * warps_k and tile.stages == 2):
+                if tile.stages >= 3 or (slabs <= 4 * warps_k and tile.stages == 2):
                     yield tile
 
 

@@ -50,7 +50,7 @@ _LOOP = 16  # of a step: waiting, releasing, counting
 _CYCLES = 1980.0  # a microsecond, while the tensor cores are not what binds
 # A scheduler's cycles for an instruction, and for one of mma.sync; what each byte of A that a block reads again, from
 # L2, takes of a byte from memory.
-_INSTRUCTION, _MMA, _AGAIN = 1.17, 5.1, 0.24
+_INSTRUCTION, _MMA, _AGAIN = 1.17, 6.25, 0.23
 # Two streams of work, of which the longer hides the shorter the better, the less they are alike.
 _HIDES = 5.0
 _FIXED_US, _STEP_US = 6.4, 0.024  # launch, first bytes, end of a tile; a stage of the ring
@@ -110,11 +110,23 @@ def _both(memory_us: float, work_us: float) -> float:
     return float(longer * (1 + (shorter / longer) ** _HIDES) ** (1 / _HIDES))
 
 
-def _few(problem: W4Problem, tile: W4Few, device: Device) -> W4Cost:
-    along_w, along_a = tile.blocks(problem)
-    blocks, own, columns = along_w * along_a, tile.slabs // tile.warps_k, tile.tile_n // 8
+def few_instructions(problem: W4Problem, tile: W4Few) -> tuple[float, int]:
+    """Return what a warp of gemm_w4_few.cu executes for a stage, and how much of it multiplies matrices."""
+    own, columns = tile.slabs // tile.warps_k, tile.tile_n // 8
     multiplications = own * tile.groups * 4 * columns
-    instructions = _LOOP + own * (2 * columns + tile.groups * decoding_of(problem)) + multiplications
+    return _LOOP + own * (2 * columns + tile.groups * decoding_of(problem)) + multiplications, multiplications
+
+
+def _few(problem: W4Problem, tile: W4Few, device: Device) -> W4Cost:
+    return few_cost(problem, tile, *few_instructions(problem, tile), device)
+
+
+def few_cost(
+    problem: W4Problem, tile: W4Few, instructions: float, multiplications: int, device: Device = H200
+) -> W4Cost:
+    """Return what gemm_w4_few.cu takes if a warp executes so many instructions for a stage."""
+    along_w, along_a = tile.blocks(problem)
+    blocks = along_w * along_a
     steps = -(-problem.slabs // tile.slabs)
     busiest = -(-tile.warps_w * tile.warps_k // 4)  # warps of one scheduler
     waves = -(-blocks // device.multiprocessors)
