@@ -181,3 +181,16 @@ def test_a_plan_of_another_model_or_target_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="it is for tensorrt, not ort"):
         quantkit.export_model(MODELS["matmul"].build(), plan=path, target="ort", out=tmp_path / "q.onnx")
     assert not (tmp_path / "q.onnx").exists()
+
+
+def test_scales_that_do_not_fit_their_weight_are_refused(tmp_path: Path) -> None:
+    path, found = written(tmp_path)
+    found["weights"][0]["scale"] = [1.0]
+    path.write_text(json.dumps(found))
+    with pytest.raises(PlanError, match=r"needs scales of shape \(.*and has \(1,\)"):
+        quantkit.export_model(MODELS["matmul"].build(), plan=path, out=tmp_path / "q.onnx")
+    found["weights"][0]["name"] = "x"
+    path.write_text(json.dumps(found))
+    with pytest.raises(PlanError, match="no weight x"):
+        quantkit.export_model(MODELS["matmul"].build(), plan=path, out=tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()

@@ -11,7 +11,7 @@ from onnxscript import version_converter
 from quantkit import __version__
 from quantkit.errors import PlanError
 from quantkit.export.writer import Writer
-from quantkit.formats import QuantSpec
+from quantkit.formats import QuantSpec, scale_shape
 from quantkit.graph import Graph, detached
 from quantkit.graph.kept_scales import same_scale
 from quantkit.graph.qdq_parameters import same_parameters, stored_parameters
@@ -75,6 +75,7 @@ def insert_qdq(
             f"plan: solved for model {plan.model} (fingerprint {plan.fingerprint[:12]}), "
             f"but {graph.name} has {graph.fingerprint[:12]}; solve it again from this model's cache."
         )
+    _check_weights(graph, plan)
     model = graph.model.clone()
     if graph.opset < opset:
         # The converter knows opsets up to 23; 24 changed none of the operators that it has to rewrite.
@@ -94,6 +95,26 @@ def insert_qdq(
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = detached(value.const_value)
     return model
+
+
+def _check_weights(graph: Graph, plan: Plan) -> None:
+    """Refuse what somebody changed in a plan so that it does not fit its weight."""
+    for weight in plan.weights:
+        value = graph.values.get(weight.name)
+        if value is None or not value.is_initializer():
+            raise PlanError(f"plan: the graph has no weight {weight.name}; solve it again for this model.")
+        shape = graph.shape(weight.name)
+        wanted, found = scale_shape(shape, weight.spec), weight.qparams.scale.shape
+        if found != wanted:
+            raise PlanError(
+                f"plan: weight {weight.name} of {shape} as {weight.spec} needs scales of shape {wanted}, and has "
+                f"{found}; mend it, or solve the plan again."
+            )
+        if weight.codes is not None and weight.codes.shape != shape:
+            raise PlanError(
+                f"plan: weight {weight.name} has the shape {shape}, and its codes {weight.codes.shape}; mend it, or "
+                "solve the plan again."
+            )
 
 
 class QdqWriter(Writer):
