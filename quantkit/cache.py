@@ -57,6 +57,7 @@ class CalibrationCache:
         versions: package → version of what observed.
         ranges: tensor name → its fixed range, of shape (), where another tool found it; sorted by name. Empty for a
             cache that was measured; one that was imported has these alone, no statistics and no samples.
+        path: the file it was loaded from, None where it was not; no part of what it holds.
     """
 
     model: ModelIdentity
@@ -68,6 +69,7 @@ class CalibrationCache:
     probe: Mapping[str, NDArray[Any]]
     versions: Mapping[str, str]
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    path: Path | None = None
 
     def __post_init__(self) -> None:
         fixed = {
@@ -136,6 +138,7 @@ class CalibrationCache:
                 probe={name: arrays[f"probe.{i}"] for i, name in enumerate(text["probe"])},
                 versions=text["versions"],
                 ranges=_read_ranges(text.get("ranges", []), arrays),
+                path=Path(path),
             )
         except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
             raise damaged(path, f"{type(error).__name__}: {error}") from error

@@ -175,8 +175,8 @@ def export_model(
             held,
             request,
             emitter.target,
-            grams=_open_grams(grams, cache, graph),
-            how_to_collect=_how_to_collect(held, cache, graph),
+            grams=_open_grams(grams, held, graph),
+            how_to_collect=_how_to_collect(held, graph),
         )
     )
     exported = (
@@ -203,13 +203,13 @@ def _check_early(request: Request, held: CalibrationCache | None, model: ModelLi
 
 def _open_grams(
     given: Mapping[str, GramMatrix] | str | os.PathLike[str] | None,
-    cache: CalibrationCache | str | os.PathLike[str] | None,
+    cache: CalibrationCache | None,
     graph: Graph,
 ) -> Mapping[str, GramMatrix] | None:
     """The Gram matrices that were given, or those beside the cache."""
     path = given
-    if path is None and isinstance(cache, str | os.PathLike):
-        beside = Path(cache).with_suffix(SUFFIX)
+    if path is None and cache is not None and cache.path is not None:
+        beside = cache.path.with_suffix(SUFFIX)
         path = beside if beside.exists() else None
     if not isinstance(path, str | os.PathLike):
         return path
@@ -222,16 +222,14 @@ def _open_grams(
     return held
 
 
-def _how_to_collect(
-    held: CalibrationCache | None, cache: CalibrationCache | str | os.PathLike[str] | None, graph: Graph
-) -> str:
+def _how_to_collect(held: CalibrationCache | None, graph: Graph) -> str:
     """The command that collects Gram matrices beside the cache."""
     data = "DATA" if held is None else held.data.get("path") or "DATA"
     words = ["quantkit", "calibrate", str(graph.path or "MODEL"), "--data"]
     words += [data] if isinstance(data, str) else data[:1]
     words += ["--collect", "gram"]
-    if isinstance(cache, str | os.PathLike) and graph.path and Path(cache).stem != graph.path.stem:
-        words += ["--out", str(cache)]
+    if held is not None and held.path is not None and graph.path and held.path.stem != graph.path.stem:
+        words += ["--out", str(held.path)]
     return shlex.join(words)
 
 

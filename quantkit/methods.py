@@ -53,6 +53,14 @@ class Methods:
         return self.equalize or self.scaling == "awq" or self.rounding is not None or self.bias
 
     @property
+    def ranges_beside(self) -> str | None:
+        """The calibrator of what smoothing leaves as it is, where none is named; None where nothing is smoothed.
+
+        Of probabilities and of what is small almost everywhere KL clips what matters: on a small Llama everything.
+        """
+        return self.ranges or ("mse" if self.scaling == "smoothquant" else None)
+
+    @property
     def needs_gram(self) -> bool:
         """Whether a part needs Gram matrices."""
         return self.scaling == "awq" or self.rounding in _FROM_GRAM

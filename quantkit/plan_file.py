@@ -19,7 +19,7 @@ from quantkit.errors import PlanError, QuantkitError
 from quantkit.files import atomic_write
 from quantkit.formats import QParams, QuantSpec, Range, get_format
 from quantkit.graph import LeftAlone
-from quantkit.plan import ActivationPlan, BiasPlan, Plan, Reader, WeightPlan
+from quantkit.plan import ActivationPlan, BiasPlan, ModelEdits, Plan, Reader, WeightPlan
 
 _Read = TypeVar("_Read")
 
@@ -57,6 +57,8 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         "formats": dict(plan.formats),
         "left": [{"node": x.node, "op_type": x.op_type, "reason": x.reason} for x in plan.left],
     }
+    if plan.edits is not None:
+        found["edits"] = _edits(plan.edits, arrays)
     with atomic_write(path) as temporary:
         if arrays:
             beside = temporary.with_name(_beside(temporary).name)
@@ -119,6 +121,7 @@ def _read_plan(found: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Pl
                 for x in e["left"]
             ],
             formats={str(k): str(v) for k, v in e["formats"].items()},
+            edits=None if e.get("edits") is None else _read_edits(e["edits"], arrays),
         ),
     )
     return plan
@@ -191,7 +194,7 @@ def _weight(plan: WeightPlan, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     if plan.qparams.global_scale is not None:
         entry["global_scale"] = float(plan.qparams.global_scale)
     if plan.codes is not None:
-        entry["codes"] = _array(plan.codes, f"{key}:codes", arrays)
+        entry["codes"] = _array(_plain(plan.codes, plan.spec), f"{key}:codes", arrays)
     return entry
 
 
@@ -236,6 +239,32 @@ def _read_bias(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Bi
     )
 
 
+def _edits(edits: ModelEdits, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        "fingerprint": edits.fingerprint,
+        "scales": {t: _array(a, f"{t}:channels", arrays) for t, a in edits.scales.items()},
+        "inserted": list(edits.inserted),
+        "unclipped": list(edits.unclipped),
+        "biases": {n: _array(a, f"{n}:bias", arrays) for n, a in edits.biases.items()},
+    }
+
+
+def _read_edits(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> ModelEdits:
+    scales = {str(t): _read_array(a, arrays).astype(np.float64) for t, a in entry["scales"].items()}
+    biases = {str(n): _read_array(a, arrays).astype(np.float64) for n, a in entry["biases"].items()}
+    if not all(np.isfinite(a).all() and (a > 0).all() for a in scales.values()):
+        raise ValueError("edits: a scale of channels that is not a positive number")
+    if not all(np.isfinite(a).all() for a in biases.values()):
+        raise ValueError("edits: a bias that is not finite")
+    return ModelEdits(
+        fingerprint=str(entry["fingerprint"]),
+        scales=scales,
+        inserted=tuple(str(t) for t in entry["inserted"]),
+        unclipped=tuple(str(t) for t in entry["unclipped"]),
+        biases=biases,
+    )
+
+
 def _spec(spec: QuantSpec) -> dict[str, Any]:
     entry: dict[str, Any] = {"format": spec.format.name}
     for name, default in _SPEC_DEFAULTS.items():
@@ -264,6 +293,13 @@ def _array(array: np.ndarray, key: str, arrays: dict[str, np.ndarray]) -> Any:
         return array.tolist()
     arrays[key] = array
     return {"in": key}
+
+
+def _plain(codes: NDArray[np.generic], spec: QuantSpec) -> NDArray[np.generic]:
+    """Codes of few bits as bytes, where they are integers."""
+    if spec.format.kind != "integer" or spec.format.bits > 8:
+        return codes
+    return codes.astype(np.int8 if spec.format.min < 0 else np.uint8)
 
 
 def _read_array(entry: Any, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

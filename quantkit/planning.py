@@ -223,7 +223,8 @@ def _assign(
     calibrator = None
     if held is not None:
         options = request.method_options
-        calibrator = calibrator_of(held, methods.ranges if request.method is not None else None, options)
+        named = methods.ranges if held.ranges else methods.ranges_beside
+        calibrator = calibrator_of(held, named if request.method is not None else None, options)
     default = None
     if preset is not None:
         default = node_settings(preset, target, calibrator=calibrator)

@@ -55,7 +55,7 @@ def calibrator_of(
         return None
     if method is None:
         try:
-            named = parse_methods(cache.method).ranges
+            named = parse_methods(cache.method).ranges_beside
             return get_calibrator(named or _RANGES, **{**cache.method_options, **(options or {})})
         except UnknownNameError as error:
             raise UnknownNameError(
