@@ -17,7 +17,17 @@ _INTEGER_OPS = frozenset(
     {"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear"}
 )
 _CONTRIB_OPS = frozenset(
-    {"GatherBlockQuantized", "MatMulNBits", "QAttention", "QGemm", "MatMulIntegerToFloat"}
+    {
+        *("GatherBlockQuantized", "MatMulNBits", "QAttention", "QGemm", "MatMulIntegerToFloat", "QLinearAdd"),
+        *(
+            "QLinearMul",
+            "QLinearConcat",
+            "QLinearAveragePool",
+            "QLinearGlobalAveragePool",
+            "QLinearLeakyRelu",
+        ),
+        "QLinearSigmoid",
+    }
 )
 
 Reader = tuple[str, int]

@@ -19,6 +19,8 @@ from quantkit.export.verify import verify
 from quantkit.export.verify_codes import rounding_sqnr_db
 from quantkit.export.verify_weights import verify_weights
 from quantkit.formats import Range, qparams_from_range
+from quantkit.graph import find_sites, load_graph
+from quantkit.graph.quantized import find_quantized
 from quantkit.plan import ActivationPlan, Plan
 from quantkit.presets import get_preset
 from quantkit.runtime import Session
@@ -230,6 +232,14 @@ def test_inputs_of_a_concat_under_scales_of_their_own_keep_them(tmp_path: Path) 
     held = network("z = Concat <axis = 1> (c, d)", channels=8)
     plan = with_ranges(held, x=(-3, 4), c=(-2, 3), d=(-1, 2), z=(-4, 5))
     assert checked(held, tmp_path, plan)["QLinearConcat"] == 1
+
+
+def test_a_written_file_is_known_to_be_quantized(tmp_path: Path) -> None:
+    held = calibrated("dynamic_axes")
+    graph = load_graph(written(held, held.plan(TARGET), tmp_path))
+    assert find_sites(graph)[0] == []
+    left = Counter(node.op_type for node in find_quantized(graph)[1])
+    assert left == {"QuantizeLinear": 1, "QLinearConv": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}
 
 
 # --- Relu and Clip ------------------------------------------------------------------------------------------
