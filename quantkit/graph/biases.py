@@ -92,13 +92,10 @@ def _add_behind(
     name = str(output.name)
     add = ir.node("Add", [output, None], name=_free(f"{node.name}::add_bias", taken))
     model.graph.insert_after(node, add)
-    ir.convenience.replace_all_uses_with(output, add.outputs[0])
+    ir.convenience.replace_all_uses_with(output, add.outputs[0], replace_graph_outputs=True)
     add.replace_input_with(0, output)
     add.replace_input_with(1, _constant(model, _free(f"{node.name}::bias", taken), change, dtype))
     add.outputs[0].shape, add.outputs[0].type = output.shape, output.type
-    for index, graph_output in enumerate(model.graph.outputs):
-        if graph_output is output:
-            model.graph.outputs[index] = add.outputs[0]
     output.name = _free(f"{name}::without_bias", taken)
     add.outputs[0].name = name
 
