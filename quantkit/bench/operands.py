@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from quantkit.bench.feeding import Captured
 from quantkit.bench.layers import Layer
 from quantkit.formats import (
+    FP4_E2M1,
     FP8_E4M3,
     INT8,
     QParams,
@@ -31,10 +32,16 @@ from quantkit.statistics import FloatHistogram
 ROWS = 512
 
 # Which preset stores the weight, by the format of a product.
-_WEIGHTS = {"fp8-block": "fp8-block", "w8a16": "int8", "mxfp4-fp8": "mxfp4"}
-_ACTIVATIONS = {"int8": INT8, "e4m3": FP8_E4M3}
-# Formats whose activations have scales in blocks, as their preset says.
-_IN_BLOCKS = ("fp8-block", "mxfp8")
+_WEIGHTS = {
+    "fp8-block": "fp8-block",
+    "w8a16": "int8",
+    "mxfp4-fp8": "mxfp4",
+    "mxfp4-fp4": "mxfp4",
+    "nvfp4-fp4": "nvfp4",
+}
+_ACTIVATIONS = {"int8": INT8, "e4m3": FP8_E4M3, "e2m1": FP4_E2M1}
+# Formats whose activations have scales in blocks, and the preset that says which.
+_IN_BLOCKS = {"fp8-block": "fp8-block", "mxfp8": "mxfp8", "mxfp4-fp4": "mxfp4", "nvfp4-fp4": "nvfp4"}
 
 
 def operands_of(work: Work, layer: Layer, captured: Captured) -> Operands:
@@ -61,27 +68,29 @@ def operands_of(work: Work, layer: Layer, captured: Captured) -> Operands:
     else:
         weight = _quantized(_random(work.n, work.k), work)
     scale = layer.activations.scale if stored else None
-    activations, scales = _activation_codes(rows, work, scale)
+    activations, params = _activation_codes(rows, work, scale)
     return Operands(
         activations=activations,
-        scale=scales,
+        scale=None if params is None else params.scale,
         weight=weight,
         bias=layer.bias,
         origin=origin,
         block=_block(work),
+        global_scale=None if params is None else params.global_scale,
     )
 
 
 def random_operands(work: Work) -> Operands:
     """Return operands of normal random numbers: kernels run slower on them than on zeros, as on real data."""
-    activations, scale = _activation_codes(_random(min(work.m, ROWS), work.k), work, None)
+    activations, params = _activation_codes(_random(min(work.m, ROWS), work.k), work, None)
     return Operands(
         activations=activations,
-        scale=scale,
+        scale=None if params is None else params.scale,
         weight=_quantized(_random(work.n, work.k), work),
         bias=np.ones(work.n, np.float32) if work.bias else None,
         origin="random numbers",
         block=_block(work),
+        global_scale=None if params is None else params.global_scale,
     )
 
 
@@ -121,7 +130,12 @@ def exact_operands(work: Work, seed: int = 0) -> Operands:
     shared = np.asarray(0.5, np.float32) if spec.has_global_scale else None
     params = QParams(scales, zero, shared)
     return Operands(
-        activations=activations, scale=scale, weight=QTensor(weight, params, spec), bias=bias, block=block
+        activations=activations,
+        scale=scale,
+        weight=QTensor(weight, params, spec),
+        bias=bias,
+        block=block,
+        global_scale=shared if held == FP4_E2M1 else None,
     )
 
 
@@ -156,6 +170,7 @@ def taken(operands: Operands, rows: Any, columns: Any, inner: slice) -> Operands
         bias=None if operands.bias is None else operands.bias[columns],
         origin=operands.origin,
         block=block,
+        global_scale=operands.global_scale,
     )
 
 
@@ -200,16 +215,17 @@ def _blocks_of(inner: slice, k: int, block: int) -> int:
 
 def _block(work: Work) -> int | None:
     """Activations along K that share a scale."""
-    return ACTIVATION_SPECS[work.format].block_size if work.format in _IN_BLOCKS else None
+    preset = _IN_BLOCKS.get(work.format)
+    return None if preset is None else ACTIVATION_SPECS[preset].block_size
 
 
 def _activation_codes(
     rows: NDArray[np.float32], work: Work, scale: NDArray[np.float32] | None
-) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+) -> tuple[NDArray[Any], QParams | None]:
     if work.format in _IN_BLOCKS:
-        blocks = ACTIVATION_SPECS[work.format]
+        blocks = ACTIVATION_SPECS[_IN_BLOCKS[work.format]]
         found = quantize(rows, dynamic_qparams(rows, blocks), blocks)
-        return found.qvalue, found.qparams.scale
+        return found.qvalue, found.qparams
     fmt = _ACTIVATIONS.get(FORMATS[work.format].activations)
     if fmt is None:
         return rows.astype(ml_dtypes.bfloat16), None
@@ -217,7 +233,7 @@ def _activation_codes(
     params = qparams_from_range(range_of(rows, spec), spec)
     if scale is not None:
         params = QParams(scale.reshape(()).astype(np.float32), params.zero_point)
-    return quantize(rows, params, spec).qvalue, params.scale.reshape(1)
+    return quantize(rows, params, spec).qvalue, QParams(params.scale.reshape(1), params.zero_point)
 
 
 def _quantized(weight: NDArray[np.float32], work: Work) -> QTensor | NDArray[Any]:

@@ -5,11 +5,19 @@ from quantkit.kernels.family import Family, Prediction
 from quantkit.kernels.gemm_family import GemmFamily
 from quantkit.kernels.gpus import Gpu
 from quantkit.kernels.mma_family import MmaFamily
+from quantkit.kernels.mx.family import MxFamily
 from quantkit.kernels.w4.family import W4Family
 from quantkit.kernels.w4.mma_family import W4MmaFamily
 from quantkit.kernels.work import Work
 
-FAMILIES: tuple[Family, ...] = (GemmFamily(), MmaFamily(), BlocksFamily(), W4Family(), W4MmaFamily())
+FAMILIES: tuple[Family, ...] = (
+    GemmFamily(),
+    MmaFamily(),
+    BlocksFamily(),
+    MxFamily(),
+    W4Family(),
+    W4MmaFamily(),
+)
 
 
 def family_of(work: Work, gpu: Gpu) -> Family | None:

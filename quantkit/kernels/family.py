@@ -28,6 +28,7 @@ class Operands:
         bias: float32 [n], or None.
         origin: where the activations came from, in words.
         block: activations along K that share a scale, where there are blocks.
+        global_scale: what the activations' scales are in units of; None without.
     """
 
     activations: NDArray[Any]
@@ -36,6 +37,7 @@ class Operands:
     bias: NDArray[np.float32] | None = None
     origin: str = ""
     block: int | None = None
+    global_scale: NDArray[np.float32] | None = None
 
     def rows(self, m: int) -> NDArray[Any]:
         """Return the codes of m rows."""
@@ -53,7 +55,8 @@ class Operands:
         if self.scale is None:
             return x
         if self.block is not None:
-            return x * np.repeat(self.scale, self.block, axis=1)[:, : x.shape[1]]
+            scale = self.scale if self.global_scale is None else self.scale * self.global_scale
+            return x * np.repeat(scale, self.block, axis=1)[:, : x.shape[1]]
         return x * self.scale.reshape(-1, 1)
 
 

@@ -60,8 +60,8 @@ def _format(
 
 _BITS = {"bf16": 16, "int8": 8, "e4m3": 8, "int4": 4, "e2m1": 4, "int2": 2}
 
-# Named as the presets are. Four-bit floats are decoded to the activations' type: their own tensor cores begin with
-# Blackwell.
+# Named as the presets are. Four-bit floats are decoded to the activations' type: their own tensor cores, where both
+# operands are such (-fp4), begin with Blackwell.
 FORMATS = {
     fmt.name: fmt
     for fmt in (
@@ -78,6 +78,8 @@ FORMATS = {
         _format("mxfp4-fp8", "e4m3", "e2m1", "fp8", group=32, scale_bits=8),
         _format("mxfp8", "e4m3", "e4m3", "fp8", group=32, scale_bits=8, activation_scale_bits=0.25),
         _format("nvfp4", "bf16", "e2m1", "bf16", group=16, scale_bits=8),
+        _format("mxfp4-fp4", "e2m1", "e2m1", "fp4", group=32, scale_bits=8, activation_scale_bits=0.25),
+        _format("nvfp4-fp4", "e2m1", "e2m1", "fp4", group=16, scale_bits=8, activation_scale_bits=0.5),
     )
 }
 _ALSO_KNOWN_AS = {"w4a16": "int4", "e4m3": "fp8", "w8a8": "int8"}

@@ -55,6 +55,9 @@ def test_a_work_goes_to_one_family_alone() -> None:
         ("a100", "bf16"),
         ("a100", "int4"),
         ("rtx5090", "mxfp4"),
+        ("rtx5090", "mxfp8"),
+        ("rtx5090", "mxfp4-fp4"),
+        ("rtx5090", "nvfp4-fp4"),
     ],
 )
 @pytest.mark.parametrize("m", [3, 40])

@@ -4,10 +4,12 @@ Everything here is a pure function of the problem and of a few numbers that desc
 maker's figures of sm_120 alone: the kernel has run nowhere yet.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from quantkit.kernels.epilogue import OUTPUT_BYTES
+from quantkit.kernels.heuristics import Problem
 from quantkit.kernels.mma_heuristics import MmaDevice
 from quantkit.kernels.mx.layout import row_bytes, row_scales
 
@@ -32,6 +34,10 @@ class MxProblem:
     def steps(self) -> int:
         """Stages that K fills."""
         return -(-row_bytes(self.format, self.k) // _ROW)
+
+    def as_key(self) -> Problem:
+        """Return what the timing cache is asked by."""
+        return Problem(m=self.m, n=self.n, k=self.k, format=self.format, output=self.output)
 
     @property
     def size_bytes(self) -> float:
@@ -160,3 +166,12 @@ def mx_rank(problem: MxProblem, device: MmaDevice) -> list[MxTile]:
 def mx_choose(problem: MxProblem, device: MmaDevice) -> MxTile:
     """Return the configuration modelled fastest."""
     return mx_rank(problem, device)[0]
+
+
+def mx_tile_of(configuration: Mapping[str, Any], problem: MxProblem, device: MmaDevice) -> MxTile | None:
+    """Return the tile that a timing cache tells of; None where the kernel no longer has it."""
+    try:
+        tile = MxTile(**configuration)
+    except TypeError:
+        return None
+    return tile if tile in set(mx_candidates(problem, device)) else None
