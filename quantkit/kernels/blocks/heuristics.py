@@ -16,10 +16,11 @@ _BUFFER = 8192  # bytes of output on their way to memory
 # By format of a product: elements along K that share a scale.
 BLOCKS = {"fp8-block": 128, "mxfp8": 32}
 
-# Instructions of each warp to promote one sum: multiply its two scales (MX), and a fused multiply-add.
-_PROMOTION = {128: 1.0, 32: 2.0}
-# And to start, await and account for a wave, counted in the machine code.
-_OVERHEAD = {128: 60.0, 32: 40.0}
+# Instructions of a warp, counted in the machine code: to promote one sum (a fused multiply-add; MX also reads its two
+# scales and multiplies them), for a wave's start and end, for a step's barriers and addresses.
+_OF_SUM = {128: 1.0, 32: 2.13}
+_OF_WAVE, _OF_STEP = {128: 21.0, 32: 10.0}, 32.0
+_WGMMA_LATENCY = 60.0  # cycles beyond those of the products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +140,8 @@ def candidates(problem: BlocksProblem) -> Iterator[BlocksTile]:
         if i == 1 or n == 64
     ]
     for shape in shapes:
-        if problem.block == 32 and shape["blocks_of_64"] == 2 and shape["tile_n"] == 128:
-            continue  # two scales a sum leave too few registers for so many sums
+        if problem.block == 32 and shape["blocks_of_64"] == 2:
+            continue  # instructions bind, so that reading less gains nothing
         tile = deepest(problem.block, **shape)
         if tile is not None:
             yield tile
@@ -149,17 +150,19 @@ def candidates(problem: BlocksProblem) -> Iterator[BlocksTile]:
 def estimate_us(problem: BlocksProblem, tile: BlocksTile, device: Device = H200) -> float:
     """Return the modelled time of `problem` with `tile`, in microseconds: `heuristics.estimate_us` with promotion.
 
-    A step takes the longest of its products on the tensor core, its promotions on the ordinary cores, its reads from
+    A step takes the longest of its products on the tensor core, its instructions on the ordinary cores, its reads from
     L2, and what one wave takes from start to end, which its consumer's next one waits for.
     """
     along_first, along_second = tile.tiles(problem)
     clusters = tile.clusters(problem, device.multiprocessors)
     waves = -(-along_first * along_second // clusters)
     blocks = clusters * tile.cluster
-    products, promotion, alone = step_cycles(problem, tile, device)
+    products, instructions, alone = step_cycles(problem, tile, device)
     if tile.tile_n < 128:
         products *= 1.1  # narrow instructions read a byte of shared memory for fewer products
-    work = max(products, promotion, alone) / device.cycles_per_us
+    if tile.cluster > 1 and waves >= 6:
+        products *= 0.985  # long products run at the board's power limit, and multicast saves power
+    work = max(products, instructions, alone) / device.cycles_per_us
     stage = (tile.tile_m / tile.cluster + tile.tile_n) * _ROW
     loads = stage / min(device.l2_bytes_per_us / blocks, _RATE)
     latency = max(0.1, 1.0 / tile.stages)
@@ -180,25 +183,27 @@ def estimate_us(problem: BlocksProblem, tile: BlocksTile, device: Device = H200)
     return 3.5 + together + max(waves * problem.steps * step + (waves - 1) * finish, streamed) + finish
 
 
+def step_instructions(problem: BlocksProblem, tile: BlocksTile) -> float:
+    """Return the instructions of a consumer's warp in a step of 128 of K, promotion and all."""
+    waves = tile.blocks_of_64 * (_ROW // problem.block)
+    return _OF_STEP + waves * (_OF_WAVE[problem.block] + tile.tile_n / 2 * _OF_SUM[problem.block])
+
+
 def step_cycles(
     problem: BlocksProblem, tile: BlocksTile, device: Device = H200
 ) -> tuple[float, float, float]:
-    """Return the cycles of one step of a tile: on the tensor core, of promotion, and of one consumer by itself.
+    """Return the cycles of one step of a tile: on the tensor core, of instructions, and of one consumer by itself.
 
-    The four parts of a multiprocessor each hold one warp of every consumer and issue an instruction a cycle.
+    The four parts of a multiprocessor each hold one warp of every consumer and issue an instruction a cycle. By itself
+    a consumer waits for each wave's products before it promotes them, unless it has registers for two.
     """
-    parts = _ROW // problem.block
-    waves = tile.blocks_of_64 * parts
-    wave_products = 64 * tile.tile_n * problem.block / device.macs_per_cycle
-    wave_promotion = tile.tile_n / 2 * _PROMOTION[problem.block] + _OVERHEAD[problem.block]
-    products = tile.consumers * waves * wave_products
-    promotion = tile.consumers * waves * wave_promotion
-    # A wgmma's latency beyond its products, and that of the wait after it.
-    overlapped = waves > 1 and tile.blocks_of_64 * tile.tile_n / 2 + tile.tile_n <= 192
-    alone = (
-        waves * (max(wave_products, wave_promotion) if overlapped else wave_products + wave_promotion) + 60
-    )
-    return products, promotion, alone
+    waves = tile.blocks_of_64 * (_ROW // problem.block)
+    products = 64 * tile.tile_n * _ROW * tile.blocks_of_64 / device.macs_per_cycle
+    instructions = step_instructions(problem, tile)
+    two = waves > 1 and tile.blocks_of_64 * tile.tile_n / 2 + tile.tile_n <= 192
+    alone = max(products, instructions) if two else products + instructions
+    alone += _WGMMA_LATENCY * (1 if two else waves)
+    return tile.consumers * products, tile.consumers * instructions, alone
 
 
 def scale_row_bytes(problem: BlocksProblem) -> int:
