@@ -1,6 +1,7 @@
 """Check, tune, time and profile every kernel on the GPU that is there, beside torch's and others', and write JSON.
 
     PYTHONPATH=. python benchmarks/gpu_run.py --check --tune --time --formats --out results.json
+    PYTHONPATH=. python benchmarks/gpu_run.py --statistics
     PYTHONPATH=. python benchmarks/gpu_run.py --profile 4096x7168x16384 --format fp8
 
 A kernel that is in quantkit.kernels.families.FAMILIES is checked, tuned and timed here without a further line.
@@ -472,6 +473,11 @@ def main() -> None:
     parser.add_argument(
         "--formats", action="store_true", help="every format beside every peer, as quantkit bench"
     )
+    parser.add_argument(
+        "--statistics",
+        action="store_true",
+        help="calibration's reductions: right bit for bit, and beside a copy",
+    )
     parser.add_argument("--layers", action="store_true", help="also the layers of well-known models")
     parser.add_argument(
         "--format", default=",".join(FORMATS), help="for --tune, --formats and --profile (default: all)"
@@ -532,6 +538,14 @@ def main() -> None:
             ),
         ),
     ]
+    if options.statistics:
+        # Beside this file; what `import` finds is where scripts are.
+        from statistics_run import check_statistics, time_statistics
+
+        stages += [
+            ("statistics", True, check_statistics),
+            ("statistics_times", True, lambda: time_statistics(repeats, pause_s)),
+        ]
     for name, wanted, run in stages:
         if wanted:
             begin = time.monotonic()
