@@ -75,6 +75,23 @@ class TorchOperands:
         return self._column(scale, self.work.n).reshape(1, -1)
 
     @cached_property
+    def a_block_scale(self) -> Any:
+        """The scales of the activations' 1 × 128 blocks [m, blocks], rows next to each other as cuBLASLt wants them."""
+        scales = self._operands.row_scales(self.work.m)
+        assert scales is not None
+        return self.torch.from_numpy(np.ascontiguousarray(scales.T)).cuda().t()
+
+    @cached_property
+    def w_block_scale(self) -> Any:
+        """The scales of the weight's 128 × 128 blocks, [blocks along K, blocks along N]; a block of N has whole fours."""
+        held = self._operands.weight
+        assert isinstance(held, QTensor)
+        scales = held.qparams.scale
+        wide = np.zeros((len(scales), -(-scales.shape[1] // 4) * 4), np.float32)
+        wide[:, : scales.shape[1]] = scales
+        return self.torch.from_numpy(wide).cuda()[:, : scales.shape[1]].t()
+
+    @cached_property
     def a_bf16(self) -> Any:
         """The activations' values [m, k]."""
         if self._operands.block is not None:
@@ -166,6 +183,10 @@ def _torch(x: TorchOperands) -> Calls:
         options = {"scale_a": rows, "scale_b": columns, "out_dtype": torch.bfloat16}
         calls["cuBLASLt fp8"] = lambda: torch._scaled_mm(a, w.t(), **options)
         calls["cuBLASLt fp8 fast"] = lambda: torch._scaled_mm(a, w.t(), use_fast_accum=True, **options)
+    if x.format == "fp8-block":
+        a, w, rows, columns = x.a, x.w, x.a_block_scale, x.w_block_scale
+        options = {"scale_a": rows, "scale_b": columns, "out_dtype": torch.bfloat16}
+        calls["cuBLASLt fp8-block"] = lambda: torch._scaled_mm(a, w.t(), **options)
     if x.format == "bf16":
         # cuBLAS in bf16 is the baseline already; the same format has it once more under its other name.
         calls["cuBLASLt bf16"] = calls[BASELINE]
