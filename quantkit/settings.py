@@ -142,7 +142,8 @@ def assign(
         head: quantize the last linear node before an output too, where no rule names it.
 
     Raises:
-        RecipeError: a rule names weights without activations' needs, or what does not go together.
+        RecipeError: a rule names weights without activations' needs, or what does not go together; or no rule is for
+            a node, and some are for none.
         UnknownNameError, SpecError: an unknown preset or method, or an option that it does not have.
     """
     sites, left = find_sites(graph)
@@ -154,18 +155,21 @@ def assign(
     kept: dict[str, str] = {}
     for node, op_type in candidates.items():
         said = settled[node]
+        if op_type == "Gather" and not embeddings and (said.keep_float or not said.asked):
+            # Embeddings are left out of the table, too: nobody expects them in it.
+            continue
         if said.keep_float:
             kept[node] = "the recipe keeps it in float"
         elif said == Settings() and default is None:
             kept[node] = "no rule of the recipe is for it"
-        elif not said.asked and op_type == "Gather" and not embeddings:
-            # Embeddings are left out of the table, too: nobody expects them in it.
-            continue
         elif not said.asked and node in last:
             kept[node] = "the last layer, left out as asked"
         else:
             nodes[node] = _resolve(node, said, default, target, calibrator, methods or Methods())
-    return Assignment(nodes=nodes, kept=kept, unmatched=tuple(str(r) for r in recipe.unmatched(known)))
+    unmatched = tuple(str(r) for r in recipe.unmatched(known))
+    if unmatched and not nodes:
+        raise RecipeError(f"{unmatched_warning(unmatched)[0]}; so nothing is quantized.")
+    return Assignment(nodes=nodes, kept=kept, unmatched=unmatched)
 
 
 def _resolve(
