@@ -10,26 +10,13 @@ Three things happen to a graph, each exact by itself:
 - Any other node keeps its DequantizeLinear and QuantizeLinear.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from quantkit.export.integer_operators import (
-    CONTRIB,
-    Codes,
-    Operator,
-    activation,
-    array,
-    codes_of,
-    factor,
-    gemm_attributes,
-    integer_bias,
-    integer_operator,
-    same_scale,
-    weight_of,
-)
-from quantkit.export.writer import Writer
+from quantkit.export.integer_operators import Codes, array, codes_of, integer_operator, same_scale
+from quantkit.export.operator_products import ProductWriter
 
 # What handles codes as it handles floats, in its first input.
 _MOVES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
@@ -68,8 +55,8 @@ def codes_name(tensor: str) -> str:
     return f"{tensor}_quantized"
 
 
-class _OperatorWriter(Writer):
-    """Replaces nodes by operators on codes, which keep their names."""
+class _OperatorWriter(ProductWriter):
+    """Lets nodes compute codes, and moves what stands between them and their quantizers."""
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__(model)
@@ -123,7 +110,7 @@ class _OperatorWriter(Writer):
         operator = integer_operator(top, y)
         if operator is None:
             return
-        made = self._make(operator, top, codes.dtype)
+        made = self.make(operator, top, codes.dtype)
         self.model.graph.insert_before(quantizer, made)
         self._unnamed.add(made.outputs[0])
         self._replace(quantizer, made.outputs[0], [*behind, top], y)
@@ -170,132 +157,6 @@ class _OperatorWriter(Writer):
         named = (f"{node.name}_least", least), (f"{node.name}_greatest", greatest)
         return [self.constant(name, np.asarray(end), dtype) for name, end in named]
 
-    def multiply(self, node: ir.Node) -> None:
-        """Let a product with a float output multiply codes, where it can."""
-        made: list[ir.Node] | None = None
-        if node.op_type == "MatMul":
-            made = self._matmul(node)
-        elif node.op_type == "Gemm":
-            made = self._gemm(node)
-        else:
-            made = self._convolution(node)
-        if made is None:
-            return
-        for step in made[:-1]:
-            if not step.outputs[0].name:
-                step.outputs[0].name = self._free_name(f"{node.outputs[0].name}_{step.op_type}_Output")
-        last = made[-1].outputs[0]
-        last.name = node.outputs[0].name
-        ir.convenience.replace_nodes_and_values(
-            self.model.graph, node, [node], made, list(node.outputs), [last]
-        )
-
-    def _matmul(self, node: ir.Node) -> list[ir.Node] | None:
-        a, b = activation(node.inputs[0]), weight_of(node)
-        if a is not None and b is not None:
-            inputs = [
-                a.value,
-                b.value,
-                a.scale,
-                b.scale,
-                a.zero_point,
-                None if b.axis is not None else b.zero_point,
-            ]
-            operator = Operator(op_type="MatMulIntegerToFloat", domain=CONTRIB, inputs=inputs, attributes={})
-            return [self._make(operator, node, _FLOAT)]
-        left, right = codes_of(node.inputs[0]), activation(node.inputs[1])
-        rank = 0 if left is None or left.value.shape is None else len(left.value.shape)
-        a = factor(node.inputs[0], (rank - 2,)) if rank >= 2 else None
-        if a is None or right is None:
-            return None
-        inputs = [a.value, right.value, None, right.zero_point]
-        if a.axis is None:
-            inputs[2] = a.zero_point
-        operator = Operator(op_type="MatMulInteger", domain="", inputs=inputs, attributes={})
-        return self._scaled(self._make(operator, node, ir.DataType.INT32), node, right, a, (-1, 1))
-
-    def _gemm(self, node: ir.Node) -> list[ir.Node] | None:
-        a, b = activation(node.inputs[0]), weight_of(node)
-        given = node.inputs[2] if len(node.inputs) > 2 else None
-        if a is None or b is None:
-            return None
-        fits, bias = integer_bias(given, a, b)
-        beta = node.attributes.get("beta")
-        if not fits and beta is not None and beta.as_float() != 1:
-            return None
-        inputs = [*a.inputs, *b.inputs, *([] if bias is None else [bias])]
-        operator = Operator(op_type="QGemm", domain=CONTRIB, inputs=inputs, attributes=gemm_attributes(node))
-        product = self._make(operator, node, _FLOAT)
-        return [product] if fits else [product, self._step("Add", node, [product.outputs[0], given])]
-
-    def _convolution(self, node: ir.Node) -> list[ir.Node] | None:
-        x, w = activation(node.inputs[0]), weight_of(node)
-        if x is None or w is None or w.value.shape is None or np.any(array(w.zero_point)):
-            return None
-        given = node.inputs[2] if len(node.inputs) > 2 else None
-        fits, bias = integer_bias(given, x, w)
-        operator = Operator(
-            op_type="ConvInteger",
-            domain="",
-            inputs=[x.value, w.value, x.zero_point],
-            attributes=node.attributes,
-        )
-        made = [self._make(operator, node, ir.DataType.INT32)]
-        along = (-1, *(1 for _ in range(len(w.value.shape) - 2)))
-        stored = bias if fits else given
-        if stored is not None and stored.const_value is None:
-            return None
-        spread = (
-            None
-            if stored is None or stored.dtype is None
-            else self.constant(f"{stored.name}_spread", array(stored).reshape(along), stored.dtype)
-        )
-        if spread is not None and fits:
-            made.append(self._step("Add", node, [made[-1].outputs[0], spread], ir.DataType.INT32))
-        made = [*made[:-1], *self._scaled(made[-1], node, x, w, along)]
-        if spread is not None and not fits:
-            made.append(self._step("Add", node, [made[-1].outputs[0], spread]))
-        return made
-
-    def _scaled(
-        self, sums: ir.Node, node: ir.Node, x: Codes, w: Codes, along: tuple[int, ...]
-    ) -> list[ir.Node]:
-        """Sums of products of codes as floats: times both scales, those of the weight in the shape `along`."""
-        scale = w.scale
-        if w.axis is not None:
-            scale = self.constant(f"{w.scale.name}_spread", array(w.scale).reshape(along), _FLOAT)
-        cast = self._step("Cast", node, [sums.outputs[0]], attributes={"to": int(_FLOAT)})
-        both = self._step("Mul", node, [x.scale, scale])
-        return [sums, cast, both, self._step("Mul", node, [cast.outputs[0], both.outputs[0]])]
-
-    def _make(self, operator: Operator, node: ir.Node, dtype: ir.DataType) -> ir.Node:
-        """The node of an operator, under the old one's name; its output is of the old one's shape and has no name."""
-        if operator.domain:
-            self.model.graph.opset_imports.setdefault(operator.domain, 1)
-        inputs = list(operator.inputs)
-        while inputs[-1] is None:
-            inputs.pop()
-        made = ir.node(
-            operator.op_type,
-            inputs,
-            attributes=dict(operator.attributes),
-            domain=operator.domain,
-            name=node.name,
-        )
-        made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, ir.TensorType(dtype)
-        return made
-
-    def _step(
-        self,
-        op_type: str,
-        node: ir.Node,
-        inputs: Sequence[ir.Value | None],
-        dtype: ir.DataType = _FLOAT,
-        attributes: Mapping[str, int] | None = None,
-    ) -> ir.Node:
-        """One of several nodes that stand for one; named after that one's output."""
-        return self.node(op_type, str(node.outputs[0].name), inputs, attributes or {}, dtype)
-
 
 def _only_maker(value: ir.Value) -> ir.Node | None:
     """The node that computes a tensor which nothing else reads; None where others need it."""
@@ -317,7 +178,7 @@ def _bounds(node: ir.Node) -> tuple[float, float]:
     if node.op_type == "Relu":
         return 0.0, float("inf")
     given: list[ir.Value | None] = [*node.inputs[1:], None, None][:2]
-    low, high = (None if v is None else float(array(v)) for v in given)
+    low, high = (None if v is None else float(array(v).item()) for v in given)
     return -float("inf") if low is None else low, float("inf") if high is None else high
 
 
@@ -325,5 +186,5 @@ def _quantized(x: float, y: Codes, ends: "np.iinfo[np.integer[np.typing.NBitBase
     """The code of one number, as QuantizeLinear finds it: the quotient in float32, ties to even."""
     if np.isinf(x):
         return int(ends.max if x > 0 else ends.min)
-    quotient = np.rint(np.float32(x) / array(y.scale).astype(np.float32))
-    return int(np.clip(float(quotient) + float(array(y.zero_point)), ends.min, ends.max))
+    quotient = np.rint(np.float32(x) / np.float32(array(y.scale).item()))
+    return int(np.clip(float(quotient) + float(array(y.zero_point).item()), ends.min, ends.max))
