@@ -83,7 +83,7 @@ class TorchOperands:
 
     @cached_property
     def w_block_scale(self) -> Any:
-        """The scales of the weight's 128 × 128 blocks, [blocks along K, blocks along N]; a block of N has whole fours."""
+        """The scales of the weight's 128 × 128 blocks, [blocks along K, along N], whole fours apart along N."""
         held = self._operands.weight
         assert isinstance(held, QTensor)
         scales = held.qparams.scale
