@@ -22,6 +22,10 @@ from quantkit.kernels.gemm_checks import check_product, residual_type
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 from quantkit.kernels.heuristics import Device, Problem, Tile, choose
 from quantkit.kernels.mma_heuristics import ITEM_BYTES, MmaTile, mma_choose, mma_device
+from quantkit.kernels.mx.heuristics import MxTile
+from quantkit.kernels.mx.layout import format_of
+from quantkit.kernels.mx.matmul import ARCH as MX_ARCH
+from quantkit.kernels.mx.matmul import PackedMxWeight, matmul_mx, pack_mx_weight
 from quantkit.kernels.w4.choice import Configuration
 from quantkit.kernels.w4.matmul import PackedWeight4, Workspace4, matmul_w4, pack_weight4
 
@@ -49,14 +53,16 @@ def pack_weight(
 ) -> PackedWeight | PackedBlockWeight:
     """Return `weight` [n, k] on the current GPU: quantized per tensor or per row, e4m3 in blocks, or of four bits.
 
-    Blocks of e4m3 are 128 × 128 with float32 scales, or 32 along axis 1 with e8m0 ones (MXFP8). Of four bits are int4
-    and uint4 (groups along axis 1, or rows; with zero points or without), NVFP4 and MXFP4.
+    Blocks of e4m3 are 128 × 128 with float32 scales, or 32 along axis 1 with e8m0 ones (MXFP8; on sm_120a for its own
+    block-scaled tensor cores). Of four bits are int4 and uint4 (groups along axis 1, or rows; with zero points or
+    without), NVFP4 and MXFP4.
 
     Args:
         weight: the quantized weight.
         arch: whose layout it gets; that of the current GPU by default.
         activations: the type that will be multiplied by it. Of four-bit weights bfloat16 or float16, which are one, by
-            default; int8 for integers with scales of two levels; float8_e4m3fn for MXFP4. Of others their own.
+            default; int8 for integers with scales of two levels; float8_e4m3fn for MXFP4; fp4_e2m1 for NVFP4 and MXFP4
+            by activations of the same format, on sm_120a. Of others their own.
 
     Raises:
         KernelError: not a matrix, or a format, zero point or granularity that no kernel takes.
@@ -64,6 +70,8 @@ def pack_weight(
     name = weight.spec.format.name
     found = _FORMATS.get(name)
     values, params = weight.qvalue, weight.qparams
+    if name == activations == "fp4_e2m1":
+        return pack_mx_weight(weight, arch)
     if name in _FOUR_BITS:
         return _pack_four_bits(weight, arch, activations or "bfloat16")
     if found is None:
@@ -75,6 +83,8 @@ def pack_weight(
             f"weight: {name} is multiplied by its own type, not by {activations}; leave it out."
         )
     if block_of(weight.spec) is not None:
+        if format_of(weight.spec) and (arch or gpu.architecture(_device())) == MX_ARCH:
+            return pack_mx_weight(weight, arch)
         return pack_block_weight(weight, arch)
     if values.ndim != 2:
         raise KernelError(f"weight: shape {values.shape} is not a matrix; reshape it to (outputs, inputs).")
@@ -87,6 +97,10 @@ def pack_weight(
             f"weight: {scale.size} scales for {values.shape}; quantize per tensor or along axis 0."
         )
     return pack_codes(values, scale, found, arch)
+
+
+def _device() -> int:
+    return int(gpu.cupy().cuda.Device().id)
 
 
 def _pack_four_bits(weight: QTensor, arch: str | None, activations: str) -> PackedWeight4:
@@ -131,16 +145,16 @@ def matmul(
     epilogue: Epilogue | None = None,
     out_dtype: str = "bfloat16",
     out: Any = None,
-    tile: Tile | MmaTile | BlocksTile | Configuration | None = None,
+    tile: Tile | MmaTile | BlocksTile | MxTile | Configuration | None = None,
     workspace: Workspace4 | None = None,
 ) -> Any:
     """Return D = a @ weight.T with its epilogue, on the current stream, without waiting for it.
 
-    On sm_90a the kernel is gemm_sm90.cu, or gemm_blocks_sm90.cu for a weight with block scales (there alone); on other
-    architectures, and for float16, gemm_mma.cu. Weights of four bits have kernels of their own, which `w4.matmul` tells
-    of. A CUDA graph may capture the call once the same call has run plainly
-    (which compiles the kernel, and uploads numbers given as such); what it allocates then comes from CuPy's pool, so
-    give it `out`.
+    On sm_90a the kernel is gemm_sm90.cu, or gemm_blocks_sm90.cu for a weight with block scales; on other architectures,
+    and for float16, gemm_mma.cu. On sm_120a gemm_blocks_sm120.cu multiplies MXFP8, and MXFP4 and NVFP4 on both sides.
+    Weights of four bits have kernels of their own, which `w4.matmul` tells of. A CUDA graph may capture the call once
+    the same call has run plainly (which compiles the kernel, and uploads numbers given as such); what it allocates then
+    comes from CuPy's pool, so give it `out`.
 
     Args:
         a: [..., k] of the weight's format; e4m3 travels as uint8, bfloat16 as bfloat16 or uint16. For an int8 weight
@@ -153,7 +167,7 @@ def matmul(
             point's part, without scales or anything else).
         out: a C-contiguous array to write, of the right shape and item size.
         tile: instead of the chosen one: Tile for gemm_sm90.cu, MmaTile for gemm_mma.cu, BlocksTile for
-            gemm_blocks_sm90.cu; for weights of four bits what `w4.matmul` takes.
+            gemm_blocks_sm90.cu, MxTile for gemm_blocks_sm120.cu; for weights of four bits what `w4.matmul` takes.
         workspace: of weights of four bits: for blocks that share tiles, in a captured call.
 
     Raises:
@@ -164,6 +178,9 @@ def matmul(
         return matmul_w4(
             a, weight, epilogue=epilogue, out_dtype=out_dtype, out=out, tile=four, workspace=workspace
         )
+    if isinstance(weight, PackedMxWeight):
+        mx = tile if isinstance(tile, MxTile) else None
+        return matmul_mx(a, weight, epilogue=epilogue, out_dtype=out_dtype, out=out, tile=mx)
     if isinstance(weight, PackedBlockWeight):
         chosen = tile if isinstance(tile, BlocksTile) else None
         return matmul_blocks(a, weight, epilogue=epilogue, out_dtype=out_dtype, out=out, tile=chosen)

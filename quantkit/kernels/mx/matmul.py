@@ -89,7 +89,9 @@ def matmul_mx(
     codes, n, k = a.codes, weight.n, weight.k
     lead = tuple(codes.shape[:-1])
     # What `check_product` looks at: an array of k one-byte codes a row, and a weight of such.
-    rows_of_k = SimpleNamespace(ndim=codes.ndim, shape=(*lead, k), dtype=codes.dtype, device=codes.device)
+    rows_of_k = SimpleNamespace(
+        ndim=codes.ndim, shape=(*lead, k), dtype=codes.dtype, itemsize=1, device=codes.device
+    )
     plain = PackedWeight(data=weight.data, scale=None, n=n, k=k, format="float8_e4m3fn", arch=weight.arch)
     check_product(rows_of_k, plain, epilogue, out_dtype, out, device, ARCH)
     m = int(np.prod(lead, dtype=np.int64))
