@@ -531,8 +531,39 @@ BAD = {
     "unknown method": Bad(words=f"{CALIBRATE} --method entropi", says="did you mean entropy?"),
     "unknown method of export": Bad(words="export --int8 --method percent", says="did you mean percentile?"),
     "unknown target": Bad(words="export --int8 --target tensor", says="did you mean tensorrt?"),
-    "both presets": Bad(words="export --int8 --fp8", says="one of --int8, --fp8 and --int4"),
-    "neither preset": Bad(words="export", says="one of --int8, --fp8 and --int4"),
+    "two formats": Bad(words="export --int8 --fp8", says="--int8 and --fp8: give one format alone"),
+    "a format and a preset": Bad(words="export --int8 --preset mxfp4", says="give one format alone"),
+    "no format": Bad(words="export", says="no format; give one of --int8"),
+    "unknown preset": Bad(words="export --preset int9", says="did you mean int"),
+    "group of nothing": Bad(
+        words="export --int4 --group 0", says="--group 0: neither a number of weights nor"
+    ),
+    "group that is none": Bad(words="export --int4 --group half", says="--group half: neither a number"),
+    "group of a format without": Bad(
+        words="export --fp8 --group 32", says="preset fp8: its weights have no groups"
+    ),
+    "zero points of a format without": Bad(words="export --fp8 --zero-points", says="no zero points"),
+    "per tensor of a format in blocks": Bad(words="export --int4 --per-tensor", says="lie in blocks"),
+    "scale rule of a format without": Bad(words="export --int4 --scale-rule ocp", says="no powers of two"),
+    "scale rule that is none": Bad(words="export --mxfp4 --scale-rule floor", says="choose ocp, rceil, even"),
+    "activations of a format without": Bad(words="export --int4 --activations", says="weights alone"),
+    "precision that is none": Bad(words="export --int8 --high-precision fp8", says="choose fp32, fp16, bf16"),
+    "TensorRT that is none": Bad(words="export --int8 --trt 9", says="TensorRT 9"),
+    "TensorRT for another target": Bad(
+        words="export --int8 --trt 10 --target ort", says="target ort: has no trt"
+    ),
+    "accuracy level that is none": Bad(
+        words="export --int4 --group channel --target ort --accuracy-level 9", says="accuracy level 9"
+    ),
+    "recipe that is not there": Bad(words="export --recipe none.toml", says="none.toml: cannot be read"),
+    "recipe that is no recipe": Bad(words="export --recipe model.onnx", says="model.onnx: not TOML"),
+    "plan that is not there": Bad(words="export --plan none.json", says="none.json: cannot be read"),
+    "plan that is no plan": Bad(words="export --plan model.onnx", says="model.onnx: not JSON"),
+    "plan over the model": Bad(words="export --int8 --plan-out model.onnx", says="would be lost"),
+    "only what is not there": Bad(words="export --int8 --include layers.*", says="no node matches layers.*"),
+    "a target without the format": Bad(
+        words="export --nvfp4 --target ort", says="choose another preset or another"
+    ),
     "percentile above 100": Bad(
         words="export --int8 --method percentile --percentile 100.5", says="100.5; give 0 < percentile ≤ 100"
     ),
