@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import KernelError
-from quantkit.formats.format import FP8_E4M3, INT4, INT8, UINT4
+from quantkit.formats.format import FP4_E2M1, FP8_E4M3, INT4, INT8, UINT4
 from quantkit.formats.layout import size_bytes
 from quantkit.formats.packing import code_bits
 from quantkit.formats.qparams import QParams
-from quantkit.formats.quantize import QTensor
+from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.w4.layout import pack4, two_levels, unpack4
+from quantkit.kernels.w4.reference import decoded4
 
 from .weights import KINDS, weight
 
@@ -74,6 +75,55 @@ def test_unpacking_undoes_packing_for_int8_activations(n, k, kind, zeros, seed):
         np.testing.assert_array_equal(zero, code_bits(w.qparams.zero_point, w.spec.format).reshape(n, -1))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 150),
+    k=st.integers(1, 400),
+    spread=st.integers(0, 14),
+    top=st.integers(-120, 120),
+    seed=st.integers(0, 1000),
+)
+def test_unpacking_undoes_packing_for_e4m3_activations(n, k, spread, top, seed):
+    rng = np.random.default_rng(seed)
+    w = weight(rng, n, k, "mxfp4", 32)
+    groups = w.qparams.scale.shape[1]
+    scale = np.ldexp(np.float32(1), np.clip(top - rng.integers(0, spread + 1, (n, groups)), -126, 127))
+    w = QTensor(w.qvalue, QParams(scale.astype(np.float32)), w.spec)
+    packed = pack4(w, activation_bits=8)
+    codes, scales, zero = unpack4(packed)
+    np.testing.assert_array_equal(codes, code_bits(w.qvalue, w.spec.format))
+    magnitudes = np.zeros((n, groups * 32), np.uint8)
+    magnitudes[:, :k] = codes & 7
+    counts = magnitudes.reshape(n, groups, 32).any(axis=2)  # a group of zeros may have any scale
+    np.testing.assert_array_equal(scales[counts], scale.astype(np.float64)[counts])
+    assert zero is None
+    # What the kernel multiplies by is an e4m3 number.
+    values = decoded4(packed, "float8_e4m3fn")
+    np.testing.assert_array_equal(values.astype(ml_dtypes.float8_e4m3fn).astype(np.float64), values)
+    assert spread > 11 or not packed.layout.deep or top < -106
+
+
+def test_groups_of_zeros_do_not_spread_the_scales_of_e4m3():
+    codes = np.ones((2, 96), np.float32)
+    codes[:, 32:64] = 0
+    spec = weight(np.random.default_rng(0), 1, 32, "mxfp4", 32).spec
+    for far in (-40, 40):
+        scale = np.ldexp(np.float32(1), [[0, far, -3]] * 2).astype(np.float32)
+        w = QTensor(codes.astype(FP4_E2M1.dtype), QParams(scale), spec)
+        packed = pack4(w, activation_bits=8)
+        values = decoded4(packed, "float8_e4m3fn") * packed.channel_scale[:, None]
+        np.testing.assert_array_equal(values, dequantize(w))
+        assert not packed.layout.deep
+
+
+def test_scales_too_far_apart_for_e4m3_are_refused():
+    spec = weight(np.random.default_rng(0), 1, 32, "mxfp4", 32).spec
+    scale = np.ldexp(np.float32(1), [[0, -15]]).astype(np.float32)
+    w = QTensor(np.ones((1, 64)).astype(FP4_E2M1.dtype), QParams(scale), spec)
+    with pytest.raises(KernelError, match=r"row 0 has scales 2\^0 and 2\^-15, too far apart for e4m3"):
+        pack4(w, activation_bits=8)
+
+
 def test_two_levels_are_within_half_a_step_of_the_scales():
     scale = np.random.default_rng(0).random((50, 30)).astype(np.float32) + np.float32(1e-3)
     found = two_levels(scale)
@@ -103,6 +153,15 @@ def test_packed_bytes_are_what_the_format_needs(kind, zeros):
         # A factor of each row comes with the scales of groups.
         factors = 0 if group is None else n * 4
         assert abs(pack4(w).size_bytes - needed - factors) <= 0.01 * needed
+
+
+def test_packed_bytes_for_activations_of_eight_bits_are_what_the_format_needs():
+    """K is filled up to slabs of 128, so the sides are whole ones."""
+    rng = np.random.default_rng(0)
+    for kind in (("int4", 128), ("uint4", 32), ("mxfp4", 32)):
+        w = weight(rng, 1024, 2944, *kind, zeros=kind[0] == "uint4", middling=True)
+        needed = size_bytes((1024, 2944), w.spec, scale_bytes=1)
+        assert abs(pack4(w, activation_bits=8).size_bytes - needed - 1024 * 4) <= 0.01 * needed
 
 
 def test_scales_take_the_narrowest_type_that_holds_them():

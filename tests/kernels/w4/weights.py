@@ -23,6 +23,7 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "int8": np.dtype(np.int8),
     "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 KINDS = [
     *[(form, group) for form in ("int4", "uint4") for group in (32, 64, 128, None)],
@@ -77,11 +78,7 @@ def weight(
 
 
 def problem_of(packed: Packed4, m: int, activations: str, output: str) -> W4Problem:
-    form = packed.layout
-    return W4Problem(
-        m=m, n=form.n, k=form.k, activations=activations, output=output, codes=form.codes, group=form.group,
-        scales=form.scales, zeros=form.zeros,
-    )  # fmt: skip
+    return W4Problem.of(packed.layout, m=m, activations=activations, output=output)
 
 
 def run_w4(
