@@ -66,6 +66,10 @@ def emulated_gemm(
         unused if v is None else np.ascontiguousarray(v, np.float32).reshape(-1)
         for v in (row_scale, column_scale, bias)
     ]
+    shared: tuple[Any, ...] = ()
+    if launch.shares is not None:
+        shared = np.zeros(launch.piece_bytes, np.uint8), np.zeros(launch.arrivals, np.uint32)
+        shared += launch.share_arguments()
     load(SOURCE, KERNEL, launch.defines).launch(
         *maps,
         stored,
@@ -78,6 +82,7 @@ def emulated_gemm(
         EpilogueValues().packed(),
         np.int32(problem.m),
         np.int32(problem.n),
+        *shared,
         grid=launch.grid,
         block=launch.block,
         cluster=launch.cluster,

@@ -20,7 +20,7 @@ from quantkit.kernels.blocks.matmul import PackedBlockWeight, matmul_blocks, pac
 from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
 from quantkit.kernels.gemm_checks import check_product, residual_type
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
-from quantkit.kernels.heuristics import Device, Problem, Tile, choose
+from quantkit.kernels.heuristics import Device, Problem, Tile, rank
 from quantkit.kernels.mma_heuristics import ITEM_BYTES, MmaTile, mma_choose, mma_device
 from quantkit.kernels.mx.heuristics import MxTile
 from quantkit.kernels.mx.layout import format_of
@@ -235,7 +235,7 @@ def matmul(
         device=device,
     )
     if arch == "sm_90a" and weight.format in _WGMMA and not isinstance(tile, MmaTile):
-        gemm_run.run_sm90(call, tile if isinstance(tile, Tile) else _tile(problem, kind, device))
+        gemm_run.run_sm90(call, tile if isinstance(tile, Tile) else _tile_now(problem, kind, device))
     else:
         given = tile if isinstance(tile, MmaTile) else _mma_tile(problem, kind, arch, device)
         gemm_run.run_mma(call, given, arch)
@@ -244,11 +244,19 @@ def matmul(
     return out
 
 
+def _tile_now(problem: Problem, kind: EpilogueKind, device: int) -> Tile:
+    """The tile to run with: a CUDA graph cannot have stream-K, so it gets the best of the others."""
+    tile = _tile(problem, kind, device)
+    captured = tile.stream and gpu.cupy().cuda.get_current_stream().is_capturing()
+    return _tile(problem, kind, device, stream=False) if captured else tile
+
+
 @lru_cache(maxsize=4096)
-def _tile(problem: Problem, kind: EpilogueKind, device: int) -> Tile:
+def _tile(problem: Problem, kind: EpilogueKind, device: int, *, stream: bool = True) -> Tile:
     """The tile timed fastest on this GPU, else the one modelled fastest."""
     timed = tuning.best_tile(problem, kind, device)
-    return timed or choose(problem, Device(multiprocessors=gpu.multiprocessors(device)))
+    ranked = rank(problem, Device(multiprocessors=gpu.multiprocessors(device)))
+    return timed or next(tile for tile in ranked if stream or not tile.stream)
 
 
 @lru_cache(maxsize=4096)

@@ -13,20 +13,20 @@ from quantkit.kernels.emulated_gemm import emulated_gemm
 from quantkit.kernels.family import Operands
 from quantkit.kernels.gemm_launch import KERNEL, SOURCE, launch_of
 from quantkit.kernels.gpus import Gpu
-from quantkit.kernels.heuristics import Problem, Tile, estimate_us, rank
+from quantkit.kernels.heuristics import Problem, Tile, choose, estimate_us, rank
 from quantkit.kernels.timing_table import Entry
 from quantkit.kernels.work import Work
 
 
 class GemmFamily(DenseFamily):
-    """The warp-specialised kernel for Hopper."""
+    """The warp-specialised kernel for Hopper. A CUDA graph runs it without stream-K, which so is not tuned."""
 
     name = KERNEL
     architectures = ("sm_90a",)
 
     def rank(self, problem: Problem, gpu: Gpu) -> Sequence[Tile]:
-        """Return every tile, and of the best two large ones other orders of tiles."""
-        found = rank(problem, gpu.time_model())
+        """Return every tile that a CUDA graph runs as it is, and of the best two large ones other orders of tiles."""
+        found = [tile for tile in rank(problem, gpu.time_model()) if not tile.stream]
         if problem.m < 1024:
             return found
         large = [tile for tile in found[:2] if tile.tile_m * tile.tile_n == 32768]
@@ -47,6 +47,7 @@ class GemmFamily(DenseFamily):
         words = [f"{tile.tile_m}x{tile.tile_n}", f"s{tile.stages}"]
         words += [f"c{tile.cluster}"] if tile.cluster > 1 else []
         words += [f"split{tile.split}"] if tile.split > 1 else []
+        words += ["stream"] if tile.stream else []
         words += ["pingpong"] if tile.pingpong else []
         words += ["swap"] if tile.swap else []
         return " ".join(words)
@@ -64,7 +65,7 @@ class GemmFamily(DenseFamily):
             operands.rows(work.m),
             codes,
             problem,
-            configuration or rank(problem)[0],
+            configuration or choose(problem),
             row_scale=row,
             column_scale=column,
             bias=operands.bias,

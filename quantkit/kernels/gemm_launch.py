@@ -6,9 +6,11 @@ The CuPy launcher and the emulator's tests both launch from this, so what the te
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from quantkit.errors import KernelError
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
-from quantkit.kernels.heuristics import ITEM_BYTES, Problem, Tile
+from quantkit.kernels.heuristics import ITEM_BYTES, Problem, Shares, Tile, shares_of
 
 SOURCE = Path(__file__).parent / "cuda" / "gemm_sm90.cu"
 KERNEL = "gemm_sm90"
@@ -21,7 +23,8 @@ class Launch:
     """One launch of gemm_sm90: its macros, its sizes, and the boxes of its three tensor maps (rows, columns).
 
     swap: the first tensor map is B's. tma_store: D's rows can be a tensor map's; else threads store elements.
-    output_swizzle: of the third map, in bytes.
+    output_swizzle: of the third map, in bytes. shares: of stream-K; with them the kernel also gets memory for sums,
+    piece_bytes, and counters that are zero between launches, arrivals of uint32.
     """
 
     defines: dict[str, str | int]
@@ -35,6 +38,14 @@ class Launch:
     output_swizzle: int
     swap: bool
     tma_store: bool
+    shares: Shares | None = None
+    piece_bytes: int = 0
+    arrivals: int = 0
+
+    def share_arguments(self) -> tuple[np.int32, ...]:
+        """Return the last arguments of a kernel that streams, behind pieces and arrivals."""
+        assert self.shares is not None
+        return np.int32(self.shares.whole), np.int32(self.shares.share), np.int32(self.shares.extra)
 
 
 def launch_of(problem: Problem, tile: Tile, kind: EpilogueKind, multiprocessors: int) -> Launch:
@@ -46,6 +57,8 @@ def launch_of(problem: Problem, tile: Tile, kind: EpilogueKind, multiprocessors:
     steps = -(-problem.row_bytes // 128)
     if tile.split > steps:
         raise KernelError(f"tile: {tile.split} parts of a K of {steps} steps; split into {steps} at most.")
+    shares = shares_of(problem, tile, multiprocessors) if tile.stream else None
+    along_first, along_second = tile.tiles(problem)
     width = OUTPUT_BYTES[problem.output]
     tma_store = problem.n * width % 16 == 0
     k = 128 // ITEM_BYTES[problem.format]
@@ -60,13 +73,14 @@ def launch_of(problem: Problem, tile: Tile, kind: EpilogueKind, multiprocessors:
             "CONSUMERS": tile.consumers,
             "CLUSTER": tile.cluster,
             "SPLIT": tile.split,
+            "STREAM": int(tile.stream),
             "GROUP": tile.group,
             "PINGPONG": int(tile.pingpong),
             "SWAP": int(tile.swap),
             "TMA_STORE": int(tma_store),
             **kind.defines(problem.output),
         },
-        grid=tile.clusters(problem, multiprocessors) * tile.blocks,
+        grid=tile.clusters(problem, multiprocessors) * tile.blocks if shares is None else shares.blocks,
         block=tile.threads,
         cluster=tile.blocks,
         shared_bytes=tile.shared_bytes,
@@ -76,4 +90,8 @@ def launch_of(problem: Problem, tile: Tile, kind: EpilogueKind, multiprocessors:
         output_swizzle=64 if width == 1 else 128,
         swap=tile.swap,
         tma_store=tma_store,
+        shares=shares,
+        # Two pieces a block at most, each of a tile's sums.
+        piece_bytes=0 if shares is None else shares.blocks * 2 * tile.tile_m * tile.tile_n * 4,
+        arrivals=0 if shares is None else (along_first * along_second - shares.whole) * tile.consumers,
     )

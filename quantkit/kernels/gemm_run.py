@@ -55,8 +55,15 @@ def _launch(problem: Problem, tile: Tile, kind: EpilogueKind, multiprocessors: i
 
 
 def run_sm90(call: Call, tile: Tile) -> None:
-    """Launch gemm_sm90.cu."""
-    problem, (a, pitch) = call.problem, call.a
+    """Launch gemm_sm90.cu.
+
+    Shares of stream-K meet in memory that belongs to the stream. A CUDA graph may run beside its own stream, so
+    captured launches have none.
+    """
+    cupy, problem, (a, pitch) = gpu.cupy(), call.problem, call.a
+    stream = cupy.cuda.get_current_stream() if tile.stream else None
+    if stream is not None and stream.is_capturing():
+        tile = replace(tile, stream=False)
     launch = _launch(problem, tile, call.kind, gpu.multiprocessors(call.device))
     operands = [
         (a.data.ptr, (problem.m, problem.k), pitch),
@@ -74,6 +81,9 @@ def run_sm90(call: Call, tile: Tile) -> None:
         shape = problem.m, problem.n
         stored = gpu.tensor_map(to, problem.output, shape, row, launch.output_box, launch.output_swizzle)
     arguments = (*maps, stored, np.uint64(to), np.int32(problem.row_bytes), *call.epilogue_arguments())
+    if launch.shares is not None and stream is not None:
+        places = _meeting_place(call.device, stream.ptr, launch.piece_bytes, launch.arrivals, cupy)
+        arguments += (*map(np.uint64, places), *launch.share_arguments())
     gpu.kernel_of(launch, call.device)(
         (launch.grid,), (launch.block,), arguments, shared_mem=launch.shared_bytes
     )

@@ -13,6 +13,7 @@ REGISTER_LIMIT = 232  # that a consumer's thread may have beside another consume
 _ROW = 128  # bytes of K in a stage
 _RATE = 1.5e5  # bytes in a microsecond that one multiprocessor draws
 _BUFFERS = 2 * 8192  # bytes of output that each consumer has on its way to memory
+_SHARED_US = 5.0  # that stream-K was seen to cost the kernels of four-bit weights
 
 ITEM_BYTES = {"int8": 1, "float8_e4m3fn": 1, "bfloat16": 2}
 
@@ -55,7 +56,8 @@ class Tile:
     """A configuration of gemm_sm90.cu, whose head says what each part does.
 
     blocks_of_64: wgmma instructions of 64 rows that a consumer stacks. cluster: blocks that share a tile of the second
-    operand. split: blocks that share K. group: tiles along the first operand before the next along the second.
+    operand. split: blocks that share K. stream: tiles that would not fill the last wave are cut into equal shares of K
+    (stream-K), whose sums meet in memory. group: tiles along the first operand before the next along the second.
     """
 
     blocks_of_64: int
@@ -67,6 +69,7 @@ class Tile:
     pingpong: bool = False
     swap: bool = False
     split: int = 1
+    stream: bool = False
 
     @property
     def blocks(self) -> int:
@@ -115,6 +118,33 @@ class Tile:
         return min(along_first * along_second, max(1, usable // self.blocks))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How stream-K deals steps of K out: `whole` tiles one by one, then a share of steps for each of `blocks`.
+
+    The first `extra` shares are one step longer than `share`.
+    """
+
+    blocks: int
+    whole: int
+    share: int
+    extra: int
+
+
+def shares_of(problem: Problem, tile: Tile, multiprocessors: int) -> Shares:
+    """Return the shares of a tile that streams: the last wave and one before it are cut together.
+
+    Shares are then as long as tiles, or longer; of fewer tiles than multiprocessors they are two steps at least, so
+    that their sums are worth their way through memory.
+    """
+    along_first, along_second = tile.tiles(problem)
+    count, steps = along_first * along_second, -(-problem.row_bytes // _ROW)
+    whole = max(0, count // multiprocessors - 1) * multiprocessors
+    units = (count - whole) * steps
+    blocks = multiprocessors if whole else min(multiprocessors, max(1, units // 2))
+    return Shares(blocks=blocks, whole=whole, share=units // blocks, extra=units % blocks)
+
+
 def _deepest(**shape: int | bool) -> Tile | None:
     """Return the tile with as many stages as fit, at most 24, or None where two do not fit."""
     one, two = (Tile(stages=stages, **shape) for stages in (1, 2))  # type: ignore[arg-type]
@@ -149,6 +179,11 @@ def candidates(problem: Problem) -> Iterator[Tile]:
         for c in (1, 2)
         for split in (2, 4)
     ]
+    shapes += [
+        {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True, "stream": True}
+        for n in (16, 32, 64, 128)
+        for c in (1, 2)
+    ]
     steps = -(-problem.row_bytes // _ROW)
     for shape in shapes:
         if not shape.get("swap") and int(shape["tile_n"]) % wide:
@@ -171,7 +206,8 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     whole, and what is read more than once adds to it.
     """
     along_first, along_second = tile.tiles(problem)
-    clusters = tile.clusters(problem, device.multiprocessors)
+    shares = shares_of(problem, tile, device.multiprocessors) if tile.stream else None
+    clusters = tile.clusters(problem, device.multiprocessors) if shares is None else shares.blocks
     waves = -(-along_first * along_second // clusters)
     steps = -(-problem.row_bytes // (_ROW * tile.split))
     products = tile.tile_m * tile.tile_n * _ROW / device.macs_per_cycle / device.cycles_per_us
@@ -202,6 +238,12 @@ def estimate_us(problem: Problem, tile: Tile, device: Device = H200) -> float:
     read = tiles * (tile.tile_m * tile.cluster + tile.tile_n) * problem.row_bytes
     again = max(0, read - moved) / (2 * device.l2_bytes_per_us)
     streamed = moved / device.dram_bytes_per_us * (1 + 20 / blocks) + again
+    if shares is not None:
+        # No wave is rounded up. Sums of cut tiles go through memory, and the last one at a tile adds them.
+        each, longest = shares.whole // blocks, shares.share + (shares.extra > 0)
+        return (
+            3.5 + max((each * steps + longest) * step + (each + 1) * finish, streamed) + finish + _SHARED_US
+        )
     # The tiles of a last, smaller wave take their time however little there is to read.
     last = (tiles - (waves - 1) * clusters) / tiles
     alone = steps * max(products, stage / _RATE, latency)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -46,7 +47,7 @@ class Case:
     def __str__(self) -> str:
         t, e = self.tile, self.kind
         words = [f"{self.m}x{self.n}x{self.k}", self.format, self.output, f"{t.tile_m}x{t.tile_n}"]
-        words += ["swap"] * t.swap + ["pingpong"] * t.pingpong
+        words += ["swap"] * t.swap + ["pingpong"] * t.pingpong + ["stream"] * t.stream
         words += [f"split{t.split}"] * (t.split > 1) + [f"cluster{t.cluster}"] * (t.cluster > 1)
         words += [f"{e.row_scale}-{e.column_scale}"] + ["bias"] * e.bias
         words += [f"zero-{e.zero_point}"] * (e.zero_point != "none")
@@ -132,6 +133,11 @@ def run(machine, case: Case, t: Tensors | None = None, *, source: Path = SOURCE,
     stored = maps[0]
     if launch.tma_store:
         stored = TensorMap(array=d, box=launch.output_box, swizzle=SWIZZLES[launch.output_swizzle])
+    shared: tuple[Any, ...] = ()
+    if launch.shares is not None:
+        # Rubbish where sums are left, zeros where arrivals are counted.
+        pieces, arrivals = np.full(launch.piece_bytes, 0x7B, np.uint8), np.zeros(launch.arrivals, np.uint32)
+        shared = pieces, arrivals, *launch.share_arguments()
     machine.launch(
         source,
         KERNEL,
@@ -143,6 +149,7 @@ def run(machine, case: Case, t: Tensors | None = None, *, source: Path = SOURCE,
         t.values.packed(),
         np.int32(case.m),
         np.int32(case.n),
+        *shared,
         defines=launch.defines,
         grid=launch.grid,
         block=launch.block,
@@ -151,6 +158,8 @@ def run(machine, case: Case, t: Tensors | None = None, *, source: Path = SOURCE,
         multiprocessors=MULTIPROCESSORS,
         **options,
     )
+    if shared:
+        assert not arrivals.any(), "the next launch finds its counters at zero"
     return d
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quantkit.errors import KernelError
 from quantkit.kernels.compile import compile_kernel, is_available
@@ -23,11 +25,13 @@ from quantkit.kernels.heuristics import (
     Tile,
     candidates,
     choose,
+    estimate_us,
+    shares_of,
 )
 from quantkit.kernels.reference import residual_reference
 
 from .backends import EmulatorBackend, gpu
-from .gemms import DTYPES, Case, Tensors, oracle, run, tensors_of
+from .gemms import DTYPES, MULTIPROCESSORS, Case, Tensors, oracle, run, tensors_of
 from .sass import listing, opcodes, tools
 
 # What the epilogue is asked for: every factor in every granularity, every activation, every type of residual.
@@ -76,6 +80,9 @@ TILES = {
     "few of two": Tile(blocks_of_64=1, tile_n=16, stages=3, consumers=1, swap=True, split=2),
     "some of two": Tile(blocks_of_64=1, tile_n=64, stages=3, swap=True, split=2),
     "wide of two": Tile(blocks_of_64=1, tile_n=256, stages=2, swap=True, split=2),
+    "few in shares": Tile(blocks_of_64=1, tile_n=16, stages=3, consumers=1, swap=True, stream=True),
+    "some in shares": Tile(blocks_of_64=1, tile_n=64, stages=3, swap=True, stream=True),
+    "many in shares": Tile(blocks_of_64=1, tile_n=128, stages=2, swap=True, stream=True),
     "some of four": Tile(blocks_of_64=1, tile_n=64, stages=3, consumers=1, swap=True, split=4),
 }
 FACTORS: dict[str, list[Any]] = {
@@ -251,6 +258,25 @@ def test_parts_of_k_are_added_in_their_order(machine, tile, parts):
     np.testing.assert_array_equal(d, want)
 
 
+def test_shares_of_k_are_added_in_their_order(machine):
+    case = Case(m=13, n=400, k=592, format="bfloat16", output="float32", tile=TILES["few in shares"])
+    t = real(case)
+    d = run(machine, case, t)
+    shares = shares_of(case.problem, case.tile, MULTIPROCESSORS)
+    steps = -(-case.k * 2 // 128)
+    ends = list(itertools.accumulate(shares.share + (block < shares.extra) for block in range(shares.blocks)))
+    assert shares.whole == 0 and ends[-1] == steps * -(-case.n // case.tile.tile_m)
+    assert any(end % steps for end in ends), "a case whose tiles are cut"
+    for tile, first in enumerate(range(0, case.n, case.tile.tile_m)):
+        inside = [end - tile * steps for end in ends if tile * steps < end < (tile + 1) * steps]
+        rows, want = slice(first, first + case.tile.tile_m), None
+        for begin, end in itertools.pairwise([0, *(64 * at for at in inside), case.k]):
+            piece = replace(t, a=t.a[:, begin:end], b=t.b[:, begin:end])
+            term = run(machine, replace(case, k=end - begin, tile=FEW), piece)[:, rows]
+            want = term if want is None else want + term
+        np.testing.assert_array_equal(d[:, rows], want)
+
+
 @pytest.mark.parametrize("activation", ["none", "relu", "clip", "gelu", "gelu_tanh", "silu"])
 def test_a_nan_stays_one(machine, activation):
     case = Case(
@@ -267,6 +293,20 @@ def test_a_nan_stays_one(machine, activation):
     d = run(machine, case, t)
     assert np.isnan(d[1]).all()
     assert np.isfinite(d[[0, 2, 3]]).all()
+
+
+def test_whole_tiles_come_before_shares(machine):
+    case = Case(
+        m=50,
+        n=1500,
+        k=300,
+        format="int8",
+        output="bfloat16",
+        kind=KINDS["relu"],
+        tile=TILES["some in shares"],
+    )
+    assert shares_of(case.problem, case.tile, MULTIPROCESSORS).whole == 8
+    check(case, run(machine, case))
 
 
 def test_blocks_that_take_many_tiles_keep_their_buffers_apart(machine):
@@ -316,6 +356,24 @@ def test_chosen_configurations_run_on_the_tensor_core_and_keep_to_registers(prob
     assert not any("BRA.U.ANY" in line for at in loads for line in lines[at : at + 4])
 
 
+@pytest.mark.skipif(
+    not is_available() or tools() is None, reason="NVRTC or its disassembler is not installed"
+)
+@pytest.mark.parametrize("form", OPCODES)
+@pytest.mark.parametrize("tile_n", [16, 128])
+def test_stream_k_runs_on_the_tensor_core_and_keeps_to_registers(form, tile_n, tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp() / "gemm-cubins"
+    problem = Problem(m=tile_n, n=28672, k=8192, format=form, output="bfloat16")
+    tile = Tile(blocks_of_64=1, tile_n=tile_n, stages=4, swap=True, stream=True)
+    built = compile_kernel(
+        SOURCE, arch="sm_90a", defines=launch_of(problem, tile, FULL, 132).defines, cache=cache
+    )
+    found = opcodes(built.cubin)
+    assert {name for name in found if name.endswith("MMA")} == {OPCODES[form]}
+    assert found["LDL"] == found["STL"] == built.spill_bytes == 0
+    assert not built.warnings
+
+
 # ---- which tile --------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +415,39 @@ def test_a_split_leaves_no_block_without_work():
     problem = Problem(m=8, n=64, k=100, format="int8", output="bfloat16")
     with pytest.raises(KernelError, match="split into 1 at most"):
         launch_of(problem, TILES["some of two"], EpilogueKind(), 132)
+
+
+@given(
+    st.integers(1, 300),
+    st.integers(1, 30000),
+    st.integers(1, 9000),
+    st.sampled_from([1, 4, 132]),
+    st.booleans(),
+)
+def test_shares_are_all_of_what_is_not_whole(m, n, k, multiprocessors, two):
+    problem = Problem(m=m, n=n, k=k, format="int8", output="bfloat16")
+    tile = Tile(blocks_of_64=1, tile_n=64, stages=3, consumers=1 + two, swap=True, stream=True)
+    shares = shares_of(problem, tile, multiprocessors)
+    along_first, along_second = tile.tiles(problem)
+    steps = -(-k // 128)
+    assert 0 <= shares.extra < shares.blocks <= multiprocessors
+    assert shares.share >= 1
+    assert shares.whole % multiprocessors == 0
+    cut = (along_first * along_second - shares.whole) * steps
+    assert shares.blocks * shares.share + shares.extra == cut
+    # Shorter than a tile only where there are fewer tiles than multiprocessors.
+    assert shares.share >= steps or along_first * along_second < 2 * multiprocessors
+
+
+def test_stream_k_is_chosen_where_a_last_wave_is_long_and_nearly_empty():
+    def best(m, n, k, stream):
+        problem = Problem(m=m, n=n, k=k, format="bfloat16", output="bfloat16")
+        return min(estimate_us(problem, t) for t in candidates(problem) if t.stream == stream)
+
+    assert best(16, 768, 768, stream=True) > best(16, 768, 768, stream=False)
+    long = Problem(m=128, n=17408, k=65536, format="bfloat16", output="bfloat16")
+    wasteful = Tile(blocks_of_64=1, tile_n=128, stages=4, swap=True)
+    assert estimate_us(long, replace(wasteful, stream=True)) < estimate_us(long, wasteful)
 
 
 def test_few_tiles_and_a_long_k_are_split():

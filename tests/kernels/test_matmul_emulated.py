@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from quantkit.formats import FP8_E4M3, INT8, QuantSpec, qparams_from_range, quantize, range_of
-from quantkit.kernels import Epilogue, PackedWeight, matmul, pack_weight, quantize_activation
-from quantkit.kernels.epilogue import EpilogueValues
+from quantkit.kernels import Epilogue, PackedWeight, gemm, matmul, pack_weight, quantize_activation
+from quantkit.kernels import device as gpu
+from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
 from quantkit.kernels.gemm import pack_codes
-from quantkit.kernels.heuristics import Problem, Tile
+from quantkit.kernels.heuristics import Problem, Tile, rank
 from quantkit.kernels.mma_heuristics import mma_device, mma_rank
 from quantkit.kernels.reference import gemm_reference
 
@@ -113,6 +114,29 @@ def test_a_tile_of_ones_own_is_the_one_that_runs(cupy):
     tile = Tile(blocks_of_64=1, tile_n=64, stages=3, swap=True, split=2)
     assert_same(matmul(cupy.asarray(a), weight, epilogue=epilogue, out_dtype="int8", tile=tile), want)
     assert (cupy.launches[-1][1]["SPLIT"], cupy.launches[-1][1]["TILE_N"]) == (2, 64)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a"], indirect=True)
+def test_stream_k_meets_in_memory_of_the_stream_and_is_not_captured(cupy):
+    a, weight, epilogue, want = resnet(cupy, LONG)
+    tile = Tile(blocks_of_64=1, tile_n=64, stages=3, consumers=1, swap=True, stream=True)
+    codes, out = cupy.asarray(a), cupy.empty((M, N), np.int8)
+    for capturing in (False, False, True):
+        cupy.capturing = capturing
+        matmul(codes, weight, epilogue=epilogue, out_dtype="int8", out=out, tile=tile)
+        assert_same(out, want)
+        out.view(np.ndarray)[...] = 55
+    assert [macros["STREAM"] for _, macros, _ in cupy.launches] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("arch", ["sm_90a"], indirect=True)
+def test_a_graph_gets_the_best_tile_that_it_can_run(cupy, monkeypatch):
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 132)
+    problem = Problem(m=128, n=4096, k=28672, format="bfloat16", output="bfloat16")
+    ranked = rank(problem)
+    for cupy.capturing, tile in ((False, ranked[0]), (True, next(t for t in ranked if not t.stream))):
+        assert gemm._tile_now(problem, EpilogueKind(), 0) == tile
+    assert ranked[0].stream
 
 
 def test_uint8_codes_and_their_zero_point_mean_the_same_as_int8(cupy):

@@ -24,7 +24,20 @@
 //   owner     wait for partials   add   arrive on every sender's `room`
 //
 // Nothing but the cluster takes part: no memory is set aside, and launches on any streams do not meet.
+//
+// STREAM (stream-K): the first `whole` tiles are dealt out one by one; the others, which would not fill the last wave,
+// are laid end to end along K and cut into one equal share a block. Where a share ends within a tile, its sums are left
+// in `pieces`; whoever arrives last at a tile adds its pieces in the order of K, so that every run gives the same bits.
 #include "epilogue.h"
+
+#ifndef STREAM
+#define STREAM 0
+#endif
+#if STREAM
+#define STREAM_PARAMETERS , U32x4 *pieces, uint32_t *arrivals, int whole, int share, int extra
+#else
+#define STREAM_PARAMETERS
+#endif
 
 using namespace qk;
 using namespace qk::epilogue;
@@ -39,6 +52,7 @@ constexpr int STAGE_BYTES = (TILE_M + TILE_N) * ROW;
 constexpr int BLOCKS = CLUSTER * SPLIT;                  // of a cluster
 static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares a tile of the second operand, or K");
 static_assert(SPLIT == 1 || !PINGPONG, "the consumers of a split tile work side by side");
+static_assert(!STREAM || (BLOCKS == 1 && !PINGPONG), "single blocks have shares, their consumers work side by side");
 
 // Blocks that finish columns, and how many columns of the accumulators each.
 constexpr int OWNERS = TILE_N / SPLIT >= 16 ? SPLIT : TILE_N / 16;
@@ -85,9 +99,43 @@ QK_FUNCTION Place place_of(int index, int tiles_first, int tiles_second) {
   return {start + within % height, within / height};
 }
 
+// A tile and its steps of K: what a block does next. The producer and the consumers ask in the same way.
+struct Segment { int tile, begin, end; };
+// Tiles up to `whole`, `stride` apart; then steps `at` … `end` of the tiles behind them, laid end to end.
+struct Schedule { int tile, stride, whole, at, end; };
+QK_FUNCTION bool take(Schedule& schedule, int steps, Segment& segment) {
+  if (schedule.tile < schedule.whole) {
+    segment = {schedule.tile, 0, steps};
+    schedule.tile += schedule.stride;
+    return true;
+  }
+  if (!STREAM || schedule.at >= schedule.end) return false;
+  const int tile = schedule.at / steps, begin = schedule.at - tile * steps;
+  const int left = schedule.end - schedule.at;
+  segment = {schedule.whole + tile, begin, left < steps - begin ? begin + left : steps};
+  schedule.at += segment.end - begin;
+  return true;
+}
+#if STREAM
+// The shares are of `share` steps, the first `extra` of them of one more.
+QK_FUNCTION int start_of_share(int block, int share, int extra) {
+  return block * share + (block < extra ? block : extra);
+}
+QK_FUNCTION int share_of(int unit, int share, int extra) {
+  const int longer = extra * (share + 1);
+  return unit < longer ? unit / (share + 1) : extra + (unit - longer) / share;
+}
+constexpr int VECTORS = MI * (TILE_N / 8);  // of four, of a thread's sums
+QK_FUNCTION Accumulator number_of(uint32_t bits) {
+  Accumulator x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+#endif
+
 QK_CLUSTER_KERNEL(128 * (CONSUMERS + 1), 1, BLOCKS)
 gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT TensorMap map_second,
-          const QK_GRID_CONSTANT TensorMap map_d, uint8_t* d, int row_bytes, EPILOGUE_PARAMETERS) {
+          const QK_GRID_CONSTANT TensorMap map_d, uint8_t* d, int row_bytes, EPILOGUE_PARAMETERS STREAM_PARAMETERS) {
   const uint32_t base = shared_base(), buffers = base + STAGES * STAGE_BYTES;
   const uint32_t full = buffers + (TMA_STORE || SPLIT > 1 ? CONSUMERS * 2 * BUFFER_BYTES : 0);
   const uint32_t empty = full + 8 * STAGES;
@@ -105,6 +153,14 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
   const int tiles = tiles_first * tiles_second;
   const int cluster = blockIdx.x / BLOCKS, clusters = gridDim.x / BLOCKS;
   const int place_in_pair = CLUSTER > 1 ? rank : 0;
+  auto schedule_from = [&](int first_tile, int stride) {
+#if STREAM
+    return Schedule{first_tile, stride, whole, start_of_share(cluster, share, extra),
+                    start_of_share(cluster + 1, share, extra)};
+#else
+    return Schedule{first_tile, stride, tiles, 0, 0};
+#endif
+  };
 
   if (tid == 0) {
     prefetch_tensor_map(&map_first);
@@ -135,10 +191,12 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
     if (shuffle(tid / 32, 0) == 0 && elect_one()) {
       int s = 0;
       uint32_t parity = 1;  // the first round finds every stage empty
-      QK_ROLLED for (int tile = cluster; tile < tiles; tile += clusters) {
-        const Place place = place_of(tile, tiles_first, tiles_second);
+      Schedule schedule = schedule_from(cluster, clusters);
+      Segment segment;
+      QK_ROLLED while (take(schedule, steps, segment)) {
+        const Place place = place_of(segment.tile, tiles_first, tiles_second);
         const int first = (place.first * CLUSTER + place_in_pair) * TILE_M, second = place.second * TILE_N;
-        QK_ROLLED for (int step = 0; step < steps; step++) {
+        QK_ROLLED for (int step = segment.begin; step < segment.end; step++) {
           const uint32_t stage = base + s * STAGE_BYTES;
           mbarrier_wait_ring(empty + 8 * s, parity);
           mbarrier_arrive_expect(full + 8 * s, STAGE_BYTES);
@@ -185,9 +243,47 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       parity ^= rounds & 1;
     };
     if (PINGPONG && consumer == 1) skip(steps);
-    for (int tile = cluster + (PINGPONG ? consumer * clusters : 0); tile < tiles;
-         tile += (PINGPONG ? CONSUMERS : 1) * clusters) {
-      const Place place = place_of(tile, tiles_first, tiles_second);
+    Schedule schedule =
+        schedule_from(cluster + (PINGPONG ? consumer * clusters : 0), (PINGPONG ? CONSUMERS : 1) * clusters);
+    Segment segment;
+#if STREAM
+    const uint32_t flags = partials + 8 * consumer;  // of each piece, whether it was the last to arrive
+    int left[2] = {-1, -1};  // tiles of which a piece was left: where the share begins, and where it ends
+    int looked = -1;         // of the two, whose arrivals were looked at last
+#endif
+    while (true) {
+      const bool more = take(schedule, steps, segment);
+      if (!STREAM && !more) break;
+#if STREAM
+      if (!more) {
+        if (looked < 0) {
+          // Pieces are made known when the products are done: by then their sums have long left, and nobody waits.
+          barrier_sync(1 + consumer, 128);
+          if (thread == 0) {
+            QK_UNROLL for (int p = 0; p < 2; p++)
+              if (left[p] >= 0) {
+                const int begin = (left[p] - whole) * steps;
+                const uint32_t others = share_of(begin + steps - 1, share, extra) - share_of(begin, share, extra);
+                uint32_t* const counter = arrivals + (left[p] - whole) * CONSUMERS + consumer;
+                const bool is_last = atomic_add_acq_rel(counter, 1) == others;
+                if (is_last) st_global(counter, 0u);  // for the next launch
+                st_shared<uint32_t>(flags + 4 * p, is_last);
+              }
+          }
+          barrier_sync(1 + consumer, 128);
+        }
+        if (++looked == 2) break;
+        segment.tile = looked == 0 ? left[0] : left[1];
+        if (segment.tile < 0 || !ld_shared<uint32_t>(flags + 4 * looked)) continue;
+      }
+      const int first_unit = (segment.tile - whole) * steps;  // of the steps that are cut
+      // Each share leaves two pieces at most: that of the tile it begins in, and that of the tile it ends in.
+      auto slot_of = [&](int block) {
+        const int64_t slot = int64_t(block) * 2 + (start_of_share(block, share, extra) < first_unit);
+        return pieces + slot * (VECTORS * 128 * CONSUMERS) + tid - 128;
+      };
+#endif
+      const Place place = place_of(segment.tile, tiles_first, tiles_second);
       const int first = (place.first * CLUSTER + place_in_pair) * TILE_M + (PINGPONG ? 0 : consumer * MI * 64);
       const int second = place.second * TILE_N;
       // Consumer 0 goes first: its round r follows consumer 1's round r - 1.
@@ -219,39 +315,82 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       if (FETCH_EARLY) fetch_first();
 
       Registers<Accumulator, TILE_N / 2> sum[MI];
-      int previous = 0;
-      for (int step = 0; step < steps; step++) {
-        mbarrier_wait_ring(full + 8 * s, parity);
-        const uint64_t stage = descriptor(base) + advance(s * STAGE_BYTES);
-        const uint64_t of_first = stage + advance(PINGPONG ? 0 : consumer * MI * 64 * ROW);
-        const uint64_t of_second = stage + advance(SECOND);
-        wgmma_fence();
-        QK_UNROLL for (int k = 0; k < ROW / 32; k++)
-          QK_UNROLL for (int i = 0; i < MI; i++)
-            wgmma<Type, TILE_N>(sum[i], of_first + advance(i * 64 * ROW + k * 32), of_second + advance(k * 32),
-                                step + k > 0);
-        wgmma_commit();
-        if (step > 0) {
-          wgmma_wait<1>();
-          release(previous);
-        }
-        previous = s;
-        if (++s == STAGES) {
-          s = 0;
-          parity ^= 1;
-        }
+      if (STREAM) {  // whoever adds pieces up begins with nothing, and so do products
+        QK_UNROLL for (int i = 0; i < MI; i++)
+          QK_UNROLL for (int at = 0; at < TILE_N / 2; at++) sum[i][at] = 0;
       }
-      if (PINGPONG) {
-        warp_sync();
-        if (lane == 0) mbarrier_arrive(turns + 8 * (consumer ^ 1));
-        skip(steps);
-        round++;
-      }
+      if (!STREAM || more) {
+        int previous = 0;
+        const int count = STREAM ? segment.end - segment.begin : steps;
+        for (int step = 0; step < count; step++) {
+          mbarrier_wait_ring(full + 8 * s, parity);
+          const uint64_t stage = descriptor(base) + advance(s * STAGE_BYTES);
+          const uint64_t of_first = stage + advance(PINGPONG ? 0 : consumer * MI * 64 * ROW);
+          const uint64_t of_second = stage + advance(SECOND);
+          wgmma_fence();
+          QK_UNROLL for (int k = 0; k < ROW / 32; k++)
+            QK_UNROLL for (int i = 0; i < MI; i++)
+              wgmma<Type, TILE_N>(sum[i], of_first + advance(i * 64 * ROW + k * 32), of_second + advance(k * 32),
+                                  STREAM || step + k > 0);
+          wgmma_commit();
+          if (step > 0) {
+            wgmma_wait<1>();
+            release(previous);
+          }
+          previous = s;
+          if (++s == STAGES) {
+            s = 0;
+            parity ^= 1;
+          }
+        }
+        if (PINGPONG) {
+          warp_sync();
+          if (lane == 0) mbarrier_arrive(turns + 8 * (consumer ^ 1));
+          skip(steps);
+          round++;
+        }
 
-      if (!FETCH_EARLY && SPLIT == 1) fetch_first();
-      wgmma_wait<0>();
-      QK_UNROLL for (int i = 0; i < MI; i++) wgmma_settle(sum[i]);
-      release(previous);
+        if (!FETCH_EARLY && SPLIT == 1 && !STREAM) fetch_first();
+        wgmma_wait<0>();
+        QK_UNROLL for (int i = 0; i < MI; i++) wgmma_settle(sum[i]);
+        release(previous);
+      }
+#if STREAM
+      if (more && (segment.begin > 0 || segment.end < steps)) {
+        // Bits of a copy, as below: `sum` itself must stay numbers.
+        Registers<Accumulator, TILE_N / 2> piece[MI];
+        QK_UNROLL for (int i = 0; i < MI; i++) {
+          QK_UNROLL for (int at = 0; at < TILE_N / 2; at++) piece[i][at] = sum[i][at];
+          wgmma_settle(piece[i]);
+        }
+        U32x4* const to = slot_of(cluster);
+        QK_UNROLL for (int v = 0; v < VECTORS; v++) {
+          const auto& of = piece[v / (TILE_N / 8)];
+          const int at = v % (TILE_N / 8) * 4;
+          st_global(to + v * 128 * CONSUMERS,
+                    U32x4{bits_of(of[at]), bits_of(of[at + 1]), bits_of(of[at + 2]), bits_of(of[at + 3])});
+        }
+        if (left[0] < 0) left[0] = segment.tile;
+        else left[1] = segment.tile;
+        continue;
+      }
+      if (!more) {
+        const int begin = share_of(first_unit, share, extra), end = share_of(first_unit + steps - 1, share, extra);
+        QK_ROLLED for (int block = begin; block <= end; block++) {
+          const U32x4* const from = slot_of(block);
+          QK_UNROLL for (int v = 0; v < VECTORS; v++) {
+            const U32x4 bits = ld_global(from + v * 128 * CONSUMERS);
+            const Accumulator four[4] = {number_of(bits.x), number_of(bits.y), number_of(bits.z), number_of(bits.w)};
+            auto& of = sum[v / (TILE_N / 8)];
+            QK_UNROLL for (int e = 0; e < 4; e++) {
+              const int at = v % (TILE_N / 8) * 4 + e;
+              of[at] = of[at] + four[e];
+            }
+          }
+        }
+      }
+      if (!FETCH_EARLY) fetch_first();
+#endif
 
       // Finish what this block owns of the tile; `value(i, at)` is register `at` of the owned columns of rows 64 i.
       auto finish_tile = [&](auto value) {
@@ -358,7 +497,7 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
             }
             // After a tile's last round the buffers are needed for the output first. After the last tile's nobody
             // waits for room: whoever is done may leave.
-            if (part + 1 < ROUNDS || (!TMA_STORE && tile + clusters < tiles)) {
+            if (part + 1 < ROUNDS || (!TMA_STORE && segment.tile + clusters < tiles)) {
               warp_sync();
               grant_room();
             }
