@@ -60,8 +60,11 @@ class Processors:
         return observe_tensor(tensor, channels, exponent=exponent)
 
     def array(self, tensor: Any) -> Any:
-        """Return a tensor, fed or run, as an array of floats."""
+        """Return a tensor, fed or run, as an array of floats. It must outlive what is done with the array."""
         return tensor
+
+    def wait(self) -> None:
+        """Return when all is done that was begun with tensors: they may be dropped then."""
 
     def patches(self, x: Any, **window: Any) -> Iterator[Any]:
         """Cut such an array into patches, as `quantkit.statistics.patches` does."""
@@ -144,6 +147,12 @@ class Gpu(Processors):
         from quantkit.kernels.gram import device_patches
 
         return device_patches(x, **window)
+
+    def wait(self) -> None:
+        """ONNX Runtime gives memory to its next run as soon as it is dropped, whatever CuPy still has to do."""
+        from quantkit.kernels.device import cupy
+
+        cupy().cuda.get_current_stream().synchronize()
 
     def gram(self, size: int, groups: int) -> Collects:
         """Return a Gram matrix on the GPU."""

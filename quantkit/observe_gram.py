@@ -126,10 +126,12 @@ def observe_grams(
             feeds = place.feeds(batch)
             tensors = feeds if session is None else {**feeds, **place.run(session, feeds)}
             for name, reading in readers.items():
-                array = place.array(tensors.pop(name))
+                tensor = tensors.pop(name)
+                array = place.array(tensor)
                 for view in reading:
                     for rows in vectors(array, work.views[view], cut=place.patches):
                         grams[view].observe(rows)
+                place.wait()
             on_samples(batch_length(batch, axes))
         for view, gram in grams.items():
             yield view, gram.result()

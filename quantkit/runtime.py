@@ -187,6 +187,8 @@ def upload(feeds: Feeds, provider: Provider) -> dict[str, Any]:
     """Return arrays as OrtValues in the provider's memory; bfloat16, which has no way there, in the host's."""
     import onnxruntime as ort
 
+    if provider.name == CUDA.name:
+        _load_cuda()
     return {
         name: _ort_value(array)
         if array.dtype == ml_dtypes.bfloat16

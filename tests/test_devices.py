@@ -1,5 +1,7 @@
 """Calibrating on a GPU where there is none: ONNX Runtime's CPU provider lends its memory, the emulator counts there."""
 
+import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +21,7 @@ from quantkit.graph.linears import find_linears
 from quantkit.kernels import device as gpu
 from quantkit.kernels import statistics as reducing
 from quantkit.kernels.emulator import find_compiler
-from quantkit.kernels.gram import DeviceGram, device_patches
+from quantkit.kernels.gram import DeviceGram, as_floats, device_patches
 from quantkit.kernels.statistics import DeviceArray, device_array, observe_device_tensor
 from quantkit.observe import observe
 from quantkit.observe_gram import divide_grams, observe_grams
@@ -37,8 +39,22 @@ class Lent(FakeCupy):
     def __init__(self) -> None:
         super().__init__()
         self.read: list[int] = []
+        self.waits = 0
+        self.cuda.get_current_stream = lambda: SimpleNamespace(synchronize=self.wait)
+        self.cuda.UnownedMemory = lambda address, size, owner: (address, size)
+        self.cuda.MemoryPointer = lambda memory, offset: memory
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def ndarray(self, shape: tuple[int, ...], dtype: Any, memptr: tuple[int, int]) -> np.ndarray:
+        array = np.frombuffer((ctypes.c_char * memptr[1]).from_address(memptr[0]), dtype).reshape(shape)
+        self.read.append(array.ctypes.data)
+        return self.memory.shown(array)
 
     def from_dlpack(self, value: Any) -> np.ndarray:
+        if value.data_type() == "tensor(bfloat16)":
+            raise NotImplementedError("CuPy does not support bfloat16 yet")
         array = np.from_dlpack(value)
         self.read.append(array.ctypes.data)
         return self.memory.shown(array)
@@ -134,6 +150,29 @@ def test_what_onnx_runtime_made_is_read_where_it_lies(cupy):
         np.testing.assert_array_equal(np.from_dlpack(value), session.run(feeds)[name])
 
 
+def test_a_type_that_cupy_lacks_is_read_where_it_lies_too(cupy):
+    model = load_graph(model_of("(float[N,8] x) => (bfloat16[N,8] y) { y = Cast <to = 16> (x) }"))
+    x = np.linspace(-3, 3, 40).reshape(5, 8).astype(np.float32)
+    session = Session(model.model, provider=devices.Gpu.provider)
+    (value,) = session.run_there(upload({"x": x}, devices.Gpu.provider)).values()
+    tensor = device_array(value)
+    assert (tensor.dtype, tensor.array.dtype) == ("bfloat16", np.uint16)
+    assert cupy.read == [value.data_ptr()]
+    histogram, want = FloatHistogram(), FloatHistogram()
+    histogram.include(observe_device_tensor(tensor, None, exponent=-100))
+    want.observe(x.astype(ml_dtypes.bfloat16))
+    assert histogram == want
+    np.testing.assert_array_equal(
+        np.asarray(as_floats(tensor)), x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    )
+
+
+def test_what_are_no_floats_is_refused(cupy):
+    value = upload({"x": np.arange(3)}, devices.Gpu.provider)["x"]
+    with pytest.raises(KernelError, match=r"a tensor\(int64\) is no tensor of floats"):
+        device_array(value)
+
+
 # --- observing ----------------------------------------------------------------------------------------------
 
 
@@ -194,6 +233,9 @@ def test_gram_matrices_from_the_gpu_are_those_of_the_cpu(cupy, name):
     work = divide_grams(graph, source, linears.values())
     here, there = (dict(observe_grams(graph, source, work, device=device)) for device in ("cpu", "cuda"))
     assert here.keys() == there.keys()
+    # Before a tensor's memory is given to the next run.
+    tensors = {linear.tensor for linear in linears.values()}
+    assert cupy.waits == len(tensors) * -(-3 // work.batch_size)
     for view, want in here.items():
         found = there[view]
         assert (found.count, found.products.dtype) == (want.count, np.float64)

@@ -39,10 +39,12 @@ class DeviceArray:
     Attributes:
         array: CuPy's, C-contiguous; uint16 where CuPy lacks the type.
         dtype: the elements' type, by NumPy's name.
+        owner: whose memory it is, if it is not CuPy's own.
     """
 
     array: Any
     dtype: str
+    owner: Any = None
 
 
 def require_gpu(what: str) -> None:
@@ -53,27 +55,27 @@ def require_gpu(what: str) -> None:
 
 
 def device_array(value: Any) -> DeviceArray:
-    """Return what an OrtValue on the GPU holds, without a copy; the memory lives as long as the array.
+    """Return what an OrtValue on the GPU holds, without a copy: by DLPack, else by its address.
 
     Raises:
         KernelError: CuPy cannot read it.
     """
-    cupy, dtype = gpu.cupy(), _TYPES.get(value.data_type(), value.data_type())
+    cupy, dtype = gpu.cupy(), _TYPES.get(value.data_type())
+    if dtype is None:
+        raise KernelError(f"statistics: a {value.data_type()} is no tensor of floats; leave it to the CPU.")
     try:
-        if dtype == "bfloat16":
-            # Two bytes stand for what CuPy has no type for.
-            shape = tuple(value.shape())
-            size = 2 * int(np.prod(shape, dtype=np.int64))
-            memory = cupy.cuda.UnownedMemory(value.data_ptr(), size, owner=value)
-            array = cupy.ndarray(shape, np.uint16, memptr=cupy.cuda.MemoryPointer(memory, 0))
-        else:
-            array = cupy.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise KernelError(f"statistics: CuPy cannot read a {value.data_type()} ({error}).") from error
-    return DeviceArray(array=array, dtype=dtype)
+        array = cupy.from_dlpack(value)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+        # CuPy has no bfloat16, for which two bytes stand, and older OrtValues speak no DLPack.
+        plain = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+        shape = tuple(value.shape())
+        size = plain.itemsize * int(np.prod(shape, dtype=np.int64))
+        memory = cupy.cuda.UnownedMemory(value.data_ptr(), size, owner=value)
+        array = cupy.ndarray(shape, plain, memptr=cupy.cuda.MemoryPointer(memory, 0))
+    return DeviceArray(array=array, dtype=dtype, owner=value)
 
 
-# What ONNX Runtime calls the types that are counted as they are.
+# What ONNX Runtime calls floats.
 _TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
