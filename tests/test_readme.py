@@ -64,6 +64,9 @@ def printed(folder: Path) -> dict[int, str]:
     found = {}
     with contextlib.chdir(folder):
         for block in BLOCKS:
+            named = re.match(r"# (\w+\.toml)\n", block.text)
+            if block.language == "toml" and named:
+                Path(named[1]).write_text(block.text, encoding="utf-8")
             if block.language in ("sh", "python"):
                 found[block.line] = _run(block)
     return found
