@@ -247,8 +247,13 @@ def matmul(
 def _tile_now(problem: Problem, kind: EpilogueKind, device: int) -> Tile:
     """The tile to run with: a CUDA graph cannot have stream-K, so it gets the best of the others."""
     tile = _tile(problem, kind, device)
-    captured = tile.stream and gpu.cupy().cuda.get_current_stream().is_capturing()
-    return _tile(problem, kind, device, stream=False) if captured else tile
+    if not tile.stream:
+        return tile
+    whole = _tile(problem, kind, device, stream=False)
+    if gpu.cupy().cuda.get_current_stream().is_capturing():
+        return whole
+    gemm_run.load_sm90(problem, whole, kind, device)
+    return tile
 
 
 @lru_cache(maxsize=4096)

@@ -54,6 +54,18 @@ def _launch(problem: Problem, tile: Tile, kind: EpilogueKind, multiprocessors: i
     return launch_of(problem, tile, kind, multiprocessors)
 
 
+@lru_cache(maxsize=4096)
+def load_sm90(problem: Problem, tile: Tile, kind: EpilogueKind, device: int) -> None:
+    """Compile and load a kernel that a CUDA graph may capture later, which allows neither."""
+    gpu.kernel_of(_launch(problem, tile, kind, gpu.multiprocessors(device)), device)
+
+
+@lru_cache(maxsize=4096)
+def load_mma(problem: Problem, tile: MmaTile, kind: EpilogueKind, arch: str, device: int) -> None:
+    """Compile and load a kernel that a CUDA graph may capture later, which allows neither."""
+    _mma_function(mma_launch.launch_of(problem, tile, kind, arch), device)
+
+
 def run_sm90(call: Call, tile: Tile) -> None:
     """Launch gemm_sm90.cu.
 
@@ -61,9 +73,13 @@ def run_sm90(call: Call, tile: Tile) -> None:
     captured launches have none.
     """
     cupy, problem, (a, pitch) = gpu.cupy(), call.problem, call.a
-    stream = cupy.cuda.get_current_stream() if tile.stream else None
-    if stream is not None and stream.is_capturing():
-        tile = replace(tile, stream=False)
+    stream = None
+    if tile.stream:
+        stream, whole = cupy.cuda.get_current_stream(), replace(tile, stream=False)
+        if stream.is_capturing():
+            tile = whole
+        else:
+            load_sm90(problem, whole, call.kind, call.device)
     launch = _launch(problem, tile, call.kind, gpu.multiprocessors(call.device))
     operands = [
         (a.data.ptr, (problem.m, problem.k), pitch),
@@ -97,22 +113,19 @@ def run_mma(call: Call, tile: MmaTile, arch: str) -> None:
     """
     cupy, (a, pitch) = gpu.cupy(), call.a
     stream = cupy.cuda.get_current_stream()
-    if tile.slices > 1 and stream.is_capturing():
-        tile = replace(tile, slices=1)
+    if tile.slices > 1:
+        whole = replace(tile, slices=1)
+        if stream.is_capturing():
+            tile = whole
+        else:
+            load_mma(call.problem, whole, call.kind, arch, call.device)
     launch = mma_launch.launch_of(call.problem, tile, call.kind, arch)
     workspace, arrivals = 0, 0
     if launch.arrivals:
         workspace, arrivals = _meeting_place(
             call.device, stream.ptr, launch.workspace_bytes, launch.arrivals, cupy
         )
-    function = gpu.function_of(
-        call.device,
-        mma_launch.SOURCE,
-        mma_launch.KERNEL,
-        tuple(sorted(launch.defines.items())),
-        launch.shared_bytes,
-    )
-    function(
+    _mma_function(launch, call.device)(
         launch.grid,
         (launch.block,),
         (
@@ -126,6 +139,11 @@ def run_mma(call: Call, tile: MmaTile, arch: str) -> None:
         ),
         shared_mem=launch.shared_bytes,
     )
+
+
+def _mma_function(launch: mma_launch.MmaLaunch, device: int) -> Any:
+    defines = tuple(sorted(launch.defines.items()))
+    return gpu.function_of(device, mma_launch.SOURCE, mma_launch.KERNEL, defines, launch.shared_bytes)
 
 
 # Of each device and stream: memory for partial sums, and counters that are zero between launches.

@@ -90,6 +90,7 @@ class FakeCupy:
         self.memory = Memory()
         self.capturing = False
         self.allocations = 0
+        self.loaded: set[tuple[Any, ...]] = set()
         self.launches: list[tuple[str, dict[str, Any], tuple[int, ...]]] = []
         stream = SimpleNamespace(ptr=0, is_capturing=lambda: self.capturing)
         self.cuda = SimpleNamespace(Device=lambda: SimpleNamespace(id=0), get_current_stream=lambda: stream)
@@ -134,6 +135,9 @@ class FakeCupy:
         self, device: int, source: Path, name: str, defines: Any, shared_bytes: int | None = None
     ) -> Any:
         macros: Mapping[str, Any] = dict(defines)
+        key = name, tuple(sorted(defines))
+        assert not self.capturing or key in self.loaded, "a capture cannot compile and load a kernel"
+        self.loaded.add(key)
 
         def launch(grid: Any, block: Any, arguments: Any, shared_mem: int) -> None:
             assert shared_bytes in (None, shared_mem)
@@ -171,6 +175,11 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: str) -> FakeCupy:
         monkeypatch.setattr(tuning, name, lambda problem, kind, device: None)
     monkeypatch.setattr(gemm_run, "_meeting_places", {})
     # What another test chose for another GPU is no choice here, and this one's is none elsewhere.
-    for remembered in (gemm._tile, gemm._mma_tile):
-        monkeypatch.setattr(gemm, remembered.__name__, remembered.__wrapped__)
+    for module, remembered in (
+        (gemm, gemm._tile),
+        (gemm, gemm._mma_tile),
+        (gemm_run, gemm_run.load_sm90),
+        (gemm_run, gemm_run.load_mma),
+    ):
+        monkeypatch.setattr(module, remembered.__name__, remembered.__wrapped__)
     return fake
