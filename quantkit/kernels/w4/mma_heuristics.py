@@ -112,13 +112,17 @@ def w4_mma_candidates(problem: W4Problem, device: MmaDevice) -> Iterator[W4MmaTi
 
 # What eight codes of each of a warp's lanes cost besides mma and ldmatrix, in instructions: those of the loop over K
 # for eight rows of A, counted in the machine code of sm_80 (sm_120 has 1 to 3 % fewer).
-_DECODED = {"int4": 19.2, "uint4": 24.9, "e4m3": 27.7, "e8m0": 25.7, "uint8": 14.2, "none": 14.2}
+_DECODED = {"int4": 18.7, "uint4": 24.5, "fp4_e2m1": 18.7, "e4m3": 25.7, "e8m0": 24.7}
+_DECODED_TO_EIGHT_BITS = {"e8m0": 17.9, "uint8": 14.2, "none": 14.2}
 
 
 def instructions_of_eight(problem: W4Problem, rows: int) -> float:
     """Return the instructions a lane needs for eight codes and `rows` rows of A: copies, decoding, ldmatrix, mma."""
-    by_scales = problem.codes == "fp4_e2m1" or problem.slab == 128
-    return _DECODED[problem.scales if by_scales else problem.codes] + -(-rows // 8) * 96 / problem.slab
+    if problem.slab == 128:
+        decoded = _DECODED_TO_EIGHT_BITS[problem.scales]
+    else:
+        decoded = _DECODED[problem.scales if problem.codes == "fp4_e2m1" and problem.group else problem.codes]
+    return decoded + -(-rows // 8) * 96 / problem.slab
 
 
 def w4_mma_estimate_us(problem: W4Problem, tile: W4MmaTile, device: MmaDevice) -> float:

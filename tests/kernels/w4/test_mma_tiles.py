@@ -31,6 +31,7 @@ SHIPPED: list[tuple[str, int, dict[str, Any]]] = [
     ("sm_80", 4096, WITH_ZEROS),
     ("sm_86", 64, NVFP4 | {"activations": "float16"}),
     ("sm_89", 16, MXFP4),
+    ("sm_89", 64, MXFP4 | {"activations": "float8_e4m3fn"}),
     ("sm_90a", 4096, {"output": "float32"}),
     ("sm_120a", 4096, NVFP4),
     ("sm_120a", 8, {"activations": "int8", "scales": "uint8"}),
@@ -49,8 +50,8 @@ def check_build(folder: Path, arch: str, one: W4Problem, tile: W4MmaTile, kind: 
     launch = w4_mma_launch_of(one, tile, kind)
     built = compile_kernel(SOURCE, arch=arch, defines=launch.defines, cache=folder)
     found = opcodes(built.cubin)
-    eight = one.activations == "int8"
-    assert {name for name in found if name.endswith("MMA")} == {"IMMA" if eight else "HMMA"}
+    letter = {"int8": "I", "float8_e4m3fn": "Q"}.get(one.activations, "H")
+    assert {name for name in found if name.endswith("MMA")} == {f"{letter}MMA"}
     assert (found["LDL"], found["STL"], built.spill_bytes, built.stack_bytes, built.warnings) == (
         0,
         0,
@@ -59,7 +60,7 @@ def check_build(folder: Path, arch: str, one: W4Problem, tile: W4MmaTile, kind: 
         (),
     )
     # Two codes an instruction that makes numbers of them, and that often for each 16 rows, slab by slab.
-    assert eight or found["HFMA2"] + found["HMUL2"] + found["HADD2"] >= 16 * tile.slabs
+    assert letter != "H" or found["HFMA2"] + found["HMUL2"] + found["HADD2"] >= 16 * tile.slabs
     assert found["LDSM"] > 0 and found["LDGSTS"] > 0  # ldmatrix, cp.async
 
 
