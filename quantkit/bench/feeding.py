@@ -74,8 +74,12 @@ def capture(
     batch, origin = found if found is not None else (_made_up(inputs, dims, graph.name), "")
     samples = batch_length(batch, batch_axes(inputs))
     wanted = list(dict.fromkeys(names))
+    # What is fed is not asked back: ONNX Runtime would hand out the memory of the batch, which is gone first.
+    made = [name for name in wanted if name not in batch]
     try:
-        tensors = Session(graph.model, outputs=wanted, optimize=False).run(batch)
+        tensors = {name: batch[name] for name in wanted if name in batch}
+        if made:
+            tensors |= Session(graph.model, outputs=made, optimize=False).run(batch)
     except ModelError:
         # Formats of which ONNX Runtime has no kernel: what their shapes are can be inferred.
         shapes = _inferred(graph, wanted, batch)

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 import quantkit
-from quantkit.bench import run
+from quantkit.bench import feeding, run
 from quantkit.bench.feeding import fits
 from quantkit.bench.tune import tune_model
 from quantkit.cache import CalibrationCache
@@ -176,3 +177,17 @@ def test_the_cache_is_read_not_written(folder: Path) -> None:
     cache = CalibrationCache.load("model.calib")
     quantkit.bench_model(None, cache, batches=[1])
     assert Path("model.calib").read_bytes() == before
+
+
+def test_what_a_model_is_fed_is_not_asked_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime hands out an input's own memory, which is gone when the batch is."""
+    asked: list[list[str]] = []
+
+    class Recorded(feeding.Session):
+        def __init__(self, model: Any, *, outputs: list[str], **options: Any) -> None:
+            asked.append(outputs)
+            super().__init__(model, outputs=outputs, **options)
+
+    monkeypatch.setattr(feeding, "Session", Recorded)
+    quantkit.bench_model("model.onnx", emulate=True, batches=[1], formats=["int8"])
+    assert asked and not any("input" in names for names in asked)
