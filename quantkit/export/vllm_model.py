@@ -23,7 +23,7 @@ from quantkit.export.safetensors_file import ReadTensor, read_safetensors
 from quantkit.export.vllm import CONFIG, NAMES
 from quantkit.export.vllm_schemes import Scheme, read_schemes
 from quantkit.formats import E8M0, QTensor, QuantSpec, dequantize
-from quantkit.formats.compressed_tensors import unpack_codes, unpack_qparams
+from quantkit.formats.compressed_tensors import code_layout, unpack_codes, unpack_qparams
 from quantkit.formats.scales import SMALLEST_SCALE
 from quantkit.graph import Graph
 
@@ -84,9 +84,9 @@ class _Reader:
             if name.rpartition(".")[0] == layer.path
         }
         rows, columns = self._shape(layer)
-        lacking = {"weight_scale"} - held.keys()
-        if lacking or not {"weight", "weight_packed"} & held.keys():
-            raise self._other(f"{layer.path} has no codes and scales")
+        codes, _, stored = code_layout((rows, columns), scheme.weights, packed=scheme.packed)
+        if not {codes, "weight_scale"} <= held.keys() or held[codes].shape != stored:
+            raise self._other(f"{layer.path} has no codes and scales for [{rows}, {columns}]")
         tensor = ir.LazyTensor(
             partial(_decoded, held, scheme, (rows, columns), layer.transposed),
             _FLOAT,
@@ -119,31 +119,38 @@ class _Reader:
             value = self._model.graph.initializers[layer.bias]
             value.const_value = self.floats(name, False, of=value)
         elif name in self._tensors and layer.linear:
-            for node_name in layer.nodes:
-                node = self._nodes[node_name]
-                output = node.outputs[0]
-                users = list(output.uses())
-                added = ir.node("Add", [output, self._stored(self.floats(name, False), name)])
-                added.outputs[0].type, added.outputs[0].shape = output.type, output.shape
-                self._model.graph.insert_after(node, added)
-                for user, index in users:
-                    user.replace_input_with(index, added.outputs[0])
+            for node in layer.nodes:
+                self._add_behind(self._nodes[node], name)
 
-    def floats(self, name: str, transposed: bool, *, of: ir.Value | None = None) -> ir.LazyTensor:
-        """Return a float tensor of the folder, in the type of the value whose place it takes, else in float32."""
+    def _add_behind(self, node: ir.Node, name: str) -> None:
+        """Put an Add of a vector of the folder behind a node."""
+        output = node.outputs[0]
+        vector = self._stored(self.floats(name, False, dtype=output.dtype), name)
+        added = ir.node("Add", [output, vector])
+        added.outputs[0].type, added.outputs[0].shape = output.type, output.shape
+        ir.convenience.replace_all_uses_with(output, added.outputs[0], replace_graph_outputs=True)
+        # The Add reads what it replaces.
+        added.replace_input_with(0, output)
+        self._model.graph.insert_after(node, added)
+        added.outputs[0].name, output.name = output.name, self._free(f"{output.name}::product")
+
+    def floats(
+        self, name: str, transposed: bool, *, of: ir.Value | None = None, dtype: ir.DataType | None = None
+    ) -> ir.LazyTensor:
+        """Return a float tensor of the folder, in the type of the value whose place it takes, or as `dtype` says."""
         if name not in self._tensors:
             raise self._other(f"{name} is missing")
         held = self._tensors[name]
-        dtype = _FLOAT if of is None or of.dtype is None else of.dtype
+        wanted = (dtype if of is None else of.dtype) or _FLOAT
         shape = held.shape[::-1] if transposed else held.shape
         if of is not None and of.shape is not None and tuple(of.shape) != shape:
             raise self._other(f"{name} has shape {list(shape)}")
 
         def read() -> ir.TensorProtocol:
-            array = held.array().astype(dtype.numpy())
-            return ir.tensor(np.ascontiguousarray(array.T if transposed else array), dtype=dtype, name=name)
+            array = held.array().astype(wanted.numpy())
+            return ir.tensor(np.ascontiguousarray(array.T if transposed else array), dtype=wanted, name=name)
 
-        return ir.LazyTensor(read, dtype, ir.Shape(shape), name=name)
+        return ir.LazyTensor(read, wanted, ir.Shape(shape), name=name)
 
     def _quantize_input(
         self, node: ir.Node, layer: Layer, spec: QuantSpec, scale: NDArray[np.float32] | None
@@ -169,11 +176,7 @@ class _Reader:
         return value if dtype is None else Arithmetic(node, self._taken).cast(value, dtype)
 
     def _stored(self, tensor: ir.TensorProtocol, wanted: str) -> ir.Value:
-        name, number = wanted, 1
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
+        name = self._free(wanted)
         value = ir.Value(
             name=name,
             shape=ir.Shape(tensor.shape.numpy()),
@@ -182,6 +185,14 @@ class _Reader:
         )
         self._model.graph.register_initializer(value)
         return value
+
+    def _free(self, wanted: str) -> str:
+        name, number = wanted, 1
+        while name in self._taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        self._taken.add(name)
+        return name
 
     def _shape(self, layer: Layer) -> tuple[int, int]:
         """The weight's shape [out, in], in the float model."""

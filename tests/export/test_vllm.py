@@ -486,6 +486,12 @@ def test_weights_and_activations_that_vllm_has_no_kernel_for_are_refused(linear,
         export(linear, tmp_path / "q", cache, preset="w4a8", group=16, symmetric=False)
 
 
+def test_a_rescaling_that_needs_a_tensor_of_its_own_is_refused(linear, cache, tmp_path):
+    with pytest.raises(PlanError, match=r"^x: its rescaling is a tensor of its own"):
+        export(linear, tmp_path / "q", cache, preset="int8", method="smoothquant", folds="insert")
+    assert not (tmp_path / "q").exists()
+
+
 def test_a_group_that_does_not_divide_names_those_that_do(tmp_path):
     model = model_of("(float[B,96] x) => (float[B,24] y) <float[96,24] w> { y = MatMul (x, w) }")
     with pytest.raises(SpecError, match=r"choose --group 16 or 32"):

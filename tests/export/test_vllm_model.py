@@ -10,6 +10,7 @@ import quantkit
 from quantkit.errors import ModelError
 from quantkit.export.vllm_model import read_folder
 from quantkit.graph import load_graph
+from quantkit.planning import obey
 from quantkit.runtime import Session
 from quantkit.simulate import simulate
 from tests.export.vllm_folders import PRESETS, ROWS, chain, dotted, export, two_layers
@@ -39,6 +40,24 @@ def test_every_preset_runs_as_its_plan_says(linear, cache, tmp_path, name):
     # A code of an activation may flip where float sums differ in their last bits.
     assert sqnr_db(planned, found) > sqnr_db(exact, planned) + 20
     assert np.mean(np.isclose(planned, found, rtol=1e-4, atol=1e-4 * np.abs(planned).max())) > 0.9
+
+
+@pytest.mark.parametrize("method", ["smoothquant+minmax", "equalize+bias+minmax"])
+def test_what_a_method_changed_besides_comes_back(tmp_path, method):
+    model = dotted("""(float[B,256] x) => (float[B,32] y)
+        <float[256,64] up__weight, float[64,32] down__weight, float[256] norm__weight, float[256] norm__bias> {
+        n = LayerNormalization (x, norm__weight, norm__bias)
+        h = MatMul (n, up__weight)
+        r = Relu (h)
+        y = MatMul (r, down__weight) }""")
+    graph, held = load_graph(model), quantkit.calibrate_model(model, ROWS)
+    exported = export(model, tmp_path / "q", held, preset="int8", method=method)
+    found = Session(read_folder(tmp_path / "q", graph).model, optimize=False).run({"x": _X})["y"]
+    changed = obey(graph, exported.plan).graph
+    assert not np.array_equal(changed.array("norm.weight"), graph.array("norm.weight")) or "bias" in method
+    planned = simulate(changed, exported.plan, {"x": _X})["y"]
+    assert np.mean(np.isclose(planned, found, rtol=1e-4, atol=1e-4 * np.abs(planned).max())) > 0.9
+    assert sqnr_db(planned, found) > 50
 
 
 def test_what_is_not_quantized_comes_from_the_folder_too(linear, cache, tmp_path):
@@ -116,19 +135,9 @@ def test_a_folder_of_something_else_is_refused_in_one_line(tmp_path, wrong):
     if wrong == "empty":
         (tmp_path / "q").mkdir()
     elif wrong == "another shape":
-        other = chain("a", "b")
-        export(other, tmp_path / "q", preset="int4", group=16)
-        wide = model_of(
-            """(float[B,64] x) => (float[B,64] y) <float[64,64] v, float[64,64] w> {
-            h = MatMul (x, v)
-            n = Mul (h, g)
-            y = MatMul (n, w) }""",
-            g=np.ones(64, np.float32),
-        )
-        wide.graph.node[0].name, wide.graph.node[2].name = "a", "b"
-        wide.graph.node[1].input[1] = "norm.weight"
-        next(t for t in wide.graph.initializer if t.name == "g").name = "norm.weight"
-        graph = load_graph(wide)
+        text = "(float[B,{0}] x) => (float[B,{0}] y) <float[{0},{0}] w> {{ y = MatMul (x, w) }}"
+        export(model_of(text.format(32)), tmp_path / "q", preset="int4", group=16)
+        graph = load_graph(model_of(text.format(64)))
     else:
         export(chain("a", "b"), tmp_path / "q", preset="int4", group=16)
         if wrong == "no config":
