@@ -124,7 +124,9 @@ def matmul_mx(
     workspace, arrivals = (0, 0)
     if launch.arrivals:
         workspace, arrivals = _meeting_place(device, stream.ptr, launch, cupy)
-    gpu.function_of(device, SOURCE, KERNEL, tuple(sorted(launch.defines.items())), launch.shared_bytes)(
+        # A CUDA graph runs the whole kernel, and can neither compile nor load it.
+        _function(_launch(problem, tile, kind, device, True), device)
+    _function(launch, device)(
         launch.grid,
         (launch.block,),
         (
@@ -143,6 +145,10 @@ def matmul_mx(
     if target is not out:
         out[...] = target
     return out
+
+
+def _function(launch: MxLaunch, device: int) -> Any:
+    return gpu.function_of(device, SOURCE, KERNEL, tuple(sorted(launch.defines.items())), launch.shared_bytes)
 
 
 def _check(a: Any, weight: PackedMxWeight, out_dtype: str, device: int) -> None:

@@ -131,6 +131,11 @@ def matmul_w4(
     macros = tuple(sorted(launch.defines.items()))
     if isinstance(launch, W4MmaLaunch):
         function = gpu.function_of(device, MMA_SOURCE, MMA_KERNEL, macros, launch.shared_bytes)
+        if launch.arrivals and workspace is None:
+            # A CUDA graph runs the whole kernel, and can neither compile nor load it.
+            whole = _planned(problem, tile, kind, arch, device, False)
+            defines = tuple(sorted(whole.defines.items()))
+            gpu.function_of(device, MMA_SOURCE, MMA_KERNEL, defines, whole.shared_bytes)
         held = workspace_of(device, stream.ptr, launch, workspace) if launch.arrivals else None
         pieces = (0, 0) if held is None else (held.partials.data.ptr, held.arrivals.data.ptr)
         row = np.int32(k * a.dtype.itemsize), np.int64(pitch), np.int32(form.slabs)
