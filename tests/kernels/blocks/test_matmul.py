@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quantkit.bench.operands import exact_operands
 from quantkit.errors import KernelError
 from quantkit.formats import (
     FP8_E4M3,
@@ -18,9 +19,12 @@ from quantkit.formats import (
 from quantkit.formats.presets import ACTIVATION_SPECS, weight_spec
 from quantkit.kernels import Epilogue, PackedWeight, matmul, pack_weight, quantize_activation, tuning
 from quantkit.kernels.blocks import matmul as launcher
+from quantkit.kernels.blocks.family import BlocksFamily
 from quantkit.kernels.blocks.heuristics import BLOCKS, BlocksTile
 from quantkit.kernels.blocks.matmul import PackedBlockWeight
 from quantkit.kernels.blocks.reference import blocks_reference
+from quantkit.kernels.gpus import get_gpu
+from quantkit.kernels.work import Work
 
 from ..fake_cupy import FakeCupy, install
 
@@ -127,3 +131,12 @@ def test_weights_without_blocks_are_packed_as_before(cupy):
     x = np.ones((8, 32), np.float32)
     packed = pack_weight(quantize(x, qparams_from_range(range_of(x, spec), spec), spec))
     assert isinstance(packed, PackedWeight)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_benchmarks_prepare_is_what_the_oracle_says(cupy, name):
+    work = Work(m=M, n=N, k=K, format=name, output="float32", bias=True, relu=True)
+    family, operands = BlocksFamily(), exact_operands(work)
+    for tile in family.ranked(work, get_gpu("h200"))[:3]:
+        d = family.prepare(work, operands, tile)()
+        np.testing.assert_array_equal(np.asarray(d), family.reference(work, operands))
