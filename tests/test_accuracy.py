@@ -125,3 +125,11 @@ def test_fp8_keeps_the_logits(model: Calibrated, everything: bool) -> None:
     sqnr, before, after = model.evaluate(preset="fp8", method="entropy", everything=everything)
     assert sqnr >= (model.floor.fp8_all if everything else model.floor.fp8)
     assert after >= before - (1.0 if everything else 0.5)
+
+
+@pytest.mark.slow
+def test_operator_form_keeps_as_much_as_its_plan_does_in_pairs(model: Calibrated) -> None:
+    pairs = model.evaluate(preset="int8", target="ort-cpu")
+    operators = model.evaluate(preset="int8", target="ort-qoperator")
+    assert abs(operators[2] - pairs[2]) <= 0.2
+    assert operators[0] == pytest.approx(pairs[0], abs=0.2)

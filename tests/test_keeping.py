@@ -1,6 +1,7 @@
 """Models that carry Q/DQ pairs: their scales stay bit for bit, only what is bare is added, nothing is rounded twice."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,14 @@ def test_a_scale_of_other_bits_is_not_taken(held: dict[str, Calibrated]) -> None
     int8 = one.plan("ort").activations
     assert int8["r"].static.scale == RS
     np.testing.assert_allclose([int8["r"].range.lo, int8["r"].range.hi], [0, 255 * RS], rtol=1e-6)
+
+
+def test_a_tensor_whose_channels_were_scaled_has_no_scale_of_the_models(held: dict[str, Calibrated]) -> None:
+    one = held["one of two readers"]
+    plans, own = one.plan("ort-cpu").activations, kept_scales(one.graph)
+    widened = {"r": replace(plans["r"], qparams=plans["x"].qparams)}
+    assert with_kept_scales(widened, own, but={"r"}) == widened
+    assert with_kept_scales(widened, own)["r"].static.scale == RS
 
 
 def test_an_export_tells_what_was_quantized_already(tmp_path: Path) -> None:

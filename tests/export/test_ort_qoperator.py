@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -232,6 +233,43 @@ def test_inputs_of_a_concat_under_scales_of_their_own_keep_them(tmp_path: Path) 
     held = network("z = Concat <axis = 1> (c, d)", channels=8)
     plan = with_ranges(held, x=(-3, 4), c=(-2, 3), d=(-1, 2), z=(-4, 5))
     assert checked(held, tmp_path, plan)["QLinearConcat"] == 1
+
+
+def test_a_tensor_that_something_reads_in_float_is_computed_in_float_and_quantized_beside(
+    tmp_path: Path,
+) -> None:
+    model = model_of("""(float[N,8,8] x) => (float[N,8,8] y, float[N,8,8] t) <float[8,8] w0, float[8,8] w1> {
+        h = MatMul (x, w0) t = Tanh (h) y = MatMul (h, w1) }""")
+    found = checked(calibrate(model, images(8, 8)), tmp_path)
+    assert found == {"QuantizeLinear": 2, "MatMulIntegerToFloat": 2, "Tanh": 1}
+
+
+@pytest.mark.parametrize(
+    ("stored", "why"),
+    [
+        ({"ws": np.full(4, 0.01, np.float32), "wz": np.zeros(4, np.int8), "axis": 1}, "scales of inputs"),
+        ({"ws": np.full(4, 0.01, np.float32), "wz": np.arange(4, dtype=np.int8), "axis": 0}, "zero points"),
+        ({"ws": np.float32(0.01), "wz": np.int8(0), "axis": 0}, "a bias of another scale"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_model_has_quantized_as_no_kernel_takes_it_stays_as_it_is(
+    stored: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    model = model_of(
+        f"""(float[N,4,8,8] x) => (float[N,4,8,8] y) <float[4,4,1,1] w1> {{
+        w = DequantizeLinear <axis = {stored["axis"]}> (codes, ws, wz)
+        b = DequantizeLinear (bias, bs)
+        a = Conv <pads = [1,1,1,1]> (x, w{", b" if "bias" in why else ""})
+        y = Conv (a, w1) }}""",
+        codes=np.random.default_rng(0).integers(-127, 128, (4, 4, 3, 3)).astype(np.int8),
+        bias=np.array([100, -2000, 30, 4], np.int32),
+        bs=np.float32(0.0002),
+        **{name: array for name, array in stored.items() if name != "axis"},
+    )
+    found = checked(calibrate(model, images(4, 8, 8)), tmp_path)
+    assert found["Conv"] == 1
+    assert found["ConvInteger"] == 1
 
 
 def test_a_written_file_is_known_to_be_quantized(tmp_path: Path) -> None:
