@@ -8,6 +8,7 @@ import onnx_ir as ir
 from quantkit.calibrators import Calibrator
 from quantkit.formats import QuantSpec
 from quantkit.graph import Graph, LeftAlone, Site, find_sites
+from quantkit.graph.dequantized import is_stored
 from quantkit.graph.sites import is_depthwise_or_narrow
 from quantkit.presets import Preset, Target, kind_of
 from quantkit.settings import NodeSettings, node_settings
@@ -236,11 +237,11 @@ def _no_layer(node: ir.Node) -> str:
     """What a MatMul is that multiplies by no constant matrix; "" for everything else."""
     if node.op_type != "MatMul":
         return ""
-    constants = [v for v in node.inputs[:2] if v is not None and v.is_initializer()]
+    constants = [v for v in node.inputs[:2] if v is not None and is_stored(v)]
     if not constants:
         return "a product of two activations"
-    assert constants[0].shape is not None
-    return "" if len(constants[0].shape) == 2 else "a stack of matrices"
+    shape = constants[0].shape
+    return "" if shape is None or len(shape) == 2 else "a stack of matrices"
 
 
 def _no_blocks(preset: Preset) -> str:

@@ -132,3 +132,12 @@ def test_an_output_that_a_layer_reads_too_is_quantized_for_that_layer() -> None:
 def test_a_weight_used_along_two_axes_is_placed_twice() -> None:
     axes = [(w.site.name, w.site.axis) for w in placed("shared_weight_axes").weights]
     assert axes == [("w", 1), ("w", 0)]
+
+
+def test_a_target_of_layers_alone_leaves_products_and_stacks_in_float() -> None:
+    assert "a stack of matrices" in left(placed("matmul_batched_weight", "vllm"))["MatMul"]
+    products = placed("masked_attention", "vllm")
+    assert set(products.nodes) == {weight.site.node for weight in products.weights}
+    assert all("a product of two activations" in reason for reason in left(products).values())
+    # Its own quantization makes a weight of it all the same.
+    assert "two activations" not in str(left(placed("weight_only_quantized", "vllm")))
