@@ -29,7 +29,7 @@ from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.compile import compile_kernel
 from quantkit.kernels.epilogue import EpilogueKind
-from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, deepest, few_tiles, w4_choose
+from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, deepest, w4_candidates, w4_choose
 from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
 from quantkit.kernels.w4.layout import Layout4, Packed4
 from quantkit.kernels.w4.matmul import PackedWeight4, Workspace4, matmul_w4, pack_weight4, upload4
@@ -41,17 +41,22 @@ FORMS = {
     "int4g32": {"codes": "int4", "group": 32, "scales": "bfloat16", "zeros": False},
     "nvfp4": {"codes": "fp4_e2m1", "group": 16, "scales": "e4m3", "zeros": False},
     "mxfp4": {"codes": "fp4_e2m1", "group": 32, "scales": "e8m0", "zeros": False},
-}
+    "w4a8": {"codes": "int4", "group": 128, "scales": "uint8", "zeros": False, "activations": "int8"},
+    "mxfp4-fp8": {
+        "codes": "fp4_e2m1", "group": 32, "scales": "e8m0", "zeros": False, "activations": "float8_e4m3fn"
+    },
+}  # fmt: skip
+CARRIERS = {"bfloat16": np.uint16, "float16": np.float16, "int8": np.int8, "float8_e4m3fn": np.uint8}
 
 
 def problem_of(m: int, n: int, k: int, form: str, output: str = "bfloat16") -> W4Problem:
-    return W4Problem(m=m, n=n, k=k, activations="bfloat16", output=output, **FORMS[form])
+    return W4Problem(m=m, n=n, k=k, output=output, **({"activations": "bfloat16"} | FORMS[form]))
 
 
 def candidates(problem: W4Problem) -> list[W4Tile | W4Few]:
     m = problem.m
-    if m <= 16:
-        return list(few_tiles(problem, 132))
+    if m <= 16 or problem.activations == "float8_e4m3fn":
+        return w4_candidates(problem)
     shapes: list[dict[str, Any]] = []
     if m <= 64:
         tile_n = 32 if m <= 32 else 64
@@ -145,13 +150,16 @@ def random_weight(rng: np.random.Generator, n: int, k: int, form: str, group: in
 def check() -> dict[str, Any]:
     rng = np.random.default_rng(0)
     forms = [
-        ("int4", 128),
-        ("int4", 32),
-        ("int4", None),
-        ("uint4", 64),
-        ("uint4", 128),
-        ("nvfp4", 16),
-        ("mxfp4", 32),
+        ("int4", 128, None),
+        ("int4", 32, None),
+        ("int4", None, None),
+        ("uint4", 64, None),
+        ("uint4", 128, None),
+        ("nvfp4", 16, None),
+        ("mxfp4", 32, None),
+        ("int4", 128, "int8"),
+        ("uint4", 32, "int8"),
+        ("mxfp4", 32, "float8_e4m3fn"),
     ]
     shapes = [
         (1, 8, 128),
@@ -165,23 +173,12 @@ def check() -> dict[str, Any]:
         (520, 2048, 4096),
     ]
     jobs = []
-    for number, ((m, n, k), (form, group)) in enumerate(itertools.product(shapes, forms)):
-        act = ("bfloat16", "float16")[number % 2]
+    for number, ((m, n, k), (form, group, eight)) in enumerate(itertools.product(shapes, forms)):
+        act = eight or ("bfloat16", "float16")[number % 2]
         out = ("bfloat16", "float32", "float16")[number % 3]
         weight = random_weight(rng, n, k, form, group)
-        packed = pack_weight4(weight)
-        f = packed.layout
-        problem = W4Problem(
-            m=m,
-            n=n,
-            k=k,
-            activations=act,
-            output=out,
-            codes=f.codes,
-            group=f.group,
-            scales=f.scales,
-            zeros=f.zeros,
-        )
+        packed = pack_weight4(weight, activation_bits=8 if eight else 16)
+        problem = W4Problem.of(packed.layout, m=m, activations=act, output=out)
         tiles = candidates(problem)
         picked = {w4_choose(problem), *(tiles[(5 * number + 7 * i) % len(tiles)] for i in range(1))}
         jobs.append((problem, weight, packed, picked))
@@ -193,10 +190,8 @@ def check() -> dict[str, Any]:
         want = cupy.asnumpy(
             cupy.asarray(a, np.float64) @ cupy.asarray(dequantize(weight), np.float64).T
         ).astype(np.float32)
-        host = a.astype(ml_dtypes.bfloat16) if problem.activations == "bfloat16" else a.astype(np.float16)
-        on_gpu = (
-            cupy.asarray(host.view(np.uint16)) if problem.activations == "bfloat16" else cupy.asarray(host)
-        )
+        host = a.astype(getattr(ml_dtypes, problem.activations, problem.activations))
+        on_gpu = cupy.asarray(host.view(CARRIERS[problem.activations]))
         kind = ml_dtypes.bfloat16 if problem.output == "bfloat16" else problem.output
         for tile in tiles:
             if info[key_of(problem, tile)][0] == 0:
@@ -274,30 +269,22 @@ class Operands:
     def weight(self, form: str) -> PackedWeight4:
         """Return a random weight of a form."""
         if form not in self.weights:
-            f = Layout4(
-                n=self.n,
-                k=self.k,
-                codes=FORMS[form]["codes"],
-                group=FORMS[form]["group"],
-                scales=FORMS[form]["scales"],
-                zeros=FORMS[form]["zeros"],
-            )
-            codes = cupy.random.randint(0, 256, (f.slabs, f.blocks, 2048), dtype=np.uint8)
-            size = {"bfloat16": 2, "e4m3": 1, "e8m0": 1}[f.scales]
+            plain = {name: FORMS[form][name] for name in ("codes", "group", "scales", "zeros")}
+            eight = "activations" in FORMS[form]
+            f = Layout4(n=self.n, k=self.k, activation_bits=8 if eight else 16, **plain)
+            codes = cupy.random.randint(0, 256, (f.slabs, f.blocks, 32 * f.slab), dtype=np.uint8)
+            size = 2 if f.scales == "bfloat16" else 1
             shape = (f.sides, f.blocks, 32, 2 * f.groups_in_slab * size)
-            if (
-                size == 2
-            ):  # as they are stored: from 2^126 on for upper rows, a sixteenth of that for lower ones
+            if size == 2:
+                # As they are stored: from 2^126 on for upper rows, a sixteenth of that for lower ones.
                 pairs = cupy.random.randint(0, 128, (*shape[:-1], 2, f.groups_in_slab), dtype=np.uint16)
                 pairs += cupy.asarray([[0x7E80], [0x7C80]], np.uint16)
                 scales = pairs.reshape(*shape[:-1], shape[-1] // 2).view(np.uint8)
             else:
-                scales = cupy.random.randint(
-                    240 if f.scales == "e8m0" else 40,
-                    255 if f.scales == "e8m0" else 80,
-                    shape,
-                    dtype=np.uint8,
-                )
+                low, high = {"e4m3": (40, 80), "uint8": (1, 17), "e8m0": (3, 15) if eight else (240, 255)}[
+                    f.scales
+                ]
+                scales = cupy.random.randint(low, high, shape, dtype=np.uint8)
             zeros = (
                 cupy.random.randint(0, 256, (f.sides, f.blocks, 32, f.groups_in_slab), dtype=np.uint8)
                 if f.zeros
@@ -310,7 +297,13 @@ class Operands:
 
     def ours(self, m: int, form: str, tile: W4Tile | W4Few | None = None) -> Any:
         """Return a call of our kernel."""
-        a, weight = cupy.asarray(self.a[:m].view(torch.int16)).view(np.uint16), self.weight(form)
+        kind, weight = FORMS[form].get("activations", "bfloat16"), self.weight(form)
+        if kind == "bfloat16":
+            a = cupy.asarray(self.a[:m].view(torch.int16)).view(np.uint16)
+        else:
+            eight = torch.float8_e4m3fn if kind == "float8_e4m3fn" else torch.int8
+            codes = (self.a[:m] * (1 if kind == "float8_e4m3fn" else 32)).to(eight)
+            a = cupy.asarray(codes.view(torch.uint8)).view(CARRIERS[kind])
         return lambda: matmul_w4(a, weight, out=self.out[:m], tile=tile, workspace=self.workspace)
 
     def torch(self, m: int) -> Any:

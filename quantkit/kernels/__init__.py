@@ -6,12 +6,14 @@
 
 from quantkit.kernels.gemm import Epilogue, PackedWeight, matmul, pack_weight
 from quantkit.kernels.quantize import Norm, QuantizedActivation, quantize_activation
+from quantkit.kernels.w4.operands import Workspace4
 
 __all__ = [
     "Epilogue",
     "Norm",
     "PackedWeight",
     "QuantizedActivation",
+    "Workspace4",
     "matmul",
     "pack_weight",
     "quantize_activation",

@@ -15,7 +15,7 @@ from quantkit.kernels.work import FORMATS, Work
 
 
 class W4MmaFamily(W4Family):
-    """The universal kernel. A CUDA graph runs it without slices of K, so tiles with slices are not tuned."""
+    """The universal kernel. Slices of K meet in a workspace that each prepared call has for itself."""
 
     name = KERNEL
     architectures = ARCHITECTURES
@@ -26,9 +26,8 @@ class W4MmaFamily(W4Family):
         return super().takes(work, gpu) and (has_e4m3 or FORMATS[work.format].activations != "e4m3")
 
     def candidates(self, problem: W4Problem, gpu: Gpu | None) -> Sequence[W4MmaTile]:
-        """Return every tile that a CUDA graph runs as it is, the one modelled fastest first."""
-        ranked = w4_mma_rank(problem, mma_device("sm_80", 4) if gpu is None else _device(gpu))
-        return ranked if gpu is None else [tile for tile in ranked if tile.slices == 1]
+        """Return every tile, the one modelled fastest first."""
+        return w4_mma_rank(problem, mma_device("sm_80", 4) if gpu is None else _device(gpu))
 
     def estimate_us(self, problem: W4Problem, configuration: W4MmaTile, gpu: Gpu) -> float:
         """Return the modelled time."""
