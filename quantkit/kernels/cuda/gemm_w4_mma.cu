@@ -15,9 +15,9 @@
 // The tensor core works while the loads are under way and the next codes are decoded.
 //
 // There is no path without the tensor core for one to four rows: it is there to take, and takes less. For eight codes of
-// a lane int4 needs 21 instructions (counted in sm_80's machine code, with copies and loop), one and a half of which are
-// mma and ldmatrix. Without them eight numbers would be converted to float32, eight of A loaded, and eight products added
-// for each row: 35 at the least, and the bytes are the same.
+// a lane int4 needs 20 instructions (counted in sm_80's machine code, with copies and loop), one and a half of which are
+// mma and ldmatrix. Without them eight numbers would be converted to float32, eight of A too, and eight products added
+// for each row: 43 at the least, and the bytes are the same.
 #include "tile_store.h"
 #include "w4_decode.h"
 
