@@ -57,11 +57,11 @@ _FIXED_US, _STEP_US = 6.4, 0.024  # launch, first bytes, end of a tile; a stage 
 
 # Of gemm_w4_sm90.cu: a launch, the first bytes, a tile's end; sums of a shared tile on their way through memory.
 _FIXED_TILES_US, _SHARED_US = 5.9, 5.0
-# Of the rate at which 8-bit products are modelled elsewhere, what is left where decoding shares the registers. Assumed:
-# no product of 8-bit activations by four-bit weights has been timed.
+# What is left of twice the rate of 16 bits where the board's power binds. Assumed: no product of 8-bit activations by
+# four-bit weights has been timed.
 _SUSTAINED = 0.85
 # Products and sums of 16-bit activations that a multiprocessor reaches in a microsecond, by the rows of A in a tile.
-_RATES = {8: 0.3e6, 16: 0.6e6, 32: 1.2e6, 64: 2.0e6, 128: 2.98e6, 256: 3.08e6}
+_RATES = {8: 0.4e6, 16: 0.8e6, 32: 1.2e6, 64: 2.0e6, 128: 2.98e6, 256: 3.08e6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +155,11 @@ def _tiles(problem: W4Problem, tile: W4Tile, device: Device) -> W4Cost:
     if problem.slab == 64:
         each = tile.tile_w * tile.tile_n * problem.k / _RATES[tile.tile_n]
     else:
-        # A warp of each consumer has each scheduler's slots; an instruction of fewer than 64 rows of A takes as long.
+        # A warp of each consumer has each scheduler's slots. An instruction takes as long as one of 16 bits, for twice
+        # as much of K.
         issued = tile.consumers * _INSTRUCTION * instructions / _CYCLES
-        macs = tile.tile_w * max(tile.tile_n, 64) * tile.slabs * problem.slab
-        multiplied = macs / (_SUSTAINED * device.macs_per_cycle * device.cycles_per_us)
-        multiplied *= 1.1 if tile.tile_n <= 64 else 1.0  # narrow ones read shared memory more often
+        rate = 2 * _RATES[tile.tile_n] * (_SUSTAINED if tile.tile_n >= 128 else 1.0)
+        multiplied = tile.tile_w * tile.tile_n * tile.slabs * problem.slab / rate
         alone = (issued + multiplied) / tile.consumers  # one consumer's work, of which nothing overlaps
         fetched = tile.slabs * (tile.tile_n // tile.cluster * 128 + tile.tile_w * problem.slab // 2)
         loaded = fetched * min(count, clusters) * tile.cluster / device.l2_bytes_per_us
