@@ -169,7 +169,13 @@ def test_the_shipped_tables_are_of_known_gpus_and_kernels() -> None:
         assert path.stem in GPUS
         table = TimingTable.from_json(path.read_text())
         assert table.entries
-        assert {key.kernel for key in table.entries} <= {"gemm_sm90", "gemm_mma", "gemm_w4_sm90"}
+        assert {key.kernel for key in table.entries} <= {
+            "gemm_sm90",
+            "gemm_mma",
+            "gemm_w4_sm90",
+            "gemm_w4_few",
+            "gemm_w4_mma",
+        }
 
 
 def test_a_table_survives_its_file() -> None:

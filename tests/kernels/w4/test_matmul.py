@@ -1,6 +1,6 @@
 """matmul_w4 from the door to the launch, on arrays that only look like CuPy's: the emulator is the GPU."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,15 +8,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from quantkit.bench.operands import exact_operands
 from quantkit.errors import KernelError
 from quantkit.kernels import device as gpu
 from quantkit.kernels.emulator import Swizzle, TensorMap, load
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.gemm import matmul, pack_weight
 from quantkit.kernels.gemm_operands import Epilogue
+from quantkit.kernels.gpus import get_gpu
 from quantkit.kernels.heuristics import Device
 from quantkit.kernels.timing_table import Entry
 from quantkit.kernels.w4 import choice, operands
+from quantkit.kernels.w4.family import W4Family
 from quantkit.kernels.w4.heuristics import W4Tile, w4_rank
 from quantkit.kernels.w4.launch import w4_few_launch_of
 from quantkit.kernels.w4.layout import pack4
@@ -24,6 +27,7 @@ from quantkit.kernels.w4.matmul import Workspace4, matmul_w4, pack_weight4
 from quantkit.kernels.w4.mma_heuristics import W4MmaTile
 from quantkit.kernels.w4.problem import W4Problem
 from quantkit.kernels.w4.reference import w4_reference
+from quantkit.kernels.work import Work
 
 from .weights import weight
 
@@ -149,6 +153,17 @@ def test_the_common_door_takes_weights_of_four_bits(cupy, kind, activations, dty
     d = matmul(cupy.asarray(carried), packed, out_dtype="float32", epilogue=Epilogue(row_scale=0.5))
     want = w4_reference(a, pack4(w, activation_bits=bits), row_scale=np.float32([0.5]), output="float32")
     np.testing.assert_array_equal(d, want)
+
+
+@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("form", ["int4", "nvfp4", "w4a8", "mxfp4-fp8"])
+def test_what_benchmarks_prepare_is_what_their_oracle_says(cupy, form, m):
+    work = Work(m=m, n=72, k=160, format=form, bias=True, relu=True)
+    family, operands = W4Family(), exact_operands(work)
+    h200 = get_gpu("h200")
+    tile = family.predict(work, replace(h200, multiprocessors=MULTIPROCESSORS)).configuration
+    d = family.prepare(work, operands, tile)()
+    np.testing.assert_array_equal(d.view(ml_dtypes.bfloat16), family.reference(work, operands))
 
 
 def test_the_door_refuses_activations_that_a_format_is_not_multiplied_by(cupy):
