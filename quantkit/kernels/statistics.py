@@ -150,7 +150,10 @@ def start_reduction(cube: Any, dtype: str, *, channels: bool, exponent: int) -> 
     sums, limits = cupy.empty(2 * parts, np.float64), cupy.empty(2 * parts, np.int32)
     above = _above(device)
     macros = tuple(sorted(launch.defines.items()))
-    gpu.function_of(device, SOURCE, KERNEL, macros, launch.shared_bytes)(
+    kernel = gpu.function_of(device, SOURCE, KERNEL, macros, launch.shared_bytes)
+    # All that is not L1's: two blocks a multiprocessor.
+    kernel.preferred_shared_memory_carveout = 100
+    kernel(
         (launch.grid,),
         (launch.block,),
         (

@@ -26,8 +26,10 @@ _WORDS = 8
 _BELOW = 1 << 16
 ABOVE = 1 << 20  # counters of what lies above the keys, by the top 20 bits
 
-# Threads of a block, of which a multiprocessor runs two: all it has, or fewer that need more registers than 64.
+# Threads of a block, of which a multiprocessor runs two: as many as have registers. By the bytes of an element.
 _FEW_REGISTERS = 512
+_RUNS_THREADS = {4: 448, 2: 384}
+_COLUMNS_THREADS = {4: 384, 2: 320}
 # Runs shorter than this many bytes are read an element a lane.
 _SHORT_BYTES = 512
 # Elements that a warp takes at a time: few enough for all warps to have some, enough to be worth its sums.
@@ -127,7 +129,7 @@ def _runs(
 ) -> StatisticsLaunch:
     before, count, behind = cube
     short = before * count > 1 and behind * _BYTES[dtype] < _SHORT_BYTES
-    threads = threads or (_FEW_REGISTERS if short else 384 if channels and _BYTES[dtype] == 2 else 448)
+    threads = threads or (_FEW_REGISTERS if short else _RUNS_THREADS[_BYTES[dtype]])
     warps = threads // 32
     wanted = min(max(before * count * behind // (4 * warps * blocks), _LEAST), _MOST)
     pieces = 1
@@ -161,7 +163,7 @@ def _columns(
     before: int, count: int, dtype: str, aligned: bool, blocks: int, threads: int | None
 ) -> StatisticsLaunch:
     vector = aligned and count % 4 == 0
-    threads = threads or (384 if vector else _FEW_REGISTERS)
+    threads = threads or (_COLUMNS_THREADS[_BYTES[dtype]] if vector else _FEW_REGISTERS)
     across = count // 4 if vector else count
     stripes = -(-across // 32)
     width = -(-across // stripes)

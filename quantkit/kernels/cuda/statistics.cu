@@ -31,7 +31,8 @@ constexpr int WARPS = THREADS / 32;
 static_assert(MODE != COLUMNS || WARPS >= 3, "a column has three threads or more");
 constexpr int BYTES = INPUT == INPUT_F32 ? 4 : 2;
 constexpr int PER = 16 / BYTES;                         // elements of 16 bytes
-constexpr int STEP = MODE == RUNS || (MODE == COLUMNS && VECTOR) ? 2 : 4;  // loads of a thread that are on their way together
+// Loads of a thread that are on their way together: 32 bytes, as far as there are.
+constexpr int STEP = MODE == RUNS || (MODE == COLUMNS && VECTOR && BYTES == 4) ? 2 : 4;
 constexpr int NEIGHBOURS = MODE == COLUMNS && VECTOR ? 4 : 1;
 
 // The widest mantissa that a type has decides how far apart keys are: 11, 10 or 7 of its bits.
@@ -184,14 +185,20 @@ QK_FUNCTION void visit_run(Counting& c, const void* x, int64_t at, int length, C
   const int vectors = (length - head) / PER, tail = head + vectors * PER;
   if (lane < head) visit_one(c, load_element(run, lane), channel);
   const U32x4* from = reinterpret_cast<const U32x4*>(run + head * BYTES);
-  for (int vector = lane; vector < vectors; vector += 32 * STEP) {
-    uint32_t words[STEP][4];
-    QK_UNROLL for (int s = 0; s < STEP; s++) {
+  uint32_t words[STEP][4], next[STEP][4];  // those of the next round are on their way while one is counted
+  auto load = [&](uint32_t (&to)[STEP][4], int vector) {
+    QK_UNROLL for (int s = 0; s < STEP; s++)
       if (vector + s * 32 < vectors) {
         const U32x4 four = ld_global_once(from + vector + s * 32);
-        memcpy(words[s], &four, 16);
+        memcpy(to[s], &four, 16);
       }
+  };
+  load(next, lane);
+  QK_ROLLED for (int vector = lane; vector < vectors; vector += 32 * STEP) {
+    QK_UNROLL for (int s = 0; s < STEP; s++) {
+      QK_UNROLL for (int i = 0; i < 4; i++) words[s][i] = next[s][i];
     }
+    load(next, vector + 32 * STEP);
     QK_UNROLL for (int s = 0; s < STEP; s++)
       if (vector + s * 32 < vectors) {
         Span span;
@@ -314,27 +321,37 @@ statistics(const void* buffer, int64_t offset, uint32_t* out, int32_t* above, do
     const int groups = (across + width - 1) / width;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
       const int column = item % groups * width + thread % width;
-      const int64_t first = item / groups * rows, end = first + rows < before ? first + rows : before;
+      const int64_t first = item / groups * rows;
       const bool mine = slot < slots && column < across;
-      Channel of[NEIGHBOURS];
-      for (int64_t row = first + slot; mine && row < end; row += slots * STEP) {
-        uint32_t words[STEP][NEIGHBOURS * BYTES / 4 + (NEIGHBOURS == 1)];
-        QK_UNROLL for (int s = 0; s < STEP; s++) {
-          const int64_t at = (row + s * slots) * channels + column * NEIGHBOURS;
-          if (row + s * slots < end) {
+      const int down = static_cast<int>(first + rows < before ? rows : before - first);
+      const uint8_t* top = address_of(x, first * channels + column * NEIGHBOURS);
+      const int64_t pitch = static_cast<int64_t>(channels) * BYTES;
+      constexpr int WORDS_OF = NEIGHBOURS == 1 ? 1 : NEIGHBOURS * BYTES / 4;
+      uint32_t words[STEP][WORDS_OF], next[STEP][WORDS_OF];
+      auto load = [&](uint32_t (&to)[STEP][WORDS_OF], int row) {
+        QK_UNROLL for (int s = 0; s < STEP; s++)
+          if (row + s * slots < down) {
+            const uint8_t* from = top + (row + s * slots) * pitch;
             if constexpr (NEIGHBOURS == 1) {
-              words[s][0] = load_element(x, at);
+              to[s][0] = load_element(from, 0);
             } else if constexpr (BYTES == 4) {
-              const U32x4 four = ld_global_once(reinterpret_cast<const U32x4*>(address_of(x, at)));
-              memcpy(words[s], &four, 16);
+              const U32x4 four = ld_global_once(reinterpret_cast<const U32x4*>(from));
+              memcpy(to[s], &four, 16);
             } else {
-              const U32x2 four = ld_global_once(reinterpret_cast<const U32x2*>(address_of(x, at)));
-              memcpy(words[s], &four, 8);
+              const U32x2 four = ld_global_once(reinterpret_cast<const U32x2*>(from));
+              memcpy(to[s], &four, 8);
             }
           }
+      };
+      Channel of[NEIGHBOURS];
+      if (mine) load(next, slot);
+      QK_ROLLED for (int row = slot; mine && row < down; row += slots * STEP) {
+        QK_UNROLL for (int s = 0; s < STEP; s++) {
+          QK_UNROLL for (int i = 0; i < WORDS_OF; i++) words[s][i] = next[s][i];
         }
+        load(next, row + slots * STEP);
         QK_UNROLL for (int s = 0; s < STEP; s++)
-          if (row + s * slots < end) {
+          if (row + s * slots < down) {
             Span span;
             auto element = [&](int i) { return NEIGHBOURS == 1 ? words[s][0] : element_of(words[s], i); };
             QK_UNROLL for (int i = 0; i < NEIGHBOURS; i++)
