@@ -63,13 +63,14 @@ def device_array(value: Any) -> DeviceArray:
     cupy, dtype = gpu.cupy(), _TYPES.get(value.data_type())
     if dtype is None:
         raise KernelError(f"statistics: a {value.data_type()} is no tensor of floats; leave it to the CPU.")
+    plain, shape = np.dtype(np.uint16 if dtype == "bfloat16" else dtype), tuple(value.shape())
+    size = plain.itemsize * int(np.prod(shape, dtype=np.int64))
+    if size == 0:
+        return DeviceArray(array=cupy.empty(shape, plain), dtype=dtype)
     try:
         array = cupy.from_dlpack(value)
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
         # CuPy has no bfloat16, for which two bytes stand, and older OrtValues speak no DLPack.
-        plain = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-        shape = tuple(value.shape())
-        size = plain.itemsize * int(np.prod(shape, dtype=np.int64))
         memory = cupy.cuda.UnownedMemory(value.data_ptr(), size, owner=value)
         array = cupy.ndarray(shape, plain, memptr=cupy.cuda.MemoryPointer(memory, 0))
     return DeviceArray(array=array, dtype=dtype, owner=value)
