@@ -62,10 +62,11 @@ class BlocksFamily(Family):
         return rank(problem_of(work), gpu.time_model())
 
     def describe(self, configuration: BlocksTile) -> str:
-        """Return a tile as 256x128 s4 c2 swap: its sides, stages, cluster, and whether the weight comes first."""
+        """Return a tile as 256x128 s4 c2 swap: its sides, stages, cluster, split, and if the weight comes first."""
         tile = configuration
         words = [f"{tile.tile_m}x{tile.tile_n}", f"s{tile.stages}"]
-        return " ".join(words + [f"c{tile.cluster}"] * (tile.cluster > 1) + ["swap"] * tile.swap)
+        words += [f"c{tile.cluster}"] * (tile.cluster > 1) + [f"split{tile.split}"] * (tile.split > 1)
+        return " ".join(words + ["swap"] * tile.swap)
 
     def source(self, work: Work, configuration: BlocksTile, gpu: Gpu) -> tuple[Path, Mapping[str, str | int]]:
         """Return gemm_blocks_sm90.cu and its macros."""

@@ -54,7 +54,7 @@ class BlocksTile:
 
     blocks_of_64: of rows of the first operand that a consumer stacks. cluster: blocks that share a tile of the first
     operand. group: tiles along the first operand before the next along the second. buffers: of 8 KB of output for
-    each consumer.
+    each consumer. split: blocks that share K.
     """
 
     blocks_of_64: int
@@ -65,6 +65,12 @@ class BlocksTile:
     group: int = 8
     buffers: int = 2
     swap: bool = False
+    split: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a cluster."""
+        return self.cluster * self.split
 
     @property
     def tile_m(self) -> int:
@@ -85,7 +91,7 @@ class BlocksTile:
     def shared_bytes(self, block: int) -> int:
         """Return the shared memory of a block: the ring with its scales and barriers, the output's buffers."""
         stage = (self.tile_m + self.tile_n) * _ROW + self.scale_bytes(block) + 32
-        return self.stages * stage + self.consumers * self.buffers * _BUFFER
+        return self.stages * stage + self.consumers * (self.buffers * _BUFFER + 16)
 
     def tiles(self, problem: BlocksProblem) -> tuple[int, int]:
         """Return how many clusters' tiles lie along the first operand, and along the second."""
@@ -95,7 +101,9 @@ class BlocksTile:
     def clusters(self, problem: BlocksProblem, multiprocessors: int) -> int:
         """Return how many clusters are launched: no more than there is room for, or work."""
         along_first, along_second = self.tiles(problem)
-        return min(along_first * along_second, max(1, multiprocessors // self.cluster))
+        # The blocks of a cluster share one of the chip's partitions, which are not all of one size.
+        usable = multiprocessors if self.blocks <= 2 else max(self.blocks, multiprocessors * 10 // 11)
+        return min(along_first * along_second, max(1, usable // self.blocks))
 
 
 def deepest(block: int, **shape: int | bool) -> BlocksTile | None:
@@ -139,6 +147,12 @@ def candidates(problem: BlocksProblem) -> Iterator[BlocksTile]:
         for i, c in ((1, 1), (1, 2), (2, 2))
         if i == 1 or n == 64
     ]
+    shapes += [
+        {"blocks_of_64": 1, "tile_n": n, "consumers": c, "swap": True, "split": split}
+        for n, split in ((16, 2), (32, 2), (64, 2), (16, 4))
+        for c in (1, 2)
+        if -(-problem.steps // 4) >= 2 * split  # parts are multiples of four steps, and eight at least
+    ]
     for shape in shapes:
         if problem.block == 32 and shape["blocks_of_64"] == 2:
             continue  # instructions bind, so that reading less gains nothing
@@ -156,7 +170,8 @@ def estimate_us(problem: BlocksProblem, tile: BlocksTile, device: Device = H200)
     along_first, along_second = tile.tiles(problem)
     clusters = tile.clusters(problem, device.multiprocessors)
     waves = -(-along_first * along_second // clusters)
-    blocks = clusters * tile.cluster
+    blocks = clusters * tile.blocks
+    steps = -(-problem.steps // (4 * tile.split)) * 4 if tile.split > 1 else problem.steps
     products, instructions, alone = step_cycles(problem, tile, device)
     if tile.tile_n < 128:
         products *= 1.1  # narrow instructions read a byte of shared memory for fewer products
@@ -168,7 +183,7 @@ def estimate_us(problem: BlocksProblem, tile: BlocksTile, device: Device = H200)
     latency = max(0.1, 1.0 / tile.stages)
     step = max(work, loads, latency)
     output = tile.tile_m * tile.tile_n * OUTPUT_BYTES[problem.output]
-    finish = 0.5 + output / 2.6e4
+    finish = 0.5 + output / 2.6e4 + (0.5 + tile.tile_n / 48 + 0.2 * tile.split if tile.split > 1 else 0.0)
     moved = (problem.m + problem.n) * (problem.k + scale_row_bytes(problem)) + (
         problem.m * problem.n * OUTPUT_BYTES[problem.output]
     )
@@ -177,10 +192,10 @@ def estimate_us(problem: BlocksProblem, tile: BlocksTile, device: Device = H200)
     again = max(0, read - moved) / (2 * device.l2_bytes_per_us)
     streamed = moved / device.dram_bytes_per_us * (1 + 20 / blocks) + again
     last = (tiles - (waves - 1) * clusters) / tiles
-    single = problem.steps * max(work, stage / _RATE, latency)
+    single = steps * max(work, stage / _RATE, latency)
     streamed = streamed * (1 - last) + max(streamed * last, single)
-    together = 1.0 if tile.cluster > 1 else 0.0
-    return 3.5 + together + max(waves * problem.steps * step + (waves - 1) * finish, streamed) + finish
+    together = 1.0 if tile.blocks > 1 else 0.0  # the blocks of a cluster start together
+    return 3.5 + together + max(waves * steps * step + (waves - 1) * finish, streamed) + finish
 
 
 def step_instructions(problem: BlocksProblem, tile: BlocksTile) -> float:

@@ -6,6 +6,7 @@ The CuPy launcher and the emulator's tests both launch from this, so what the te
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.errors import KernelError
 from quantkit.kernels.blocks.heuristics import BlocksProblem, BlocksTile
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
 
@@ -40,7 +41,14 @@ class BlocksLaunch:
 def launch_of(
     problem: BlocksProblem, tile: BlocksTile, kind: EpilogueKind, multiprocessors: int
 ) -> BlocksLaunch:
-    """Return the launch that computes `problem` with `tile` on a GPU of `multiprocessors`."""
+    """Return the launch that computes `problem` with `tile` on a GPU of `multiprocessors`.
+
+    Raises:
+        KernelError: K has fewer groups of four steps than the tile has parts.
+    """
+    fours = -(-problem.steps // 4)
+    if tile.split > fours:
+        raise KernelError(f"tile: {tile.split} parts of a K of {problem.k}; split into {fours} at most.")
     width = OUTPUT_BYTES[problem.output]
     tma_store = problem.n * width % 16 == 0
     piece = min(tile.tile_n, 32 if width == 4 else 64)
@@ -52,15 +60,16 @@ def launch_of(
             "STAGES": tile.stages,
             "CONSUMERS": tile.consumers,
             "CLUSTER": tile.cluster,
+            "SPLIT": tile.split,
             "GROUP": tile.group,
             "BUFFERS": tile.buffers,
             "SWAP": int(tile.swap),
             "TMA_STORE": int(tma_store),
             **kind.defines(problem.output),
         },
-        grid=tile.clusters(problem, multiprocessors) * tile.cluster,
+        grid=tile.clusters(problem, multiprocessors) * tile.blocks,
         block=tile.threads,
-        cluster=tile.cluster,
+        cluster=tile.blocks,
         shared_bytes=tile.shared_bytes(problem.block),
         first_box=(tile.tile_m // tile.cluster, 128),
         second_box=(tile.tile_n, 128),

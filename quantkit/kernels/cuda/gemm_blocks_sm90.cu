@@ -20,6 +20,13 @@
 // As in gemm_sm90.cu the first operand lies on wgmma's M, the second on its N; they are A and W, or with SWAP, for few
 // rows of A, W and A. CLUSTER 2: two blocks with neighbouring tiles of the second operand share the first one's, which is
 // the taller; each fetches half of it for both.
+//
+// SPLIT: the blocks of a cluster take one tile together, each a part of K, where there are too few tiles to occupy the
+// GPU. The first one finishes the tile: the others write their sums into its buffers, and it adds them to its own in the
+// order of their parts.
+//
+//   others    wait for room    write into the first one's buffers    arrive on its `partials`
+//   first     wait for partials    add    finish and store    arrive on their `room`
 #include "epilogue.h"
 
 using namespace qk;
@@ -33,7 +40,9 @@ constexpr int STAGE_BYTES = (TILE_M + TILE_N) * ROW;
 constexpr int BLOCKS = ROW / BLOCK;           // of K in a stage
 constexpr bool MX = BLOCK == 32;
 static_assert(BLOCK == 32 || BLOCK == 128, "a block of K is one wgmma, or a stage");
+constexpr int SIZE = CLUSTER * SPLIT;         // blocks of a cluster
 static_assert(MX || SWAP || 128 % TILE_N == 0, "the columns of a tile lie in one 128 x 128 block of the weight");
+static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares a tile of the first operand, or K");
 
 // Waves of a step: blocks of 64 rows, and of each all blocks of K. Two sets of partial sums, where there is room, let a
 // consumer's own products run under its promotion too.
@@ -55,6 +64,8 @@ constexpr int OF_PRODUCER = MX ? 56 : 40, OF_CONSUMER = MX ? 224 : 232;
 // The epilogue works in pieces of at most 8 KB of output, PIECE columns of the sums each. A staged row is 128 bytes, or
 // 64 of one-byte elements.
 constexpr int BUFFER_BYTES = 8192;
+constexpr int PART_BYTES = MI * TILE_N * 256;  // sums of a consumer
+static_assert(SPLIT == 1 || (SPLIT - 1) * PART_BYTES <= BUFFERS * BUFFER_BYTES, "the others' sums fit into the buffers");
 constexpr int STAGED_ROW = ELEMENT_BYTES == 1 ? 64 : 128;
 constexpr int WIDEST = SWAP ? (ELEMENT_BYTES == 4 ? 32 : 64) : STAGED_ROW / ELEMENT_BYTES;
 constexpr int PIECE = TILE_N < WIDEST ? TILE_N : WIDEST;
@@ -101,23 +112,27 @@ QK_FUNCTION uint32_t word_of(const U32x4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
-QK_CLUSTER_KERNEL(128 * (CONSUMERS + 1), 1, CLUSTER)
+QK_CLUSTER_KERNEL(128 * (CONSUMERS + 1), 1, SIZE)
 gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT TensorMap map_second,
                  const QK_GRID_CONSTANT TensorMap map_d, uint8_t* d, int k_size, const uint8_t* a_scales,
                  int64_t a_pitch, const uint8_t* w_scales, int64_t w_pitch, EPILOGUE_PARAMETERS) {
   const uint32_t base = shared_base(), buffers = base + STAGES * STAGE_BYTES;
-  const uint32_t planes = buffers + (TMA_STORE ? CONSUMERS * BUFFERS * BUFFER_BYTES : 0);
+  const uint32_t planes = buffers + (TMA_STORE || SPLIT > 1 ? CONSUMERS * BUFFERS * BUFFER_BYTES : 0);
   const uint32_t full = planes + STAGES * SCALE_BYTES, empty = full + 8 * STAGES;
   const uint32_t ready = empty + 8 * STAGES, drained = ready + 8 * STAGES;
+  const uint32_t partials = drained + 8 * STAGES, room = partials + 8 * CONSUMERS;  // SPLIT: one of each a consumer
   const int tid = threadIdx.x;
   const int warpgroup = shuffle(tid / 128, 0);  // the compiler sees that a warp's threads agree
-  const int rank = CLUSTER > 1 ? cluster_rank() : 0;
-  const int steps = (k_size + ROW - 1) / ROW;
+  const int rank = SIZE > 1 ? cluster_rank() : 0, neighbour = CLUSTER > 1 ? rank : 0;
+  // Parts of K begin where a load of four stages' scales may.
+  const int all_steps = (k_size + ROW - 1) / ROW, fours = (all_steps + 3) / 4;
+  const int first_step = SPLIT > 1 ? fours * rank / SPLIT * 4 : 0;
+  const int steps = (SPLIT > 1 && rank + 1 < SPLIT ? fours * (rank + 1) / SPLIT * 4 : all_steps) - first_step;
   const int first_size = SWAP ? n_size : m_size, second_size = SWAP ? m_size : n_size;
   const int tiles_first = (first_size + TILE_M - 1) / TILE_M;
   const int tiles_second = (second_size + TILE_N * CLUSTER - 1) / (TILE_N * CLUSTER);
   const int tiles = tiles_first * tiles_second;
-  const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+  const int cluster = blockIdx.x / SIZE, clusters = gridDim.x / SIZE;
 
   if (tid == 0) {
     prefetch_tensor_map(&map_first);
@@ -129,9 +144,13 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
       mbarrier_init(ready + 8 * s, LOADERS);
       mbarrier_init(drained + 8 * s, 4 * CONSUMERS);
     }
+    for (int c = 0; SPLIT > 1 && c < CONSUMERS; c++) {  // one arrival a warp
+      mbarrier_init(partials + 8 * c, 4 * (SPLIT - 1));
+      mbarrier_init(room + 8 * c, 4);
+    }
     fence_mbarrier_init();
   }
-  if (CLUSTER > 1) {
+  if (SIZE > 1) {
     cluster_arrive();
     cluster_wait();
   } else {
@@ -152,10 +171,10 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
       if (elect_one()) {
         QK_ROLLED for (int tile = cluster; tile < tiles; tile += clusters) {
           const Place place = place_of(tile, tiles_first, tiles_second);
-          const int first = place.first * TILE_M, second = (place.second * CLUSTER + rank) * TILE_N;
+          const int first = place.first * TILE_M, second = (place.second * CLUSTER + neighbour) * TILE_N;
           QK_ROLLED for (int step = 0; step < steps; step++) {
             const uint32_t stage = base + s * STAGE_BYTES;
-            const int k = step * ROW;
+            const int k = (first_step + step) * ROW;
             mbarrier_wait_ring(empty + 8 * s, parity);
             mbarrier_arrive_expect(full + 8 * s, STAGE_BYTES);
             if (CLUSTER == 1) {
@@ -180,8 +199,8 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
       const int loader = tid - 32;
       QK_ROLLED for (int tile = cluster; tile < tiles; tile += clusters) {
         const Place place = place_of(tile, tiles_first, tiles_second);
-        const int first = place.first * TILE_M, second = (place.second * CLUSTER + rank) * TILE_N;
-        QK_ROLLED for (int start = 0; start < steps; start += 4) {
+        const int first = place.first * TILE_M, second = (place.second * CLUSTER + neighbour) * TILE_N;
+        QK_ROLLED for (int start = first_step; start < first_step + steps; start += 4) {
           U32x4 held[EACH], of_band[BANDS];
           QK_UNROLL for (int i = 0; i < EACH; i++) {
             const int row = loader + i * 32 * LOADERS;
@@ -197,7 +216,7 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
             QK_UNROLL for (int band = 0; band < BANDS; band++)
               of_band[band] = four_stages(of_w, (SWAP ? first : second) / 128 + band, start);
           QK_UNROLL for (int q = 0; q < 4; q++) {
-            if (start + q >= steps) break;
+            if (start + q >= first_step + steps) break;
             const uint32_t plane = planes + s * SCALE_BYTES;
             mbarrier_wait_ring(drained + 8 * s, parity);
             QK_UNROLL for (int i = 0; i < EACH; i++) {
@@ -242,11 +261,11 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
     };
     const uint32_t own_buffers = buffers + consumer * BUFFERS * BUFFER_BYTES;
     int s = 0, buffer = 0;
-    uint32_t parity = 0;
+    uint32_t parity = 0, exchange = 0;
     QK_ROLLED for (int tile = cluster; tile < tiles; tile += clusters) {
       const Place place = place_of(tile, tiles_first, tiles_second);
       const int first = place.first * TILE_M + consumer * MI * 64;
-      const int second = (place.second * CLUSTER + rank) * TILE_N;
+      const int second = (place.second * CLUSTER + neighbour) * TILE_N;
 
       float sum[MI][TILE_N / 2];
       QK_UNROLL for (int i = 0; i < MI; i++)
@@ -306,6 +325,29 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
         }
       }
 
+      if constexpr (SPLIT > 1) {
+        const uint32_t slot = thread * 4;
+        if (rank > 0) {
+          mbarrier_wait(room + 8 * consumer, exchange ^ 1);
+          const uint32_t to = map_to_rank(own_buffers - PART_BYTES + rank * PART_BYTES + slot, 0);
+          QK_UNROLL for (int i = 0; i < MI; i++)
+            QK_UNROLL for (int at = 0; at < TILE_N / 2; at++)
+              st_cluster(to + (i * (TILE_N / 2) + at) * 512, portable::float_bits(sum[i][at]));
+          warp_sync();
+          if (lane == 0) mbarrier_arrive_remote(map_to_rank(partials + 8 * consumer, 0));
+          exchange ^= 1;
+          continue;
+        }
+        mbarrier_wait(partials + 8 * consumer, exchange);
+        QK_UNROLL for (int part = 1; part < SPLIT; part++)
+          QK_UNROLL for (int i = 0; i < MI; i++)
+            QK_UNROLL for (int at = 0; at < TILE_N / 2; at++)
+              sum[i][at] = sum[i][at] + ld_shared<float>(own_buffers + (part - 1) * PART_BYTES + slot +
+                                                         (i * (TILE_N / 2) + at) * 512);
+        // Output is staged where those sums were, after the barrier that comes before that.
+        exchange ^= 1;
+      }
+
       // Asked anew for each tile, lest the many addresses made of it stay in registers through the products.
       const int lane_now = shuffle(lane, lane);
       Down rows[MI][2];
@@ -361,10 +403,19 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
         }
         if (BUFFERS > 1) buffer ^= 1;
       }
+      if (SPLIT > 1) {
+        if (TMA_STORE) {
+          if (thread == 0) store_wait_read<0>();
+          barrier_sync(1 + consumer, 128);
+        }
+        if (lane == 0)
+          QK_UNROLL for (int other = 1; other < SPLIT; other++)
+            mbarrier_arrive_remote(map_to_rank(room + 8 * consumer, other));
+      }
     }
     if (TMA_STORE && thread == 0) store_wait_read<0>();  // shared memory lasts as long as the block
   }
-  if (CLUSTER > 1) {  // no block leaves while another may still write to it or arrive on its barriers
+  if (SIZE > 1) {  // no block leaves while another may still write to it or arrive on its barriers
     cluster_arrive();
     cluster_wait();
   }

@@ -29,6 +29,10 @@ CASES = {
         m=40, n=400, k=328, block=128, output="bfloat16", kind=FULL,
         tile=BlocksTile(blocks_of_64=2, tile_n=64, stages=3, swap=True),
     ),
+    "split": Case(
+        m=40, n=400, k=1800, block=128, output="bfloat16", kind=FULL,
+        tile=BlocksTile(blocks_of_64=1, tile_n=32, stages=3, swap=True, split=2),
+    ),
     "mx": Case(
         m=70, n=136, k=296, block=32, output="bfloat16", kind=FULL,
         tile=BlocksTile(blocks_of_64=1, tile_n=128, stages=3),
@@ -221,6 +225,57 @@ MUTATIONS = {
         "every",
     ),
     "released to one block only": ("pair", "if (thread < CLUSTER) {", "if (thread < 1) {", "every"),
+    # ---- K split over a cluster
+    "parts of K begin at 0": (
+        "split",
+        "const int k = (first_step + step) * ROW;",
+        "const int k = step * ROW;",
+        "every",
+    ),
+    "scales of a part begin at 0": (
+        "split",
+        "for (int start = first_step; start < first_step + steps; start += 4) {",
+        "for (int start = 0; start < steps; start += 4) {",
+        "every",
+    ),
+    "a part left out": (
+        "split",
+        "for (int part = 1; part < SPLIT; part++)",
+        "for (int part = 2; part < SPLIT; part++)",
+        "every",
+    ),
+    "parts not awaited": ("split", "mbarrier_wait(partials + 8 * consumer, exchange);", "", "some"),
+    "parts awaited from one warp": (
+        "split",
+        "mbarrier_init(partials + 8 * c, 4 * (SPLIT - 1));",
+        "mbarrier_init(partials + 8 * c, SPLIT - 1);",
+        "every",
+    ),
+    "room not awaited": ("split", "mbarrier_wait(room + 8 * consumer, exchange ^ 1);", "", "some"),
+    "room never given": (
+        "split",
+        "mbarrier_arrive_remote(map_to_rank(room + 8 * consumer, other));",
+        "continue;",
+        "every",
+    ),
+    "room given while stores still read": (
+        "split",
+        "store_wait_read<0>();\n          barrier_sync(1 + consumer, 128);\n        }",
+        "store_wait_read<1>();\n        }",
+        "some",
+    ),
+    "staged before all parts are read": (
+        "split",
+        "has left it\n          barrier_sync(1 + consumer, 128);",
+        "has left it",
+        "some",
+    ),
+    "every block stores the tile": (
+        "split",
+        "if (rank > 0) {\n          mbarrier_wait(room",
+        "if (false) {\n          mbarrier_wait(room",
+        "every",
+    ),
     "buffer written while it is stored": (
         "tall",
         "store_wait_read<BUFFERS - 1>();",
@@ -247,7 +302,8 @@ DEFAULT = (
     "promotion without the sum before", "partial sums kept from block to block", "two waves in the same registers",
     "scale of the step before", "band of the other rows", "columns in the order of memory",
     "what follows the scales of a row", "scales not awaited", "scales overwritten before they are read",
-    "phase of the consumers never turns", "multicast of the same half",
+    "phase of the consumers never turns", "multicast of the same half", "parts not awaited",
+    "scales of a part begin at 0",
 )  # fmt: skip
 
 

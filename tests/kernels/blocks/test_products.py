@@ -50,12 +50,15 @@ TILES = {
     "narrow pair": BlocksTile(blocks_of_64=1, tile_n=64, stages=3, cluster=2, group=1),
     "few": BlocksTile(blocks_of_64=1, tile_n=16, stages=5, consumers=1, swap=True),
     "some": BlocksTile(blocks_of_64=1, tile_n=64, stages=4, swap=True),
+    "few of two": BlocksTile(blocks_of_64=1, tile_n=16, stages=3, consumers=1, swap=True, split=2),
+    "some of two": BlocksTile(blocks_of_64=1, tile_n=64, stages=3, swap=True, split=2),
+    "few of four": BlocksTile(blocks_of_64=1, tile_n=16, stages=3, swap=True, split=4),
     "swapped": BlocksTile(blocks_of_64=2, tile_n=128, stages=3, swap=True, buffers=1),
 }
 FACTORS: dict[str, list[Any]] = {
     "m": [1, 17, 64, 130, 257],
     "n": [1, 8, 130, 520],
-    "k": [16, 130, 272, 1040],
+    "k": [16, 130, 272, 1040, 1700],
     "block": [128, 32],
     "output": ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"],
     "kind": list(KINDS),
@@ -72,6 +75,8 @@ def legal(chosen: Any) -> bool:
     m, n, k = chosen.get("m", 1), chosen.get("n", 1), chosen.get("k", 16)
     first, second = (n, m) if tile.swap else (m, n)
     area = -(-first // tile.tile_m) * tile.tile_m * -(-second // tile.tile_n) * tile.tile_n
+    if chosen.get("k", 9999) <= 512 * (tile.split - 1):
+        return False
     return area * k <= 130e6
 
 
