@@ -1,6 +1,6 @@
 """gemm_blocks_sm90.cu against its oracle, in every mode of the emulator and on a GPU where there is one."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Any
 
@@ -24,10 +24,12 @@ from quantkit.kernels.blocks.heuristics import (
 )
 from quantkit.kernels.blocks.launch import launch_of
 from quantkit.kernels.blocks.layout import pack_blocks, stored_scales
+from quantkit.kernels.blocks.matmul import tile_of
 from quantkit.kernels.blocks.reference import fused_multiply_add
 from quantkit.kernels.emulator import Mode
 from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
 from quantkit.kernels.heuristics import SHARED_LIMIT, Tile
+from quantkit.kernels.timing_table import Entry
 
 from .. import gemms
 from ..backends import EmulatorBackend, gpu
@@ -287,3 +289,13 @@ def test_promotion_hides_behind_products_in_blocks_of_128_and_binds_in_mx():
     }
     times = {block: estimate_us(problem, choose(problem)) for block, problem in large.items()}
     assert times[32] > 2 * times[128]
+
+
+def test_a_tile_comes_back_from_the_timing_cache_and_a_stranger_does_not():
+    problem = BlocksProblem(m=64, n=8192, k=8192, block=32, output="bfloat16")
+    facts = {"time_us": 1.0, "q1_us": 1.0, "q3_us": 1.0, "m": 64, "source": ""}
+    for tile in candidates(problem):
+        assert tile_of(Entry(configuration=asdict(tile), **facts), problem) == tile
+    odd = asdict(replace(choose(problem), tile_n=80))
+    assert tile_of(Entry(configuration=odd, **facts), problem) is None
+    assert tile_of(Entry(configuration={"slices": 3}, **facts), problem) is None
