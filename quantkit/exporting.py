@@ -7,7 +7,6 @@ file get its name.
 """
 
 import os
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,6 @@ from quantkit.export.verify import Verification, can_run, check_same_function, v
 from quantkit.exported import Exported
 from quantkit.files import atomic_folder, atomic_write, check_folder, check_output
 from quantkit.formats.spec import ScaleRule
-from quantkit.gram_file import SUFFIX, GramFile
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.graph.high_precision import HIGH_PRECISION, cast_floats
 from quantkit.graph.quantized import find_quantized
@@ -170,14 +168,7 @@ def export_model(
     planned = (
         obey(graph, found)
         if found is not None
-        else plan_model(
-            graph,
-            held,
-            request,
-            emitter.target,
-            grams=_open_grams(grams, held, graph),
-            how_to_collect=_how_to_collect(held, graph),
-        )
+        else plan_model(graph, held, request, emitter.target, grams=grams)
     )
     exported = (
         _write_folder(emitter, planned, HIGH_PRECISION.get(high_precision), path)
@@ -199,38 +190,6 @@ def _check_early(request: Request, held: CalibrationCache | None, model: ModelLi
         raise CacheError(
             f"export: {request.preset or 'the recipe'} needs {needs}; give one, or run `quantkit calibrate` first."
         )
-
-
-def _open_grams(
-    given: Mapping[str, GramMatrix] | str | os.PathLike[str] | None,
-    cache: CalibrationCache | None,
-    graph: Graph,
-) -> Mapping[str, GramMatrix] | None:
-    """The Gram matrices that were given, or those beside the cache."""
-    path = given
-    if path is None and cache is not None and cache.path is not None:
-        beside = cache.path.with_suffix(SUFFIX)
-        path = beside if beside.exists() else None
-    if not isinstance(path, str | os.PathLike):
-        return path
-    held = GramFile(path)
-    if held.text.get("fingerprint") != graph.fingerprint:
-        raise CacheError(
-            f"{path}: the Gram matrices of another model; collect those of {graph.path or graph.name} with "
-            "`quantkit calibrate --collect gram`."
-        )
-    return held
-
-
-def _how_to_collect(held: CalibrationCache | None, graph: Graph) -> str:
-    """The command that collects Gram matrices beside the cache."""
-    data = "DATA" if held is None else held.data.get("path") or "DATA"
-    words = ["quantkit", "calibrate", str(graph.path or "MODEL"), "--data"]
-    words += [data] if isinstance(data, str) else data[:1]
-    words += ["--collect", "gram"]
-    if held is not None and held.path is not None and graph.path and held.path.stem != graph.path.stem:
-        words += ["--out", str(held.path)]
-    return shlex.join(words)
 
 
 def _write_file(

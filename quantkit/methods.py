@@ -26,7 +26,7 @@ _KINDS: dict[Kind, str] = {
 }
 _OWN = ("equalize", *get_args(Scaling), *get_args(Rounding), "bias")
 # Those that look at a layer's whole output.
-_FROM_GRAM = frozenset({"weighted", "output", "gptq"})
+FROM_GRAM = frozenset({"weighted", "output", "gptq"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Methods:
     @property
     def needs_gram(self) -> bool:
         """Whether a part needs Gram matrices."""
-        return self.scaling == "awq" or self.rounding in _FROM_GRAM
+        return self.scaling == "awq" or self.rounding in FROM_GRAM
 
     def __str__(self) -> str:
         parts = (

@@ -1,5 +1,7 @@
 """What was asked for, with a model and a cache, becomes a plan; nothing is written yet."""
 
+import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -11,6 +13,7 @@ from quantkit.diagnose import clipping_warnings
 from quantkit.errors import CacheError, SpecError
 from quantkit.formats import E8M0
 from quantkit.formats.spec import ScaleRule
+from quantkit.gram_file import SUFFIX, GramFile
 from quantkit.graph import Graph
 from quantkit.methods import Methods, parse_methods
 from quantkit.plan import Plan
@@ -131,8 +134,7 @@ def plan_model(
     request: Request,
     target: Target,
     *,
-    grams: Mapping[str, GramMatrix] | None = None,
-    how_to_collect: str = "quantkit calibrate MODEL --data DATA --collect gram",
+    grams: Mapping[str, GramMatrix] | str | os.PathLike[str] | None = None,
 ) -> Planned:
     """Solve a plan; the model is not run.
 
@@ -141,8 +143,8 @@ def plan_model(
         held: its calibration cache; None where activations stay in float or have scales of their own.
         request: what is asked for.
         target: what will run the model.
-        grams: Gram matrices by view, for methods that need them.
-        how_to_collect: the command that collects them, for who asked for such a method without them.
+        grams: Gram matrices by view, for methods that need them, or the path of a file of them; None for the one
+            beside the cache's file.
 
     Raises:
         CacheError: the request needs a cache, or the cache's ranges are fixed and another method is asked for.
@@ -161,8 +163,8 @@ def plan_model(
     ranges = {} if held is None else held.ranges
     evidence = Evidence(
         channels={} if held is None else _channels(held),
-        grams=grams,
-        missing=f"it needs Gram matrices, and there are none; run `{how_to_collect}` first.",
+        grams=_open_grams(grams, held, graph),
+        missing=f"it needs Gram matrices, and there are none; run `{_how_to_collect(held, graph)}` first.",
         unclipped=never_clipped(graph, histograms),
     )
     solved = solve_nodes(
@@ -180,6 +182,10 @@ def plan_model(
     )
     plan = solved.plan
     warnings = [*unmatched_warning(settled.unmatched), *_unheld(preset, target)]
+    if solved.alone:
+        warnings.append(
+            f"{', '.join(solved.alone)}: no data reached it, or NaN or infinity did; its weight was rounded by itself"
+        )
     if not ranges:
         divided = {} if plan.edits is None else plan.edits.scales
         warnings += clipping_warnings(plan, {n: h for n, h in histograms.items() if n not in divided})
@@ -274,3 +280,35 @@ def _unheld(preset: Preset | None, target: Target) -> list[str]:
         f"{target.name} has no {kind_of(preset.activations).replace(' block', ' block-wise')} activations computed "
         "as the model runs: they stay in float, and weights alone are quantized"
     ]
+
+
+def _open_grams(
+    given: Mapping[str, GramMatrix] | str | os.PathLike[str] | None,
+    cache: CalibrationCache | None,
+    graph: Graph,
+) -> Mapping[str, GramMatrix] | None:
+    """The Gram matrices that were given, or those beside the cache."""
+    path = given
+    if path is None and cache is not None and cache.path is not None:
+        beside = cache.path.with_suffix(SUFFIX)
+        path = beside if beside.exists() else None
+    if not isinstance(path, str | os.PathLike):
+        return path
+    held = GramFile(path)
+    if held.text.get("fingerprint") != graph.fingerprint:
+        raise CacheError(
+            f"{path}: the Gram matrices of another model; collect those of {graph.path or graph.name} with "
+            "`quantkit calibrate --collect gram`."
+        )
+    return held
+
+
+def _how_to_collect(held: CalibrationCache | None, graph: Graph) -> str:
+    """The command that collects Gram matrices beside the cache."""
+    data = "DATA" if held is None else held.data.get("path") or "DATA"
+    words = ["quantkit", "calibrate", str(graph.path or "MODEL"), "--data"]
+    words += [data] if isinstance(data, str) else data[:1]
+    words += ["--collect", "gram"]
+    if held is not None and held.path is not None and graph.path and held.path.stem != graph.path.stem:
+        words += ["--out", str(held.path)]
+    return shlex.join(words)

@@ -55,6 +55,16 @@ class Evidence:
             raise CacheError(f"{what}: {self.missing}")
         return self.grams
 
+    def tells(self, linear: Linear) -> bool:
+        """Whether a linear operator's Gram matrix says something: inputs were seen, and all of them finite.
+
+        One that is missing says so when it is used.
+        """
+        if self.grams is None or linear.view not in self.grams:
+            return True
+        gram = self.grams[linear.view]
+        return gram.count > 0 and gram.is_finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protected:
@@ -76,13 +86,17 @@ class Protected:
     evidence: Evidence
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
+    def untold(self) -> list[str]:
+        """Return the linear operators whose Gram matrices say nothing."""
+        return [node for node, linear in self.linears.items() if not self.evidence.tells(linear)]
+
     def mean(self, linear: Linear) -> NDArray[np.float64] | None:
         """Return E[x] of a linear operator's input as it is now, by vector element or by channel; None if unknown."""
         grams = self.evidence.grams
-        if grams is not None and linear.view in grams:
+        if grams is not None and linear.view in grams and self.evidence.tells(linear):
             return self.rescaled.gram(linear, grams).mean
         stats = self.evidence.channels.get(linear.tensor)
-        if stats is None or stats.count == 0:
+        if stats is None or stats.count == 0 or not np.isfinite(stats.mean).all():
             return None
         scale = self.rescaled.scales.get(linear.tensor)
         return stats.mean if scale is None else stats.mean / scale
@@ -149,11 +163,12 @@ def protect(
                 if settings[node].scaling == "awq" and (settings[node].weight_method == "gptq") == before_gptq
             }
             if chosen:
+                grams = evidence.needed_grams("awq")
                 rescaled = scale_for_awq(
                     graph,
                     groups,
-                    chosen,
-                    evidence.needed_grams("awq"),
+                    {node: spec for node, spec in chosen.items() if evidence.tells(linears[node])},
+                    grams,
                     folds=folds,
                     least_gain=_GPTQ_LEAST_GAIN if before_gptq else 0.0,
                     keep=keep,

@@ -20,6 +20,7 @@ Rules are read in order and each may overrule part of what those before it said:
 """
 
 import fnmatch
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -223,3 +224,34 @@ def _rule(where: str, table: dict[str, Any]) -> Rule:
         method_options=options,
         keep_float=True if keep else None,
     )
+
+
+def recipe_text(recipe: Recipe, *, about: str = "") -> str:
+    """Return a recipe as `load_recipe` reads it, with what it is about in a comment."""
+    lines = [f"# {about}"] if about else []
+    for rule in recipe.rules:
+        lines += ["", "[[rule]]"]
+        if rule.match is not None:
+            lines.append(f"match = {_quoted(rule.match)}")
+        if rule.op_types:
+            lines.append(f"op_types = [{', '.join(map(_quoted, sorted(rule.op_types)))}]")
+        for key in ("weights", "activations"):
+            value = getattr(rule, key)
+            if value == AS_PRESET:
+                # Said together with the weights' preset.
+                lines[-1] = lines[-1].replace("weights = ", "preset = ", 1)
+            elif value is not None:
+                lines.append(f"{key} = {_quoted(value)}")
+        if rule.group is not None:
+            lines.append(f"group = {rule.group}")
+        if rule.method is not None:
+            lines.append(f"method = {_quoted(rule.method)}")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in rule.method_options.items()]
+        if rule.keep_float:
+            lines.append('keep = "float"')
+    return "\n".join(lines).strip() + "\n"
+
+
+def _quoted(text: str) -> str:
+    # JSON's strings are TOML's basic strings, but for DEL.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

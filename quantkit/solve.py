@@ -17,7 +17,7 @@ from quantkit.graph import Graph, LeftAlone, find_sites, sharing_groups
 from quantkit.graph.kept_scales import kept_scales
 from quantkit.graph.sites import LINEAR_OPS, QUANTIZED_ALREADY
 from quantkit.keeping import with_kept_scales
-from quantkit.methods import parse_methods
+from quantkit.methods import FROM_GRAM, parse_methods
 from quantkit.placement import PlacedActivation, Placement, place_nodes
 from quantkit.plan import ActivationPlan, ModelEdits, Plan, WeightPlan
 from quantkit.presets import Preset, Target
@@ -67,10 +67,14 @@ def calibrator_of(
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """A plan, and the model that it is for: the given one, unless a method changes it first."""
+    """A plan, and the model that it is for: the given one, unless a method changes it first.
+
+    `alone` are the nodes whose weights were rounded by themselves, though their outputs were to count.
+    """
 
     graph: Graph
     plan: Plan
+    alone: tuple[str, ...] = ()
 
 
 def solve(
@@ -187,7 +191,9 @@ def solve_nodes(
         formats=_formats(placement, solved.weights, activations),
         edits=edits,
     )
-    return Solved(graph=solved.graph, plan=plan)
+    looked = [p.site.node for p in placement.weights if p.settings.weight_method in FROM_GRAM]
+    untold = set(protected.untold()) if looked else set()
+    return Solved(graph=solved.graph, plan=plan, alone=tuple(node for node in looked if node in untold))
 
 
 def _method_name(placement: Placement) -> str:

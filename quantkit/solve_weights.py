@@ -15,6 +15,7 @@ from quantkit.formats import QParams, QuantSpec, Range, dequantize, qparams_from
 from quantkit.graph import Graph, Site
 from quantkit.graph.biases import add_to_biases, can_add_to_bias
 from quantkit.graph.kept_scales import Scale
+from quantkit.graph.linears import Linear
 from quantkit.placement import PlacedWeight, Placement
 from quantkit.plan import ActivationPlan, BiasPlan, WeightPlan
 from quantkit.presets import Target
@@ -105,8 +106,7 @@ def _solve_weight(
     linears = [] if protected is None else [protected.linears.get(p.site.node) for p in members]
     whole = [linear for linear in linears if linear is not None]
     codes = None
-    if settings.weight_method in _ALONE or protected is None or not whole or len(whole) < len(members):
-        # A stack of weights, a look-up table or a ConvTranspose has no Gram matrix.
+    if settings.weight_method in _ALONE or protected is None or not _tells(protected, whole, members):
         qparams = _weight_qparams(name, w, spec, dtype, _ALONE.get(settings.weight_method, "mse"))
     else:
         layer = layer_of(
@@ -138,6 +138,17 @@ def _solve_weight(
             if mean is not None and can_add_to_bias(graph, linear.node):
                 changes[linear.node] = bias_correction(w, values, mean, layout_of(linear), name=name)
     return plan, changes
+
+
+def _tells(protected: Protected, linears: list[Linear], members: list[PlacedWeight]) -> bool:
+    """Whether there are Gram matrices to round by.
+
+    A stack of weights, a look-up table or a ConvTranspose has none, and that of NaN, or of no data, says nothing.
+    """
+    if not linears or len(linears) < len(members):
+        return False
+    protected.evidence.needed_grams(members[0].settings.weight_method)
+    return all(protected.evidence.tells(linear) for linear in linears)
 
 
 def _solve_biases(

@@ -20,8 +20,9 @@ PACKAGE = ROOT / "quantkit"
 # the version; it imports nothing until it is asked.
 HOUSE = (
     ("cli",),
+    ("budget",),
     ("exporting", "pipeline"),
-    ("interchange",),
+    ("interchange", "sensitivity"),
     ("bench", "evaluate", "exported", "observe", "observe_gram", "planning"),
     ("solve",),
     ("solve_weights",),

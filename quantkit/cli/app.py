@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from quantkit import __version__
-from quantkit.cli import bench, cache, calibrate, evaluate, export, kernels, plugins, tune
+from quantkit.cli import bench, cache, calibrate, evaluate, export, kernels, plugins, sensitivity, tune
 
 app = typer.Typer(
     name="quantkit",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("calibrate")(calibrate.calibrate)
 app.command("export")(export.export)
 app.command("evaluate")(evaluate.evaluate)
+app.command("sensitivity")(sensitivity.sensitivity)
 app.command("bench")(bench.bench)
 app.command("tune")(tune.tune)
 app.add_typer(kernels.app, name="kernels")

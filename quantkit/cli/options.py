@@ -5,15 +5,17 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 if TYPE_CHECKING:
+    from quantkit.cache import CalibrationCache
     from quantkit.data import ImagePreprocessing
+    from quantkit.rescaling import Folds
 
 Data = Annotated[
     Path,
@@ -56,7 +58,35 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Method = Annotated[
     str | None,
     typer.Option(
-        "--method", help="entropy, minmax, percentile, mse, or a plug-in's (see `quantkit plugins`)."
+        "--method",
+        help="Ranges of activations: entropy, minmax, percentile, mse, or a plug-in's (see `quantkit plugins`). "
+        "Protection, joined by +: equalize; smoothquant or awq; gptq; bias (awq+gptq, smoothquant+percentile). "
+        "Where weights alone are quantized also how they are rounded: mse, amax, weighted, output.",
+    ),
+]
+Alpha = Annotated[
+    str | None,
+    typer.Option(
+        "--alpha",
+        metavar="0…1|auto",
+        help="For --method smoothquant: how much moves to weights (0.7); auto: the best of each layer.",
+    ),
+]
+FoldsOption = Annotated[
+    str,
+    typer.Option(
+        "--folds",
+        metavar="norms|all|insert",
+        help="Where smoothquant and awq may put scales: into norms alone, into all that takes them exactly, or also "
+        "into a Mul of their own.",
+    ),
+]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        "--group",
+        metavar="N|channel",
+        help="Of integer weights in groups: how many share a scale (128; 64 and 32 lose less).",
     ),
 ]
 Percentile = Annotated[
@@ -145,6 +175,79 @@ def method_options(method: str | None, percentile: float | None) -> dict[str, fl
             f"--percentile {percentile}: only --method percentile has it; add --method percentile."
         )
     return {"percentile": percentile}
+
+
+def group_of(text: str | None) -> int | Literal["channel"] | None:
+    """Return what --group says.
+
+    Raises:
+        SpecError: it is neither a number nor "channel".
+    """
+    from quantkit.errors import SpecError
+
+    if text is None:
+        return None
+    if text == "channel":
+        return "channel"
+    if not text.isdecimal() or int(text) < 1:
+        raise SpecError(f"--group {text}: neither a number of weights nor channel; give one, such as 32.")
+    return int(text)
+
+
+def alpha_of(text: str | None) -> float | Literal["auto"] | None:
+    """Return what --alpha says.
+
+    Raises:
+        SpecError: it is neither a number from 0 to 1 nor "auto".
+    """
+    from quantkit.errors import SpecError
+
+    if text is None or text == "auto":
+        return "auto" if text else None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise SpecError(f"--alpha {text}: neither a number from 0 to 1 nor auto; give one, such as 0.7.")
+    return value
+
+
+def folds_of(text: str) -> "Folds":
+    """Return what --folds says.
+
+    Raises:
+        SpecError: there is no such choice.
+    """
+    from quantkit.errors import SpecError
+    from quantkit.rescaling import Folds
+
+    known: dict[str, Folds] = {name: name for name in get_args(Folds)}
+    if text not in known:
+        raise SpecError(f"--folds {text}: no such choice; choose {', '.join(known)}.")
+    return known[text]
+
+
+def image_of(cache: "CalibrationCache") -> "ImagePreprocessing | None":
+    """Return how the samples of a cache were prepared; None where they were no images, or as images are by default."""
+    from quantkit.data import ImagePreprocessing
+
+    fields = cache.data.get("preprocessing")
+    return None if fields is None else ImagePreprocessing.from_json(fields)
+
+
+@contextmanager
+def steps(what: str, unit: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that moves a bar: how many are done, of how many."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=unit, disable=not (shown and on_terminal()), leave=False, delay=0.5) as bar:
+
+        def moved(done: int, count: int) -> None:
+            bar.total = count
+            bar.update(done - bar.n)
+
+        yield moved
 
 
 def print_json(value: object) -> None:
