@@ -15,12 +15,13 @@ from quantkit.cache import CalibrationCache
 from quantkit.data import SampleSource
 from quantkit.errors import SpecError
 from quantkit.graph import Graph, LeftAlone
+from quantkit.graph.clean import NEWEST_OPSET
 from quantkit.kernels.family import Operands
 from quantkit.kernels.work import FORMATS, Work, get_gemm_format
 
 _QUANTIZED = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits"}
-    | {"QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger"}
+    | {"QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "TRT_MXFP8DequantizeLinear"}
 )
 # What a float model's layers are run in where nobody asks for others.
 AS_STORED = "as stored"
@@ -129,7 +130,12 @@ def cases_of_model(
         )
         for (batch, asked, work), found in grouped.items()
     )
-    return Products(cases=cases, left=tuple(left), notes=_notes(captured))
+    notes = _notes(captured)
+    if any(gemm.grows == "count" and gemm.count > 1 for gemm in (x.gemm(captured.shapes) for x in layers)):
+        notes += (
+            "calls of attention's products: one for each head of each sample, a launch of its own here",
+        )
+    return Products(cases=cases, left=tuple(left), notes=notes)
 
 
 def stored(graph: Graph) -> tuple[Graph, bool]:
@@ -142,6 +148,7 @@ def stored(graph: Graph) -> tuple[Graph, bool]:
     if graph.path is None:
         return graph, True
     model = ir.load(graph.path)
+    model.graph.opset_imports[""] = min(model.graph.opset_imports.get("", NEWEST_OPSET), NEWEST_OPSET)
     for number, node in enumerate(model.graph):
         node.name = (
             node.name or (node.outputs[0].name if node.outputs else None) or f"{node.op_type}_{number}"

@@ -22,6 +22,7 @@ from quantkit.data import (
     fixed_batch_size,
     reopen_data,
 )
+from quantkit.decode import decode
 from quantkit.errors import DataError, ModelError
 from quantkit.graph import Graph
 from quantkit.runtime import Session
@@ -76,18 +77,28 @@ def capture(
     wanted = list(dict.fromkeys(names))
     # What is fed is not asked back: ONNX Runtime would hand out the memory of the batch, which is gone first.
     made = [name for name in wanted if name not in batch]
-    try:
-        tensors = {name: batch[name] for name in wanted if name in batch}
-        if made:
-            tensors |= Session(graph.model, outputs=made, optimize=False).run(batch)
-    except ModelError:
-        # Formats of which ONNX Runtime has no kernel: what their shapes are can be inferred.
+    tensors = {name: batch[name] for name in wanted if name in batch}
+    run = _run(graph, made, batch) if made else {}
+    if run is None:
         shapes = _inferred(graph, wanted, batch)
         return Captured(shapes=shapes, samples=samples, histograms=histograms)
+    tensors |= run
     shapes = {name: tuple(array.shape) for name, array in tensors.items()}
     if found is None:
         return Captured(shapes=shapes, samples=samples, histograms=histograms)
     return Captured(shapes=shapes, samples=samples, tensors=tensors, origin=origin, histograms=histograms)
+
+
+def _run(graph: Graph, names: Sequence[str], batch: Sample) -> dict[str, NDArray[Any]] | None:
+    """Return the tensors of one run; None where ONNX Runtime can run it in no way."""
+    try:
+        return dict(Session(graph.model, outputs=names, optimize=False).run(batch))
+    except ModelError:
+        # It lacks kernels for four-bit floats, MX scales and TensorRT's operators: what they mean can be run.
+        try:
+            return dict(Session(decode(graph.model), outputs=names, optimize=False).run(batch))
+        except ModelError:
+            return None
 
 
 def _real(

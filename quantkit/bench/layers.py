@@ -23,6 +23,8 @@ _STORED = {
     ("bf16", "int2"): "int2",
 }
 _FOUR_BIT_FLOATS = {16: "nvfp4", 32: "mxfp4"}
+# Of weights in blocks; activations are quantized as they come, where the file does not say so.
+_EIGHT_BIT_FLOATS = {32: "mxfp8", 128: "fp8-block"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +114,8 @@ class Layer:
         a, w = self.activations, self.weights
         if w.element == "e2m1":
             return _FOUR_BIT_FLOATS.get(w.block_size or 0, "")
-        if w.element == "e4m3" and w.block_size == 32:
-            return "mxfp8"
+        if w.element == "e4m3" and w.block_size in _EIGHT_BIT_FLOATS:
+            return _EIGHT_BIT_FLOATS[w.block_size]
         return _STORED.get((a.element, w.element), "")
 
     @property

@@ -12,6 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+_QUANTIZERS = (
+    "QuantizeLinear", "DynamicQuantizeLinear", "TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize"
+)  # fmt: skip
+_DEQUANTIZERS = ("DequantizeLinear", "TRT_MXFP8DequantizeLinear")
 # What codes are called in formats: element types by NumPy's names.
 ELEMENTS = {
     "int8": "int8",
@@ -89,7 +93,7 @@ def read_operand(value: ir.Value) -> Operand:
     node = value.producer()
     if node is None:
         return Operand(tensor=str(value.name))
-    if node.op_type == "DequantizeLinear":
+    if node.op_type in _DEQUANTIZERS:
         return _dequantized(node)
     if node.op_type in ("Identity", "Cast") and node.inputs[0] is not None:
         inner = read_operand(node.inputs[0])
@@ -135,13 +139,23 @@ def read_codes(
 
 
 def constant_of(value: ir.Value) -> NDArray[Any] | None:
-    """Return the contents of a constant; None where it is none."""
+    """Return the contents of a constant, also of one that is reshaped or repeated; None where it is none."""
     if value.const_value is not None:
         return value.const_value.numpy()
     node = value.producer()
-    if node is None or node.op_type != "Constant" or "value" not in node.attributes:
+    if node is None:
         return None
-    return node.attributes["value"].as_tensor().numpy()
+    if node.op_type == "Constant" and "value" in node.attributes:
+        return node.attributes["value"].as_tensor().numpy()
+    if node.op_type in ("Reshape", "Expand") and None not in node.inputs:
+        held, sizes = (constant_of(v) for v in node.inputs if v is not None)
+        if held is None or sizes is None:
+            return None
+        if node.op_type == "Expand":
+            return np.broadcast_to(held, np.broadcast_shapes(held.shape, tuple(sizes.tolist())))
+        # 0 keeps a dimension.
+        return held.reshape([size or held.shape[axis] for axis, size in enumerate(sizes.tolist())])
+    return None
 
 
 def _dequantized(node: ir.Node) -> Operand:
@@ -149,6 +163,8 @@ def _dequantized(node: ir.Node) -> Operand:
     assert codes is not None and scale is not None
     constant = constant_of(codes)
     scales = _scales(scale)
+    if scales is not None and node.op_type == "TRT_MXFP8DequantizeLinear":
+        scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)  # bytes of E8M0
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     zeros = None if zero is None else constant_of(zero)
     if constant is not None:
@@ -162,7 +178,7 @@ def _dequantized(node: ir.Node) -> Operand:
             block_size=None if block is None else block.as_int() or None,
         )
     source = codes.producer()
-    if source is None or source.op_type not in ("QuantizeLinear", "DynamicQuantizeLinear"):
+    if source is None or source.op_type not in _QUANTIZERS:
         return Operand(tensor=str(codes.name), element="int8")
     assert source.inputs[0] is not None
     # Kernels have no zero points for activations: such a tensor gets a scale of its own.

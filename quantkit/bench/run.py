@@ -2,7 +2,10 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import onnx_ir as ir
 
 from quantkit.bench.cases import Case, Products, cases_of_model, cases_of_shapes
 from quantkit.bench.feeding import fits
@@ -15,6 +18,7 @@ from quantkit.cache import CalibrationCache, find_cache
 from quantkit.data import ImagePreprocessing, SampleSource, open_data
 from quantkit.errors import CacheError, SpecError
 from quantkit.graph import Graph, ModelLike, load_graph
+from quantkit.graph.clean import NEWEST_OPSET
 from quantkit.kernels.cublas import cublas_bf16_us
 from quantkit.kernels.families import best_family
 from quantkit.kernels.family import Family, Prediction
@@ -162,13 +166,31 @@ def _of_model(
         graph = load_graph(model)
         held.check_model(graph.fingerprint, str(graph.path or graph.name))
     else:
-        graph = load_graph(model)
+        graph = _opened(model)
         held = held or _cache_here(graph)
     source: SampleSource | None = None
     if data is not None:
         source = open_data(data, graph.inputs, image=image, mapping=mapping)
     found = cases_of_model(graph, formats=formats, batches=batches, cache=held, source=source, dims=dims)
     return found, graph.name
+
+
+def _opened(model: ModelLike) -> Graph:
+    """The graph of a model, also of a file whose scales are of a type that came with a newer operator set (E8M0)."""
+    if isinstance(model, str | os.PathLike) and os.path.isfile(model):
+        try:
+            raw = ir.load(model)
+        except Exception:
+            # `load_graph` says what is wrong with it.
+            return load_graph(model)
+        if raw.graph.opset_imports.get("", 0) == NEWEST_OPSET + 1 and any(
+            value.dtype == ir.DataType.FLOAT8E8M0 for value in raw.graph.initializers.values()
+        ):
+            # Nothing but these scales is of that operator set, and they are read here, not run.
+            raw.graph.opset_imports[""] = NEWEST_OPSET
+            path = Path(model)
+            return Graph(load_graph(raw).model, path.stem, path)
+    return load_graph(model)
 
 
 def _cache_here(graph: Graph) -> CalibrationCache | None:

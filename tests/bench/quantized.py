@@ -38,7 +38,11 @@ def model(nodes: list, constants: list[TensorProto], shape: list, opset: int = 2
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         constants,
     )
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    imports = [
+        helper.make_opsetid("", opset),
+        helper.make_opsetid("com.microsoft", 1),
+        helper.make_opsetid("trt", 1),
+    ]
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
@@ -213,3 +217,54 @@ def nvfp4_with_quantized_scales() -> ModelProto:
         constant("wg", np.float32(0.001)),
     ]
     return model(nodes, weights, ["N", 32], opset=23)
+
+
+@stored("mxfp4")
+def mxfp4_of_a_newer_operator_set() -> ModelProto:
+    nodes = [node("DequantizeLinear", "w ws", "wd", axis=0, block_size=32), node("MatMul", "x wd", "y")]
+    e2m1 = RNG.choice(np.float32([-6, -3, -1, -0.5, 0, 0.5, 1, 3, 6]), (64, 6))
+    scale = constant("ws", np.exp2(RNG.integers(-6, -2, (2, 6))), TensorProto.FLOAT8E8M0)
+    return model(nodes, [constant("w", e2m1, TensorProto.FLOAT4E2M1), scale], ["N", 64], opset=24)
+
+
+@stored("fp8-block")
+def fp8_in_squares() -> ModelProto:
+    """One scale for 128 x 128: written once, and repeated along the axis that DequantizeLinear has no blocks for."""
+    nodes = [
+        node("Reshape", "ws three", "tall"),
+        node("Expand", "tall wide", "repeated"),
+        node("Reshape", "repeated two", "each"),
+        node("DequantizeLinear", "w each", "wd", axis=0, block_size=128),
+        node("MatMul", "x wd", "y"),
+    ]
+    e4m3 = TensorProto.FLOAT8E4M3FN
+    shapes = {"three": [2, 2, 1], "wide": [2, 2, 128], "two": [2, 256]}
+    weights = [
+        constant("w", RNG.standard_normal((256, 256)).astype(ml_dtypes.float8_e4m3fn), e4m3),
+        constant("ws", scales(2, 2)),
+        *(constant(name, np.int64(shape)) for name, shape in shapes.items()),
+    ]
+    return model(nodes, weights, ["N", 256])
+
+
+def mxfp8(nodes: list, operand: str) -> ModelProto:
+    dequantize = node("TRT_MXFP8DequantizeLinear", "w ws", "wd", domain="trt", axis=0, block_size=32)
+    codes = RNG.standard_normal((64, 6)).astype(ml_dtypes.float8_e4m3fn)
+    weights = [
+        constant("w", codes, TensorProto.FLOAT8E4M3FN),
+        constant("ws", RNG.integers(120, 126, (2, 6)).astype(np.uint8)),
+    ]
+    return model([*nodes, dequantize, node("MatMul", f"{operand} wd", "y")], weights, ["N", 64])
+
+
+@stored("mxfp8")
+def mxfp8_weights_of_tensorrt() -> ModelProto:
+    return mxfp8([], "x")
+
+
+def mxfp8_of_tensorrt() -> ModelProto:
+    options = {"domain": "trt", "axis": -1, "block_size": 32}
+    quantize = helper.make_node(
+        "TRT_MXFP8DynamicQuantize", ["x"], ["xq", "xs"], name="xq", output_dtype=17, **options
+    )
+    return mxfp8([quantize, node("TRT_MXFP8DequantizeLinear", "xq xs", "xd", **options)], "xd")

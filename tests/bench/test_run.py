@@ -1,5 +1,6 @@
 """bench_model without a GPU: which model, which shapes, which activations, which kernels."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from quantkit.cache import CalibrationCache
 from quantkit.data import InputSpec
 from quantkit.errors import CacheError, DataError, KernelError, SpecError, UnknownNameError
 from quantkit.kernels.emulator import find_compiler
-from tests.bench.quantized import BUILDERS
+from tests.bench.quantized import BUILDERS, mxfp8_of_tensorrt
 from tests.models import MODELS
 
 
@@ -83,6 +84,32 @@ def test_a_quantized_file_is_run_in_its_own_formats(tmp_path: Path, monkeypatch:
     assert [r.work.format for r in forced.rows] == ["int8", "bf16"]
 
 
+@pytest.mark.parametrize(
+    ("build", "form"),
+    [
+        (BUILDERS["mxfp4_of_a_newer_operator_set"], "mxfp4"),
+        (BUILDERS["nvfp4_with_quantized_scales"], "nvfp4"),
+        (BUILDERS["fp8_in_squares"], "fp8-block"),
+        (mxfp8_of_tensorrt, "mxfp8"),
+    ],
+)
+def test_what_onnx_runtime_cannot_run_is_run_on_real_activations_all_the_same(
+    tmp_path: Path, build: Callable[[], onnx.ModelProto], form: str
+) -> None:
+    file = build()
+    k = file.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    onnx.save(file, tmp_path / "file.onnx")
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((5, k)).astype(np.float32))
+    found = quantkit.bench_model(
+        tmp_path / "file.onnx", batches=[3], data=tmp_path / "data.npy", emulate=find_compiler() is not None
+    )
+    (row,) = found.rows
+    assert (row.work.m, row.work.k, row.work.format) == (3, k, form)
+    assert row.kernel
+    assert "activations: captured from data.npy (5 samples), repeated as needed" in found.notes
+    assert row.error is None or row.error < 3e-3
+
+
 def test_a_format_that_no_kernel_takes_is_a_row_without_one() -> None:
     found = quantkit.bench_model(shapes=[(1, 6, 32)], formats=["int2"], device_model="a100")
     (row,) = found.rows
@@ -144,6 +171,8 @@ def test_attention_runs_in_bf16_where_a_format_is_of_weights_alone(tmp_path: Pat
         found = quantkit.bench_model(path, formats=[form], batches=[1], data=tiny.feeds(1))
         both_computed = [r for r in found.rows if r.work.format == wanted]
         assert both_computed
+        heads = any("one for each head" in note for note in found.notes)
+        assert heads == any(row.calls > len(row.layers) for row in found.rows)
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="the emulator needs a C++ compiler")
