@@ -540,11 +540,12 @@ def main() -> None:
     ]
     if options.statistics:
         # Beside this file; what `import` finds is where scripts are.
-        from statistics_run import check_statistics, time_statistics
+        from statistics_run import check_statistics, time_grams, time_statistics
 
         stages += [
             ("statistics", True, check_statistics),
             ("statistics_times", True, lambda: time_statistics(repeats, pause_s)),
+            ("gram_times", True, lambda: time_grams(repeats, pause_s)),
         ]
     for name, wanted, run in stages:
         if wanted:

@@ -63,6 +63,9 @@ CHECKED = [
 ]
 # K, groups, vectors.
 GRAMS = [(768, 1, 3000), (147, 1, 20000), (36, 8, 5000)]
+# The same of 16-bit floats.
+SHORT_GRAMS = [(4096, 1, 5000), (1001, 1, 3000), (264, 4, 2000)]
+GRAM_SIZES, GRAM_VECTORS = (768, 4096, 14336), 4096
 TIMED = [
     ("flat, 64 Mi", (1, 1, 1 << 26), False),
     ("flat, 4 Mi", (1, 1, 1 << 22), False),
@@ -141,6 +144,15 @@ def grams_agree() -> Iterator[tuple[str, str]]:
                 f"gram of {groups} x {size}, {what}",
                 "" if error <= bound else f"relative error {error:.1e}",
             )
+    for size, groups, vectors in SHORT_GRAMS:
+        for name in ("float16", "bfloat16"):
+            # Whole numbers: their sums have one right answer.
+            rows = np.random.default_rng(size).integers(-9, 10, (groups, vectors, size)).astype(TYPES[name])
+            want, made = GramMatrix(size, groups), DeviceGram(size, groups)
+            want.observe(rows)
+            made.observe(cupy.asarray(rows if name == "float16" else rows.view(np.uint16)))
+            same = np.array_equal(made.result().products, want.products)
+            yield f"gram of {groups} x {size}, {name}", "" if same else "products"
 
 
 def fetched_exactly() -> Iterator[tuple[str, str]]:
@@ -174,6 +186,27 @@ def calibrated_alike() -> Iterator[tuple[str, str]]:
         mine, theirs = want.histogram, there[name].histogram
         far = abs(mine.amax - theirs.amax) > 1e-4 * mine.amax
         yield name, "limits" if far else "" if mine.count == theirs.count else "number of values"
+
+
+def time_grams(repeats: int, pause_s: float, stopwatch: Stopwatch | None = None) -> list[dict[str, Any]]:
+    """Time Gram matrices: ours of 16 bits, with the sums of vectors, beside cuBLAS's products in float64 and float32."""
+    cupy, rows = gpu.cupy(), []
+    for size in GRAM_SIZES:
+        short = cupy.asarray(
+            np.random.default_rng(0).standard_normal((1, GRAM_VECTORS, size)).astype(np.float16)
+        )
+        ours = DeviceGram(size)
+        plain = {name: short[0].astype(name) for name in ("float64", "float32")}
+        contenders = {"gram": Contender(run=lambda o=ours, x=short: o.observe(x))} | {
+            name: Contender(run=lambda x=x: x.T @ x) for name, x in plain.items()
+        }
+        timings, refused = time_in_turns(contenders, repeats=repeats, pause_s=pause_s, stopwatch=stopwatch)
+        for what, reason in refused.items():
+            print(f"  {what}: refused: {reason}")
+        found = {name: t.median_us for name, t in timings.items()}
+        rows.append({"size": size, "vectors": GRAM_VECTORS, "us": found})
+        print(f"gram {size}: " + ", ".join(f"{name} {us:.0f} us" for name, us in found.items()))
+    return rows
 
 
 def time_statistics(repeats: int, pause_s: float, stopwatch: Stopwatch | None = None) -> list[dict[str, Any]]:

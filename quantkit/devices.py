@@ -133,14 +133,13 @@ class Gpu(Processors):
         return observe_device_tensor(device_array(tensor), channels, exponent=exponent)
 
     def array(self, tensor: Any) -> Any:
-        """Return a tensor as CuPy's, without a copy where it lies on the GPU and has a type of CuPy's."""
+        """Return a tensor as CuPy's, without a copy where it lies on the GPU; uint16 stands for bfloat16."""
         from quantkit.kernels.device import cupy
-        from quantkit.kernels.gram import as_floats
         from quantkit.kernels.statistics import device_array
 
         if tensor.device_name() != self.provider.device:
             return cupy().asarray(host_array(tensor).astype(np.float32))
-        return as_floats(device_array(tensor))
+        return device_array(tensor).array
 
     def patches(self, x: Any, **window: Any) -> Iterator[Any]:
         """The same on the GPU."""

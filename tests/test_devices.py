@@ -50,15 +50,22 @@ class Lent(FakeCupy):
 
     def ndarray(self, shape: tuple[int, ...], dtype: Any, memptr: tuple[int, int]) -> np.ndarray:
         array = np.frombuffer((ctypes.c_char * memptr[1]).from_address(memptr[0]), dtype).reshape(shape)
-        self.read.append(array.ctypes.data)
+        return self._lent(array)
+
+    def _lent(self, array: np.ndarray) -> np.ndarray:
+        """What lay there before is gone: its owner has given the memory to another."""
+        at = int(array.ctypes.data)
+        self.read.append(at)
+        held = self.memory._held
+        for start in [s for s, old in held.items() if s < at + array.nbytes and at < s + old.nbytes]:
+            del held[start]
+        held[at] = array
         return self.memory.shown(array)
 
     def from_dlpack(self, value: Any) -> np.ndarray:
         if value.data_type() == "tensor(bfloat16)":
             raise NotImplementedError("CuPy does not support bfloat16 yet")
-        array = np.from_dlpack(value)
-        self.read.append(array.ctypes.data)
-        return self.memory.shown(array)
+        return self._lent(np.from_dlpack(value))
 
     @staticmethod
     def pad(array: np.ndarray, width: Any) -> np.ndarray:
@@ -164,7 +171,7 @@ def test_a_type_that_cupy_lacks_is_read_where_it_lies_too(cupy):
     want.observe(x.astype(ml_dtypes.bfloat16))
     assert histogram == want
     np.testing.assert_array_equal(
-        np.asarray(as_floats(tensor)), x.astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.asarray(as_floats(tensor.array)), x.astype(ml_dtypes.bfloat16).astype(np.float32)
     )
 
 
@@ -291,6 +298,33 @@ def test_sums_of_float32_keep_the_bound_that_is_stated(cupy, monkeypatch, rows, 
     bound = (min(block, rows.shape[1]) + 1) * 2.0**-24 * most[:, :, None] * most[:, None, :]
     # A product of two subnormal numbers may vanish.
     assert np.all(error <= bound + rows.shape[1] * 2.0**-149)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [264, 300])
+def test_vectors_of_16_bits_are_multiplied_on_the_tensor_cores(cupy, monkeypatch, size, dtype):
+    monkeypatch.setattr("quantkit.kernels.gram.TENSOR_CORE_BLOCK", 40)
+    rows = np.random.default_rng(4).standard_normal((2, 70, size)).astype(dtype)
+    mine, theirs = GramMatrix(size, 2), DeviceGram(size, 2)
+    mine.observe(rows)
+    theirs.observe(cupy.asarray(rows if dtype == np.float16 else rows.view(np.uint16)))
+    assert [name for name, *_ in cupy.launches] == ["gram"] * 4
+    found = theirs.result()
+    most = np.sqrt(mine.products.diagonal(axis1=1, axis2=2))
+    error = np.abs(found.products - mine.products)
+    assert np.all(error <= 40 * 2.0**-23 * most[:, :, None] * most[:, None, :])
+    np.testing.assert_array_equal(found.products, found.products.transpose(0, 2, 1))
+    np.testing.assert_allclose(found.sums, mine.sums, rtol=1e-12, atol=1e-10)
+
+
+def test_parts_of_a_larger_tensor_are_vectors_too(cupy):
+    whole = np.random.default_rng(5).integers(-5, 6, (1, 30, 520)).astype(np.float16)
+    there, gram, want = cupy.asarray(whole), DeviceGram(256), GramMatrix(256)
+    # Out of line, every other row, and in line but not in one piece.
+    for part in (np.s_[:, :, 3:259], np.s_[:, ::2, 8:264], np.s_[:, :7, :256]):
+        gram.observe(there[part])
+        want.observe(whole[part])
+    np.testing.assert_array_equal(gram.result().products, want.products)
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [("sm_80", 8), ("sm_90a", 8), ("sm_89", 4), ("sm_120a", 4)])

@@ -26,6 +26,7 @@ def script(monkeypatch: pytest.MonkeyPatch, cupy: Lent) -> ModuleType:  # noqa: 
     monkeypatch.setattr(module, "CHECKED", [((1, 1, 403), False), ((3, 6, 70), True)])
     monkeypatch.setattr(module, "SAMPLES", 2)
     monkeypatch.setattr(module, "GRAMS", [(36, 2, 1500)])
+    monkeypatch.setattr(module, "SHORT_GRAMS", [(265, 1, 40)])
     return module
 
 
@@ -72,3 +73,11 @@ def test_a_share_of_a_copy_counts_what_the_copy_reads_and_writes(script, monkeyp
         np.testing.assert_allclose(row["share_of_copy"], 1.0)
         assert row["gb_per_s"] == pytest.approx(384 * (4 if row["dtype"] == "float32" else 2) / 5e3)
     assert "100%" in capsys.readouterr().out
+
+
+def test_gram_matrices_are_timed_beside_products_of_cublas(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "GRAM_SIZES", (264,))
+    monkeypatch.setattr(script, "GRAM_VECTORS", 40)
+    (row,) = script.time_grams(1, 0.0, FakeClock())
+    assert row["us"].keys() == {"gram", "float64", "float32"}
+    assert "refused" not in capsys.readouterr().out
