@@ -189,7 +189,7 @@ def calibrated_alike() -> Iterator[tuple[str, str]]:
 
 
 def time_grams(repeats: int, pause_s: float, stopwatch: Stopwatch | None = None) -> list[dict[str, Any]]:
-    """Time Gram matrices: ours of 16 bits, with the sums of vectors, beside cuBLAS's products in float64 and float32."""
+    """Time Gram matrices: ours of 16 bits, sums of vectors too, beside cuBLAS in float64 and float32."""
     cupy, rows = gpu.cupy(), []
     for size in GRAM_SIZES:
         short = cupy.asarray(
