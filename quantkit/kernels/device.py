@@ -34,6 +34,22 @@ def cupy() -> Any:
         raise KernelError(f"CuPy cannot be imported ({error}); pip install 'quantkit[gpu]'.") from error
 
 
+def current() -> int:
+    """Return the number of the current GPU.
+
+    Raises:
+        KernelError: CuPy is not installed, or finds no GPU.
+    """
+    try:
+        return int(cupy().cuda.Device().id)
+    except KernelError:
+        raise
+    except Exception as error:
+        # Each version of CUDA has its own way to say that there is no driver.
+        reason = str(error).strip().splitlines()[0]
+        raise KernelError(f"no GPU here ({reason}); run this on a machine with an NVIDIA GPU.") from error
+
+
 @lru_cache(maxsize=64)
 def architecture(device: int) -> str:
     """Return what NVRTC calls GPU `device`: sm_90a, say."""

@@ -100,7 +100,7 @@ def pack_weight(
 
 
 def _device() -> int:
-    return int(gpu.cupy().cuda.Device().id)
+    return gpu.current()
 
 
 def _pack_four_bits(weight: QTensor, arch: str | None, activations: str) -> PackedWeight4:
@@ -121,7 +121,7 @@ def pack_codes(
 ) -> PackedWeight:
     """Return codes [n, k] of a format and their float32 scales (one, n, or None) on the current GPU."""
     cupy = gpu.cupy()
-    device = int(cupy.cuda.Device().id)
+    device = gpu.current()
     n, k = values.shape
     item = ITEM_BYTES[format_name]
     padded = np.zeros((n, -(-k * item // 16) * 16), np.uint8)
@@ -186,7 +186,7 @@ def matmul(
         return matmul_blocks(a, weight, epilogue=epilogue, out_dtype=out_dtype, out=out, tile=chosen)
     cupy = gpu.cupy()
     epilogue = epilogue or Epilogue()
-    device = int(cupy.cuda.Device().id)
+    device = gpu.current()
     arch = gpu.architecture(device)
     check_product(a, weight, epilogue, out_dtype, out, device, arch)
     lead, n, k = tuple(a.shape[:-1]), weight.n, weight.k

@@ -88,7 +88,7 @@ def quantize_activation(
         KernelError: shapes, types or devices that do not fit, or a specification that no kernel knows.
     """
     cupy = gpu.cupy()
-    device = int(cupy.cuda.Device().id)
+    device = gpu.current()
     check_spec(spec)
     _check(x, spec, scale, zero_point, global_scale, norm, multiplier, device)
     lead, k = tuple(x.shape[:-1]), int(x.shape[-1])

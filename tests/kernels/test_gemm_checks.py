@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from quantkit.errors import KernelError
+from quantkit.formats import INT8, QuantSpec
+from quantkit.kernels import device, matmul, quantize_activation
+from quantkit.kernels.gemm import pack_codes
 from quantkit.kernels.gemm_checks import check_product
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 
@@ -89,3 +92,20 @@ def test_what_no_kernel_computes_is_refused_with_the_mend(call, says):
     assert says in str(refused.value)
     assert str(refused.value).endswith(".")
     assert "\n" not in str(refused.value)
+
+
+def test_without_a_gpu_the_door_says_so(monkeypatch):
+    def no_driver():
+        raise RuntimeError("cudaErrorInsufficientDriver: the driver is missing\nand more")
+
+    monkeypatch.setattr(device, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(Device=no_driver)))
+    calls = (
+        lambda: matmul(array((4, 32), np.int8), WEIGHT),
+        lambda: pack_codes(np.zeros((8, 32), np.int8), None, "int8"),
+        lambda: quantize_activation(array((4, 32)), QuantSpec(format=INT8, dynamic="token")),
+    )
+    for call in calls:
+        with pytest.raises(
+            KernelError, match=r"^no GPU here \(cudaErrorInsufficientDriver: .*missing\); run"
+        ):
+            call()

@@ -52,7 +52,7 @@ def pack_block_weight(weight: QTensor, arch: str | None = None) -> PackedBlockWe
         n=packed.n,
         k=packed.k,
         block=packed.block,
-        arch=arch or gpu.architecture(int(cupy.cuda.Device().id)),
+        arch=arch or gpu.architecture(gpu.current()),
     )
 
 
@@ -81,7 +81,7 @@ def matmul_blocks(
     """
     cupy = gpu.cupy()
     epilogue = epilogue or Epilogue()
-    device = int(cupy.cuda.Device().id)
+    device = gpu.current()
     _check(a, weight, out_dtype, device)
     codes, n, k = a.codes, weight.n, weight.k
     stands_for = PackedWeight(data=weight.codes, scale=None, n=n, k=k, format=_CODES, arch=weight.arch)

@@ -55,7 +55,7 @@ def pack_mx_weight(weight: QTensor, arch: str | None = None) -> PackedMxWeight:
         n=packed.rows,
         k=packed.k,
         format=packed.format,
-        arch=arch or gpu.architecture(int(cupy.cuda.Device().id)),
+        arch=arch or gpu.architecture(gpu.current()),
         block_scales=cupy.asarray(packed.scales),
     )
 
@@ -84,7 +84,7 @@ def matmul_mx(
     """
     cupy = gpu.cupy()
     epilogue = epilogue or Epilogue()
-    device = int(cupy.cuda.Device().id)
+    device = gpu.current()
     _check(a, weight, out_dtype, device)
     codes, n, k = a.codes, weight.n, weight.k
     lead = tuple(codes.shape[:-1])

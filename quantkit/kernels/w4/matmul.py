@@ -80,7 +80,7 @@ def matmul_w4(
     """
     cupy = gpu.cupy()
     epilogue = epilogue or Epilogue()
-    device = int(cupy.cuda.Device().id)
+    device = gpu.current()
     arch = gpu.architecture(device)
     activations = _ACTIVATIONS.get(str(a.dtype))
     form = weight.layout
