@@ -11,7 +11,7 @@ from quantkit.kernels.heuristics import H200, SHARED_LIMIT, Device, Problem
 
 _ROW = 128  # codes of K in a stage
 _RATE = 1.5e5  # bytes in a microsecond that one multiprocessor draws
-_BUFFER = 8192  # bytes of output on their way to memory
+_BUFFERS = {2: 8192, 3: 4096}  # bytes of output on their way to memory, by the number of such buffers
 
 # By format of a product: elements along K that share a scale.
 BLOCKS = {"fp8-block": 128, "mxfp8": 32}
@@ -53,8 +53,8 @@ class BlocksTile:
     """A configuration of gemm_blocks_sm90.cu, whose head says what each part does.
 
     blocks_of_64: of rows of the first operand that a consumer stacks. cluster: blocks that share a tile of the first
-    operand. group: tiles along the first operand before the next along the second. buffers: of 8 KB of output for
-    each consumer. split: blocks that share K.
+    operand. group: tiles along the first operand before the next along the second. buffers: of output for each consumer,
+    two of 8 KB or three of 4 KB. split: blocks that share K.
     """
 
     blocks_of_64: int
@@ -91,7 +91,7 @@ class BlocksTile:
     def shared_bytes(self, block: int) -> int:
         """Return the shared memory of a block: the ring with its scales and barriers, the output's buffers."""
         stage = (self.tile_m + self.tile_n) * _ROW + self.scale_bytes(block) + 32
-        return self.stages * stage + self.consumers * (self.buffers * _BUFFER + 16)
+        return self.stages * stage + self.consumers * (self.buffers * _BUFFERS[self.buffers] + 16)
 
     def tiles(self, problem: BlocksProblem) -> tuple[int, int]:
         """Return how many clusters' tiles lie along the first operand, and along the second."""
@@ -109,7 +109,7 @@ class BlocksTile:
 def deepest(block: int, **shape: int | bool) -> BlocksTile | None:
     """Return the tile with as many stages as fit, at most 24, or None where two do not fit.
 
-    One buffer of output instead of two where that makes room for a fourth stage.
+    With small buffers of output where that makes room for a fourth stage.
     """
 
     def with_buffers(buffers: int) -> BlocksTile | None:
@@ -127,8 +127,10 @@ def deepest(block: int, **shape: int | bool) -> BlocksTile | None:
             else None
         )
 
-    roomy, tight = with_buffers(2), with_buffers(1)
-    return roomy if roomy is not None and roomy.stages >= 4 else tight or roomy
+    roomy = with_buffers(2)
+    if shape.get("swap") or (roomy is not None and roomy.stages >= 4):
+        return roomy
+    return with_buffers(3) or roomy
 
 
 def candidates(problem: BlocksProblem) -> Iterator[BlocksTile]:

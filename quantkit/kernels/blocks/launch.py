@@ -52,6 +52,8 @@ def launch_of(
     width = OUTPUT_BYTES[problem.output]
     tma_store = problem.n * width % 16 == 0
     piece = min(tile.tile_n, 32 if width == 4 else 64)
+    if tile.buffers == 3:
+        piece = min(piece, 64 // width)
     return BlocksLaunch(
         defines={
             "BLOCK": problem.block,
@@ -74,7 +76,7 @@ def launch_of(
         first_box=(tile.tile_m // tile.cluster, 128),
         second_box=(tile.tile_n, 128),
         output_box=(piece, 32 if width == 4 else 64) if tile.swap else (64, piece),
-        output_swizzle=64 if width == 1 else 128,
+        output_swizzle=64 if width == 1 or tile.buffers == 3 else 128,
         swap=tile.swap,
         tma_store=tma_store,
     )

@@ -61,12 +61,14 @@ constexpr int LOADERS = 3;                    // warps that bring them
 // Registers of a thread, 504 in all (3 x 168 at the launch): MX has more to decode, and fewer sums.
 constexpr int OF_PRODUCER = MX ? 56 : 40, OF_CONSUMER = MX ? 224 : 232;
 
-// The epilogue works in pieces of at most 8 KB of output, PIECE columns of the sums each. A staged row is 128 bytes, or
-// 64 of one-byte elements.
-constexpr int BUFFER_BYTES = 8192;
+// The epilogue works in pieces, PIECE columns of the sums each: at most 8 KB of output, in two buffers, or 4 KB in three
+// where a fourth stage wants the room. A staged row is 128 bytes; 64 of small pieces and of one-byte elements.
+constexpr bool SMALL_PIECES = BUFFERS == 3;
+constexpr int BUFFER_BYTES = SMALL_PIECES ? 4096 : 8192;
+static_assert(BUFFERS == 2 || (SMALL_PIECES && !SWAP), "two buffers, or three small ones");
 constexpr int PART_BYTES = MI * TILE_N * 256;  // sums of a consumer
 static_assert(SPLIT == 1 || (SPLIT - 1) * PART_BYTES <= BUFFERS * BUFFER_BYTES, "the others' sums fit into the buffers");
-constexpr int STAGED_ROW = ELEMENT_BYTES == 1 ? 64 : 128;
+constexpr int STAGED_ROW = ELEMENT_BYTES == 1 || SMALL_PIECES ? 64 : 128;
 constexpr int WIDEST = SWAP ? (ELEMENT_BYTES == 4 ? 32 : 64) : STAGED_ROW / ELEMENT_BYTES;
 constexpr int PIECE = TILE_N < WIDEST ? TILE_N : WIDEST;
 constexpr int PIECES = TILE_N / PIECE;
@@ -401,7 +403,7 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
           }
           store_commit();
         }
-        if (BUFFERS > 1) buffer ^= 1;
+        buffer = buffer + 1 == BUFFERS ? 0 : buffer + 1;
       }
       if (SPLIT > 1) {
         if (TMA_STORE) {

@@ -19,7 +19,7 @@ CASES = {
     ),
     "tall": Case(
         m=200, n=136, k=328, block=128, output="bfloat16", kind=FULL,
-        tile=BlocksTile(blocks_of_64=2, tile_n=128, stages=3, buffers=1),
+        tile=BlocksTile(blocks_of_64=2, tile_n=128, stages=3, buffers=3),
     ),
     "pair": Case(
         m=150, n=264, k=328, block=128, output="bfloat16", kind=FULL,
@@ -220,7 +220,7 @@ MUTATIONS = {
     "multicast of the same half": ("pair", "{k, first + part}", "{k, first}", "every"),
     "blocks of a cluster take the same columns": (
         "pair",
-        "(place.second * CLUSTER + rank) * TILE_N;\n          QK_ROLLED for (int step",
+        "(place.second * CLUSTER + neighbour) * TILE_N;\n          QK_ROLLED for (int step",
         "place.second * CLUSTER * TILE_N;\n          QK_ROLLED for (int step",
         "every",
     ),

@@ -46,8 +46,8 @@ KINDS = {
     "float residual": EpilogueKind(bias=True, residual="after", residual_type="float32"),
 }
 TILES = {
-    "tall": BlocksTile(blocks_of_64=2, tile_n=128, stages=3, buffers=1),
-    "tall pair": BlocksTile(blocks_of_64=2, tile_n=128, stages=2, cluster=2, buffers=1),
+    "tall": BlocksTile(blocks_of_64=2, tile_n=128, stages=3, buffers=3),
+    "tall pair": BlocksTile(blocks_of_64=2, tile_n=128, stages=2, cluster=2, buffers=3),
     "square": BlocksTile(blocks_of_64=1, tile_n=128, stages=3),
     "narrow pair": BlocksTile(blocks_of_64=1, tile_n=64, stages=3, cluster=2, group=1),
     "few": BlocksTile(blocks_of_64=1, tile_n=16, stages=5, consumers=1, swap=True),
@@ -55,7 +55,7 @@ TILES = {
     "few of two": BlocksTile(blocks_of_64=1, tile_n=16, stages=3, consumers=1, swap=True, split=2),
     "some of two": BlocksTile(blocks_of_64=1, tile_n=64, stages=3, swap=True, split=2),
     "few of four": BlocksTile(blocks_of_64=1, tile_n=16, stages=3, swap=True, split=4),
-    "swapped": BlocksTile(blocks_of_64=2, tile_n=128, stages=3, swap=True, buffers=1),
+    "swapped": BlocksTile(blocks_of_64=2, tile_n=128, stages=3, swap=True),
 }
 FACTORS: dict[str, list[Any]] = {
     "m": [1, 17, 130, 257],
@@ -276,6 +276,8 @@ def test_every_candidate_fits_shared_memory_and_wgmma(output, block):
         assert tile.tile_n % 16 == 0
         if not tile.swap:
             assert tile.tile_n % {1: 64, 2: 64, 4: 32}[OUTPUT_BYTES[output]] == 0
+        else:
+            assert tile.buffers == 2
 
 
 def test_few_rows_put_the_weights_on_the_side_of_64():
