@@ -53,8 +53,8 @@ class BlocksTile:
     """A configuration of gemm_blocks_sm90.cu, whose head says what each part does.
 
     blocks_of_64: of rows of the first operand that a consumer stacks. cluster: blocks that share a tile of the first
-    operand. group: tiles along the first operand before the next along the second. buffers: of output for each consumer,
-    two of 8 KB or three of 4 KB. split: blocks that share K.
+    operand. group: tiles along the first operand before the next along the second. buffers: of output, two of 8 KB or
+    three of 4 KB for each consumer. split: blocks that share K.
     """
 
     blocks_of_64: int
