@@ -17,8 +17,9 @@ from quantkit.kernels import gemm_run, tuning
 from quantkit.kernels.blocks.heuristics import BlocksTile
 from quantkit.kernels.blocks.layout import block_of
 from quantkit.kernels.blocks.matmul import PackedBlockWeight, matmul_blocks, pack_block_weight
-from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
-from quantkit.kernels.gemm_checks import check_product, residual_type
+from quantkit.kernels.epilogue import EpilogueKind
+from quantkit.kernels.epilogue_operands import contiguous, kind_of, numbers_of, row_factor
+from quantkit.kernels.gemm_checks import check_product
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 from quantkit.kernels.heuristics import Device, Problem, Tile, rank
 from quantkit.kernels.mma_heuristics import ITEM_BYTES, MmaTile, mma_choose, mma_device
@@ -204,18 +205,14 @@ def matmul(
         a = (a ^ np.uint8(128)).view(np.int8)
         zero_point = (0 if zero_point is None else zero_point) - 128
     raw = out_dtype == "int32"
-    row_scale, row_kind = _vector(None if raw else epilogue.row_scale, device, "float32")
-    zeros, zero_kind = _vector(zero_point, device, "int32")
+    row_scale, row_kind = row_factor(None if raw else epilogue.row_scale, device)
+    zeros, zero_kind = row_factor(zero_point, device, "int32")
     scale = None if raw else weight.scale
-    kind = EpilogueKind(
+    kind = kind_of(
+        epilogue,
         row_scale=row_kind,
         column_scale="none" if scale is None else "one" if scale.size == 1 else "each",
         zero_point=zero_kind,
-        bias=epilogue.bias is not None,
-        activation=epilogue.activation or "none",
-        residual="none" if epilogue.residual is None else "before" if epilogue.residual_first else "after",
-        residual_type="bfloat16" if epilogue.residual is None else residual_type(epilogue.residual),
-        output_zero_point=epilogue.output_zero_point != 0,
     )
     problem = Problem(m=m, n=n, k=k, format=weight.format, output=out_dtype)
     call = gemm_run.Call(
@@ -224,12 +221,12 @@ def matmul(
         out=target,
         vectors=(
             row_scale,
-            *(_plain(v, cupy) for v in (scale, epilogue.bias)),
+            *(contiguous(v) for v in (scale, epilogue.bias)),
             zeros,
             None if zeros is None else weight.code_sums,
-            _plain(epilogue.residual, cupy),
+            contiguous(epilogue.residual),
         ),
-        values=_values(epilogue),
+        values=numbers_of(epilogue),
         problem=problem,
         kind=kind,
         device=device,
@@ -268,41 +265,6 @@ def _tile(problem: Problem, kind: EpilogueKind, device: int, *, stream: bool = T
 def _mma_tile(problem: Problem, kind: EpilogueKind, arch: str, device: int) -> MmaTile:
     timed = tuning.best_mma_tile(problem, kind, device)
     return timed or mma_choose(problem, mma_device(arch, gpu.multiprocessors(device)))
-
-
-@lru_cache(maxsize=1024)
-def _packed(values: EpilogueValues) -> np.void:
-    return values.packed()
-
-
-def _values(epilogue: Epilogue) -> np.void:
-    low, high = epilogue.clip or (0.0, 0.0)
-    return _packed(
-        EpilogueValues(
-            low=low,
-            high=high,
-            scale=epilogue.output_scale,
-            zero_point=epilogue.output_zero_point,
-            residual_scale=epilogue.residual_scale,
-            residual_zero_point=epilogue.residual_zero_point,
-        )
-    )
-
-
-def _vector(factor: Any, device: int, dtype: str) -> tuple[Any, str]:
-    """Return a factor of rows as an array on the device, and its granularity."""
-    if factor is None:
-        return None, "none"
-    if isinstance(factor, int | float):
-        return gpu.scalar(device, factor, dtype), "one"
-    return _plain(factor, gpu.cupy()), "one" if factor.size == 1 else "each"
-
-
-def _plain(array: Any, cupy: Any) -> Any:
-    """Return an array whose elements follow each other from a multiple of 16 bytes on, a copy if they did not."""
-    if array is None or (array.flags.c_contiguous and array.data.ptr % 16 == 0):
-        return array
-    return array.copy(order="C")
 
 
 def _output_dtype(name: str) -> np.dtype[Any]:

@@ -14,8 +14,9 @@ from quantkit.kernels import tuning
 from quantkit.kernels.blocks.heuristics import BlocksProblem, BlocksTile, candidates, choose
 from quantkit.kernels.blocks.launch import KERNEL, SOURCE, BlocksLaunch, launch_of
 from quantkit.kernels.blocks.layout import block_of, pack_blocks
-from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind, EpilogueValues
-from quantkit.kernels.gemm_checks import check_product, residual_type
+from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
+from quantkit.kernels.epilogue_operands import address, contiguous, kind_of, numbers_of, row_factor
+from quantkit.kernels.gemm_checks import check_product
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 from quantkit.kernels.gemm_run import aligned
 from quantkit.kernels.heuristics import Device
@@ -94,14 +95,10 @@ def matmul_blocks(
     if m == 0 or n == 0:
         return out
     problem = BlocksProblem(m=m, n=n, k=k, block=weight.block, output=out_dtype)
-    row_scale, granularity = _rows(epilogue.row_scale, device)
-    kind = EpilogueKind(
+    row_scale, granularity = row_factor(epilogue.row_scale, device)
+    kind = kind_of(
+        epilogue,
         row_scale=granularity,
-        bias=epilogue.bias is not None,
-        activation=epilogue.activation or "none",
-        residual="none" if epilogue.residual is None else "before" if epilogue.residual_first else "after",
-        residual_type="bfloat16" if epilogue.residual is None else residual_type(epilogue.residual),
-        output_zero_point=epilogue.output_zero_point != 0,
     )
     tile = tile or _tile(problem, kind, device)
     launch = _launch(problem, tile, kind, gpu.multiprocessors(device))
@@ -121,7 +118,7 @@ def matmul_blocks(
         stored = gpu.tensor_map(
             target.data.ptr, out_dtype, (m, n), step, launch.output_box, launch.output_swizzle
         )
-    vectors = row_scale, None, _plain(epilogue.bias), None, None, _plain(epilogue.residual)
+    vectors = row_scale, None, contiguous(epilogue.bias), None, None, contiguous(epilogue.residual)
     function = gpu.function_of(
         device, SOURCE, KERNEL, tuple(sorted(launch.defines.items())), launch.shared_bytes
     )
@@ -131,14 +128,14 @@ def matmul_blocks(
         (
             *maps,
             stored,
-            _address(target),
+            address(target),
             np.int32(k),
-            _address(scales),
+            address(scales),
             np.int64(scale_pitch),
-            _address(weight.scales),
+            address(weight.scales),
             np.int64(weight.scales.shape[1]),
-            *map(_address, vectors),
-            _values(epilogue),
+            *map(address, vectors),
+            numbers_of(epilogue),
             np.int32(m),
             np.int32(n),
         ),
@@ -187,42 +184,3 @@ def _launch(
     problem: BlocksProblem, tile: BlocksTile, kind: EpilogueKind, multiprocessors: int
 ) -> BlocksLaunch:
     return launch_of(problem, tile, kind, multiprocessors)
-
-
-def _address(array: Any) -> np.uint64:
-    return np.uint64(0 if array is None else array.data.ptr)
-
-
-@lru_cache(maxsize=1024)
-def _packed(values: EpilogueValues) -> np.void:
-    return values.packed()
-
-
-def _values(epilogue: Epilogue) -> np.void:
-    low, high = epilogue.clip or (0.0, 0.0)
-    return _packed(
-        EpilogueValues(
-            low=low,
-            high=high,
-            scale=epilogue.output_scale,
-            zero_point=epilogue.output_zero_point,
-            residual_scale=epilogue.residual_scale,
-            residual_zero_point=epilogue.residual_zero_point,
-        )
-    )
-
-
-def _rows(factor: Any, device: int) -> tuple[Any, str]:
-    """Return a factor of rows as an array on the device, and its granularity."""
-    if factor is None:
-        return None, "none"
-    if isinstance(factor, int | float):
-        return gpu.scalar(device, factor), "one"
-    return _plain(factor), "one" if factor.size == 1 else "each"
-
-
-def _plain(array: Any) -> Any:
-    """Return an array whose elements follow each other from a multiple of 16 bytes on, a copy if they did not."""
-    if array is None or (array.flags.c_contiguous and array.data.ptr % 16 == 0):
-        return array
-    return array.copy(order="C")

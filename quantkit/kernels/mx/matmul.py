@@ -15,8 +15,9 @@ from quantkit.errors import KernelError
 from quantkit.formats.quantize import QTensor
 from quantkit.kernels import device as gpu
 from quantkit.kernels import tuning
-from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
-from quantkit.kernels.gemm_checks import check_product, residual_type
+from quantkit.kernels.epilogue import EpilogueKind
+from quantkit.kernels.epilogue_operands import address, contiguous, kind_of, numbers_of
+from quantkit.kernels.gemm_checks import check_product
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 from quantkit.kernels.gemm_run import aligned
 from quantkit.kernels.mma_heuristics import mma_device
@@ -103,14 +104,10 @@ def matmul_mx(
     if m == 0 or n == 0:
         return out
     row_scale, granularity = _rows(epilogue.row_scale, a.global_scale, device)
-    kind = EpilogueKind(
+    kind = kind_of(
+        epilogue,
         row_scale=granularity,
         column_scale="none" if weight.scale is None else "one",
-        bias=epilogue.bias is not None,
-        activation=epilogue.activation or "none",
-        residual="none" if epilogue.residual is None else "before" if epilogue.residual_first else "after",
-        residual_type="bfloat16" if epilogue.residual is None else residual_type(epilogue.residual),
-        output_zero_point=epilogue.output_zero_point != 0,
     )
     problem = MxProblem(m=m, n=n, k=k, format=weight.format, output=out_dtype)
     stream = cupy.cuda.get_current_stream()
@@ -119,7 +116,7 @@ def matmul_mx(
     held, pitch = aligned(codes.reshape(m, -1), cupy)
     scales, scale_pitch = aligned(a.scale.reshape(m, -1), cupy)
     vectors = (
-        row_scale, weight.scale, _plain(epilogue.bias), None, None, _plain(epilogue.residual)
+        row_scale, weight.scale, contiguous(epilogue.bias), None, None, contiguous(epilogue.residual)
     )  # fmt: skip
     workspace, arrivals = (0, 0)
     if launch.arrivals:
@@ -130,8 +127,8 @@ def matmul_mx(
         launch.grid,
         (launch.block,),
         (
-            *map(_address, (held, weight.data, scales, weight.block_scales, target, *vectors)),
-            _values(epilogue),
+            *map(address, (held, weight.data, scales, weight.block_scales, target, *vectors)),
+            numbers_of(epilogue),
             np.int32(m),
             np.int32(n),
             np.uint64(workspace),
@@ -206,29 +203,6 @@ def _meeting_place(device: int, stream: int, launch: MxLaunch, cupy: Any) -> tup
     return int(held[0].data.ptr), int(held[1].data.ptr)
 
 
-def _address(array: Any) -> np.uint64:
-    return np.uint64(0 if array is None else array.data.ptr)
-
-
-@lru_cache(maxsize=1024)
-def _packed(values: EpilogueValues) -> np.void:
-    return values.packed()
-
-
-def _values(epilogue: Epilogue) -> np.void:
-    low, high = epilogue.clip or (0.0, 0.0)
-    return _packed(
-        EpilogueValues(
-            low=low,
-            high=high,
-            scale=epilogue.output_scale,
-            zero_point=epilogue.output_zero_point,
-            residual_scale=epilogue.residual_scale,
-            residual_zero_point=epilogue.residual_zero_point,
-        )
-    )
-
-
 def _rows(factor: Any, global_scale: Any, device: int) -> tuple[Any, str]:
     """Return what rows are multiplied by, the epilogue's factor times the activations' global scale, on the device."""
     if isinstance(factor, int | float):
@@ -239,11 +213,4 @@ def _rows(factor: Any, global_scale: Any, device: int) -> tuple[Any, str]:
         found = factor * global_scale
     if found is None:
         return None, "none"
-    return _plain(found), "one" if found.size == 1 else "each"
-
-
-def _plain(array: Any) -> Any:
-    """Return an array whose elements follow each other from a multiple of 16 bytes on, a copy if they did not."""
-    if array is None or (array.flags.c_contiguous and array.data.ptr % 16 == 0):
-        return array
-    return array.copy(order="C")
+    return contiguous(found), "one" if found.size == 1 else "each"

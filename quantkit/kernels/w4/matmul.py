@@ -13,8 +13,9 @@ import numpy as np
 
 from quantkit.errors import KernelError
 from quantkit.kernels import device as gpu
-from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind, EpilogueValues
-from quantkit.kernels.gemm_checks import check_product, residual_type
+from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
+from quantkit.kernels.epilogue_operands import address, contiguous, kind_of, numbers_of, row_factor
+from quantkit.kernels.gemm_checks import check_product
 from quantkit.kernels.gemm_operands import Epilogue
 from quantkit.kernels.gemm_run import aligned
 from quantkit.kernels.w4.choice import Configuration, configuration_of
@@ -106,25 +107,21 @@ def matmul_w4(
     if m == 0:
         return out
     problem = W4Problem.of(form, m=m, activations=activations, output=out_dtype)
-    row_scale, granularity = _rows(epilogue.row_scale, device)
-    kind = EpilogueKind(
+    row_scale, granularity = row_factor(epilogue.row_scale, device)
+    kind = kind_of(
+        epilogue,
         row_scale=granularity,
         column_scale="each",
-        bias=epilogue.bias is not None,
-        activation=epilogue.activation or "none",
-        residual="none" if epilogue.residual is None else "before" if epilogue.residual_first else "after",
-        residual_type="bfloat16" if epilogue.residual is None else residual_type(epilogue.residual),
-        output_zero_point=epilogue.output_zero_point != 0,
     )
     stream = cupy.cuda.get_current_stream()
     cut = workspace is not None or not stream.is_capturing()
     launch = _planned(problem, tile, kind, arch, device, cut)
     target = out if out.data.ptr % 16 == 0 else cupy.empty((*lead, n), out.dtype)
     rows, pitch = aligned(a.reshape(m, k), cupy)
-    vectors = row_scale, weight.scale, _plain(epilogue.bias), None, None, _plain(epilogue.residual)
+    vectors = row_scale, weight.scale, contiguous(epilogue.bias), None, None, contiguous(epilogue.residual)
     common = (
-        *(_address(part) for part in (weight.data, weight.group_scales, weight.zeros, target, *vectors)),
-        _values(epilogue),
+        *(address(part) for part in (weight.data, weight.group_scales, weight.zeros, target, *vectors)),
+        numbers_of(epilogue),
         np.int32(m),
         np.int32(n),
     )
@@ -139,7 +136,7 @@ def matmul_w4(
         held = workspace_of(device, stream.ptr, launch, workspace) if launch.arrivals else None
         pieces = (0, 0) if held is None else (held.partials.data.ptr, held.arrivals.data.ptr)
         row = np.int32(k * a.dtype.itemsize), np.int64(pitch), np.int32(form.slabs)
-        arguments: tuple[Any, ...] = (_address(rows), *common, *map(np.uint64, pieces), *row)
+        arguments: tuple[Any, ...] = (address(rows), *common, *map(np.uint64, pieces), *row)
         function(launch.grid, (launch.block,), arguments, shared_mem=launch.shared_bytes)
     elif isinstance(launch, W4FewLaunch):
         function = gpu.function_of(device, FEW_SOURCE, FEW_KERNEL, macros, launch.shared_bytes)
@@ -181,42 +178,3 @@ def _planned(
         return w4_few_launch_of(problem, tile, kind)
     tile = tile if cut else replace(tile, stream=False)
     return w4_launch_of(problem, tile, kind, gpu.multiprocessors(device))
-
-
-def _address(array: Any) -> np.uint64:
-    return np.uint64(0 if array is None else array.data.ptr)
-
-
-@lru_cache(maxsize=1024)
-def _packed(values: EpilogueValues) -> np.void:
-    return values.packed()
-
-
-def _values(epilogue: Epilogue) -> np.void:
-    low, high = epilogue.clip or (0.0, 0.0)
-    return _packed(
-        EpilogueValues(
-            low=low,
-            high=high,
-            scale=epilogue.output_scale,
-            zero_point=epilogue.output_zero_point,
-            residual_scale=epilogue.residual_scale,
-            residual_zero_point=epilogue.residual_zero_point,
-        )
-    )
-
-
-def _rows(factor: Any, device: int) -> tuple[Any, str]:
-    """Return a factor of rows as an array on the device, and its granularity."""
-    if factor is None:
-        return None, "none"
-    if isinstance(factor, int | float):
-        return gpu.scalar(device, factor), "one"
-    return _plain(factor), "one" if factor.size == 1 else "each"
-
-
-def _plain(array: Any) -> Any:
-    """Return an array whose elements follow each other from a multiple of 16 bytes on, a copy if they did not."""
-    if array is None or (array.flags.c_contiguous and array.data.ptr % 16 == 0):
-        return array
-    return array.copy(order="C")

@@ -72,8 +72,8 @@ class FakeCupy:
     def zeros(self, shape: Any, dtype: Any) -> Array:
         return self.asarray(np.zeros(shape, dtype))
 
-    def scalar(self, device: int, value: float) -> Array:
-        return self.asarray(np.array([value], np.float32))
+    def scalar(self, device: int, value: float, dtype: str = "float32") -> Array:
+        return self.asarray(np.array([value], dtype))
 
     def tensor_map(self, address: int, kind: str, shape: Any, pitch: int, box: Any) -> TensorMap:
         dtype = np.dtype(getattr(ml_dtypes, kind, kind))
