@@ -26,6 +26,7 @@ from quantkit.devices import Processors, device_of
 from quantkit.errors import ModelError
 from quantkit.graph import Graph, find_sites
 from quantkit.graph.sites import QUANTIZED_ALREADY
+from quantkit.graph.value_sources import value_sources
 from quantkit.memory import fitting_batch, tensor_bytes
 from quantkit.runtime import Session
 from quantkit.statistics import ChannelStats, FloatHistogram
@@ -208,13 +209,19 @@ def _count(
 
 
 def _wanted(graph: Graph) -> dict[str, int | None]:
-    """Every activation of every site, with the axis of its channels where a linear operator contracts one."""
+    """Every activation of every site, with the axis of its channels where a linear operator contracts one.
+
+    And what the values of attentions are made of, with its channels.
+    """
     wanted: dict[str, int | None] = {}
     sites, left = find_sites(graph)
     for site in sites:
         if site.role not in ("weight", "embedding"):
             axis = site.axis if site.role == "input" else None
             wanted[site.name] = wanted.get(site.name) if wanted.get(site.name) is not None else axis
+    for source, _ in value_sources(graph).values():
+        # Of these channels smoothing must know what it makes of the values.
+        wanted[source] = -1
     # The tensors of an Add alone serve no export: it is quantized for the sake of a convolution beside it.
     if not any(site.role in ("input", "weight") for site in sites):
         reasons = "; ".join(f"{x.op_type} {x.node}: {x.reason}" for x in left[:3]) or "it has none at all"

@@ -18,6 +18,7 @@ from quantkit.graph.biases import add_to_biases
 from quantkit.graph.folding import Edits, apply_edits, folded, rescaled_name
 from quantkit.graph.groups import LinearGroup, find_groups
 from quantkit.graph.linears import Linear, find_linears
+from quantkit.graph.value_sources import value_sources
 from quantkit.placement import Placement
 from quantkit.plan import ModelEdits
 from quantkit.rescaling import Folds, Rescaled, equalize, scale_for_awq, smooth
@@ -130,7 +131,12 @@ def protect(
     if any(s.equalize or s.scaling for s in settings.values()):
         groups = find_groups(graph, unclipped=evidence.unclipped)
         specs = {p.site.node: p.spec for p in placement.weights if p.site.node in linears}
-        keep = {a.name for a in placement.activations if _depends_on_data(a.spec)}
+        sources = {
+            tensor: source
+            for tensor, source in value_sources(graph).items()
+            if source[0] in evidence.channels and evidence.channels[source[0]].count
+        }
+        keep = {a.name for a in placement.activations if _depends_on_data(a.spec)} - sources.keys()
         to_equalize = [
             g for g in groups if any(n.node in specs and settings[n.node].equalize for n in g.linears)
         ]
@@ -190,7 +196,8 @@ def protect(
         rescaled=rescaled,
         linears=linears,
         evidence=evidence,
-        ranges=_ranges(rescaled, evidence.channels),
+        ranges=_ranges(rescaled, evidence.channels)
+        | _ranges_of_values(groups, edits, sources, evidence.channels),
     )
 
 
@@ -261,6 +268,32 @@ def _ranges(rescaled: Rescaled, channels: Mapping[str, ChannelStats]) -> dict[st
         for tensor, scale in rescaled.scales.items()
         if tensor in channels and channels[tensor].count
     }
+
+
+def _ranges_of_values(
+    groups: list[LinearGroup],
+    edits: ModelEdits,
+    sources: Mapping[str, tuple[str, Linear]],
+    channels: Mapping[str, ChannelStats],
+) -> dict[str, Range]:
+    """What quantized values of attentions hold, once a scale is folded into the operator that computes them."""
+    found = {}
+    for group in groups:
+        scale = edits.scales.get(group.tensor)
+        if scale is None or group.fold is None or group.tensor in edits.inserted:
+            continue
+        for tensor in group.fold.passed:
+            if tensor not in sources:
+                continue
+            source, linear = sources[tensor]
+            divided = next(
+                f.channels
+                for f in group.fold.factors
+                if (f.node, f.index) == (linear.node, linear.weight_index)
+            )
+            index = np.array(divided)
+            found[tensor] = smoothed_range(channels[source], np.where(index < 0, 1.0, scale[index]))
+    return found
 
 
 def _depends_on_data(spec: QuantSpec) -> bool:

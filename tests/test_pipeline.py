@@ -338,7 +338,7 @@ def test_the_written_file_is_held_against_its_plan(calibrated: Path) -> None:
 
 
 def test_a_file_that_fails_its_check_gets_no_name(calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ExportError("model.int8.onnx: differs; report this.")
 
     monkeypatch.setattr("quantkit.exporting.verify", refuse)

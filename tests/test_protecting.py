@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 import quantkit
+from quantkit.cache import CalibrationCache
 from quantkit.errors import CacheError, PlanError
 from quantkit.exported import Exported
 from quantkit.gram_file import GramFile
@@ -17,6 +18,7 @@ from quantkit.graph import load_graph
 from quantkit.graph.linears import find_linears
 from quantkit.pipeline import collect_grams
 from quantkit.plan_file import load_plan
+from quantkit.protecting import edited
 from quantkit.runtime import Session
 from tests.models import MODELS, Feed, model_of
 from tests.plans import NOTHING, sqnr_db
@@ -161,13 +163,33 @@ def test_heads_that_share_values_get_one_scale(llama: Collected) -> None:
     np.testing.assert_array_equal(scale[:, 0], scale[:, 1])
 
 
+def test_quantized_values_hold_what_their_channels_tell_once_they_are_divided(llama: Collected) -> None:
+    plan = llama.export(method="smoothquant").plan
+    assert plan.edits is not None and "cj" in plan.edits.scales
+    rescaled = edited(load_graph(llama.path), plan.edits)
+    session = Session(rescaled.model, outputs=["vh"])
+    seen = np.concatenate([session.run(feed)["vh"].ravel() for feed in llama.feeds])
+    found = plan.activations["vh"].range
+    assert found is not None
+    np.testing.assert_allclose([found.lo, found.hi], [seen.min(), seen.max()], rtol=1e-5)
+
+
 def test_quantized_values_whose_channels_are_unknown_are_not_divided(llama: Collected) -> None:
-    edits = llama.export(method="smoothquant").plan.edits
-    assert edits is not None and "cj" not in edits.scales
-    inserted = llama.export(method="smoothquant", folds="insert").plan.edits
-    assert inserted is not None and "cj" in inserted.inserted
-    norms = llama.export(method="smoothquant", folds="norms").plan.edits
-    assert norms is not None and set(norms.scales) == {"n", "n2"}
+    cache = CalibrationCache.load(llama.cache)
+    known = {n: replace(s, channels=None) if n == "v" else s for n, s in cache.statistics.items()}
+    unknown = replace(cache, statistics=known)
+    for folds, place in (("all", "nowhere"), ("insert", "inserted"), ("norms", "nowhere")):
+        exported = quantkit.export_model(
+            llama.path,
+            unknown,
+            method="smoothquant",
+            folds=folds,
+            target="ort",
+            out=llama.path.parent / "o.onnx",
+        )
+        edits = exported.plan.edits
+        assert edits is not None and ("cj" in edits.inserted) == (place == "inserted")
+        assert ("cj" in edits.scales) == (place == "inserted")
 
 
 def test_a_residual_that_reads_a_norm_forbids_its_fold(tmp_path: Path) -> None:
