@@ -65,6 +65,11 @@ class Methods:
         """Whether a part needs Gram matrices."""
         return self.scaling == "awq" or self.rounding in FROM_GRAM
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether a part needs anything of calibration, though activations stay in float."""
+        return self.needs_gram or self.bias
+
     def __str__(self) -> str:
         parts = (
             "equalize" if self.equalize else None,

@@ -159,6 +159,10 @@ def plan_model(
             f"export: {request.preset or 'the recipe'} needs a calibration cache; give one, or run "
             "`quantkit calibrate` first."
         )
+    if held is None and grams is None and any(s.correct_bias for s in settled.nodes.values()):
+        raise CacheError(
+            "export: bias needs the means of a calibration cache; give one, or run `quantkit calibrate` first."
+        )
     histograms = {} if held is None else {name: s.histogram for name, s in held.statistics.items()}
     ranges = {} if held is None else held.ranges
     evidence = Evidence(

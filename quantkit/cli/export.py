@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from quantkit.cli import options
+from quantkit.cli.budget import export_within
 
 if TYPE_CHECKING:
     from quantkit.cache import CalibrationCache
     from quantkit.export.verify import Verification
     from quantkit.exported import Exported
     from quantkit.formats.spec import ScaleRule
+    from quantkit.presets import Preset
 
 
 def _format(flag: str, help_: str) -> Any:
@@ -56,14 +58,7 @@ def export(
         str | None,
         typer.Option("--preset", help="Any of these by name, or a plug-in's."),
     ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(
-            "--group",
-            metavar="N|channel",
-            help="Of integer weights in groups: how many share a scale (128; 64 and 32 lose less).",
-        ),
-    ] = None,
+    group: options.Group = None,
     zero_points: Annotated[
         bool,
         typer.Option("--zero-points", help="Of INT4 and INT2 weights: with zero points."),
@@ -89,6 +84,8 @@ def export(
     ] = None,
     method: options.Method = None,
     percentile: options.Percentile = None,
+    alpha: options.Alpha = None,
+    folds: options.FoldsOption = "all",
     everything: Annotated[
         bool,
         typer.Option(
@@ -159,6 +156,30 @@ def export(
         str,
         typer.Option("--high-precision", metavar="fp32|fp16|bf16", help="The type of what is not quantized."),
     ] = "fp32",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar='"top1 -0.5"|"sqnr 30"|"kl 5"|"size 0.3"',
+            help="Give more bits to as few layers as it takes: points of accuracy lost at most, dB, milli-nats, or "
+            "parts of the float weights. Judged on --data; exit code 1 where it cannot be met.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="For --budget: what to judge by, as of `evaluate`."),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels", help="For --budget top1: right classes, as of `evaluate` (default: agreement)."
+        ),
+    ] = None,
+    samples: options.Samples = None,
+    recipe_out: Annotated[
+        Path | None,
+        typer.Option("--recipe-out", help="For --budget: keep the recipe that was found."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="The file to write (default: <model>.<format>[.<target>].onnx here)."),
@@ -170,7 +191,10 @@ def export(
     from quantkit.errors import SpecError
     from quantkit.exporting import export_model
     from quantkit.files import check_output
+    from quantkit.methods import parse_methods
+    from quantkit.planning import Request
     from quantkit.presets import get_preset
+    from quantkit.recipe import Recipe, load_recipe
 
     flags = {
         "int8": int8,
@@ -194,8 +218,15 @@ def export(
             "a --recipe or a --plan."
         )
     wanted = get_preset(chosen[0]) if chosen else None
-    # Weights alone need the model and nothing else.
-    alone = model is not None and (plan is not None or (wanted is not None and not wanted.needs_calibration))
+    # Weights alone need the model and nothing else, unless how they are rounded looks at their inputs.
+    looks = (
+        method is not None
+        and recipe is None
+        and parse_methods(method, weights_alone=_alone(wanted)).needs_data
+    )
+    alone = model is not None and (
+        plan is not None or (wanted is not None and not wanted.needs_calibration and not looks)
+    )
     if cache is None and not (alone and not activations):
         cache = find_cache(Path())
     held = None if cache is None else CalibrationCache.load(cache)
@@ -204,6 +235,53 @@ def export(
     if model is None and held is not None and cache is not None:
         model = held.find_model(cache)
     assert model is not None, "without a model there is a cache"
+    if budget is not None:
+        _only(
+            "--budget",
+            {
+                "--plan": plan,
+                "--plan-out": plan_out,
+                "--high-precision": None if high_precision == "fp32" else high_precision,
+            },
+        )
+        request = Request(
+            preset=chosen[0] if chosen else None,
+            group=options.group_of(group),
+            symmetric=not zero_points,
+            per_tensor=per_tensor,
+            scale_rule=_scale_rule(scale_rule),
+            activations=activations,
+            method=method,
+            method_options=options.method_options(method or (held.method if held else None), percentile),
+            alpha=options.alpha_of(alpha),
+            folds=options.folds_of(folds),
+            everything=everything,
+            recipe=Recipe() if recipe is None else load_recipe(recipe),
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            embeddings=embeddings,
+            head=head,
+        )
+        export_within(
+            budget,
+            model,
+            held,
+            request,
+            data=data,
+            labels=labels,
+            samples=samples,
+            target=target or "tensorrt",
+            target_options=_target_options(trt, accuracy_level, name_map),
+            out=out,
+            recipe_out=recipe_out,
+            as_json=as_json,
+        )
+        return
+    _only(
+        "--budget",
+        {"--data": data, "--labels": labels, "--samples": samples, "--recipe-out": recipe_out},
+        needed=True,
+    )
     with options.before_writing():
         exported = export_model(
             model,
@@ -211,10 +289,12 @@ def export(
             preset=chosen[0] if chosen else None,
             method=method,
             method_options=options.method_options(method or (held.method if held else None), percentile),
+            alpha=options.alpha_of(alpha),
+            folds=options.folds_of(folds),
             target=target,
             target_options=_target_options(trt, accuracy_level, name_map),
             everything=everything,
-            group=_group(group),
+            group=options.group_of(group),
             symmetric=not zero_points,
             per_tensor=per_tensor,
             scale_rule=_scale_rule(scale_rule),
@@ -240,16 +320,21 @@ def _target_options(trt: int | None, accuracy_level: int | None, name_map: Path 
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _group(text: str | None) -> int | Literal["channel"] | None:
+def _alone(preset: "Preset | None") -> bool:
+    return preset is not None and preset.activations is None
+
+
+def _only(budget: str, given: dict[str, object], *, needed: bool = False) -> None:
+    """Refuse options that do not go with --budget, or that mean nothing without."""
     from quantkit.errors import SpecError
 
-    if text is None:
-        return None
-    if text == "channel":
-        return "channel"
-    if not text.isdecimal() or int(text) < 1:
-        raise SpecError(f"--group {text}: neither a number of weights nor channel; give one, such as 32.")
-    return int(text)
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong and needed:
+        raise SpecError(f"{' and '.join(wrong)}: belongs to {budget}; give a goal, or leave it out.")
+    if wrong:
+        raise SpecError(
+            f"{' and '.join(wrong)}: does not go with {budget}; export once more with its --recipe-out."
+        )
 
 
 def _scale_rule(text: str | None) -> "ScaleRule | None":
