@@ -1,5 +1,6 @@
 """NVRTC builds: every architecture, what each may use, the cache."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,14 @@ def test_kernels_run_on_the_tensor_core_and_keep_to_registers(cache, stem, type_
     found = opcodes(built.cubin)
     assert {name for name in found if name.endswith("MMA")} == {opcode}
     assert found["LDL"] == found["STL"] == 0
+
+
+def test_kernels_include_the_instruction_layer_and_nothing_of_a_toolkit():
+    own = {path.name for path in compile_module.INCLUDE.glob("*.h")}
+    sources = list(compile_module.INCLUDE.parent.glob("*.cu"))
+    assert len(sources) > 4
+    for path in sources:
+        text = path.read_text()
+        for name in re.findall(r"^\s*#include\s+(\S+)", text, re.MULTILINE):
+            assert name.strip('"') in own, f"{path.name}: {name}"
+        assert not re.search(r"\basm\b", text), f"{path.name}: PTX belongs in the instruction layer"
