@@ -168,10 +168,13 @@ def _read_activation(entry: Mapping[str, Any]) -> ActivationPlan:
     qparams = None
     if spec.dynamic is None:
         zero = entry.get("zero_point")
-        if zero is not None and not spec.format.min <= zero <= spec.format.max:
+        if zero is not None and not (zero == int(zero) and spec.format.min <= zero <= spec.format.max):
             raise ValueError(f"zero point {zero} is no {spec.format.name}")
+        scale = _scale(np.asarray(entry["scale"], np.float32), ())
+        if scale == 0:
+            raise ValueError("a scale of 0, by which nothing can be divided")
         qparams = QParams(
-            _scale(np.asarray(entry["scale"], np.float32), ()),
+            scale,
             None if zero is None else np.asarray(zero).astype(spec.format.dtype),
         )
     shared = entry.get("global_scale")
@@ -215,7 +218,7 @@ def _read_weight(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         qparams=QParams(
             scale, zero_point, None if shared is None else _scale(np.asarray(shared, np.float32), ())
         ),
-        readers=_readers(entry["readers"]),
+        readers=_some_readers(entry["readers"]),
         codes=_codes(_read_array(entry["codes"], arrays), spec) if "codes" in entry else None,
     )
 
@@ -328,4 +331,14 @@ def _scale(scale: NDArray[np.float32], shape: tuple[int, ...] | None) -> NDArray
 
 
 def _readers(entries: Any) -> tuple[Reader, ...]:
-    return tuple((str(node), int(index)) for node, index in entries)
+    readers = tuple((str(node), int(index)) for node, index in entries)
+    if any(index < 0 for _, index in readers):
+        raise ValueError("readers: an input of a node is counted from 0")
+    return readers
+
+
+def _some_readers(entries: Any) -> tuple[Reader, ...]:
+    readers = _readers(entries)
+    if not readers:
+        raise ValueError("nobody reads it: readers is empty")
+    return readers

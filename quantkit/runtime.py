@@ -229,10 +229,14 @@ def _serialized(model: ir.Model, outputs: Sequence[str] | None) -> tuple[bytes, 
     """Return the graph as bytes with its large weights taken out, and those weights as arrays."""
     copy = with_outputs(model, outputs) if outputs is not None else model.clone()
     weights: dict[str, np.ndarray] = {}
-    for name, value in copy.graph.initializers.items():
+    for name, value in list(copy.graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None
-        if tensor.nbytes < _INLINE_BYTES or tensor.dtype not in _PLAIN:
+        if not value.uses() and not value.is_graph_output():
+            del copy.graph.initializers[name]
+            continue
+        # ONNX Runtime does not find a weight again that it takes out of the graph because no node reads it.
+        if tensor.nbytes < _INLINE_BYTES or tensor.dtype not in _PLAIN or not value.uses():
             if isinstance(tensor, ir.ExternalTensor):
                 # A graph given as bytes has no folder to look for other files in.
                 value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)

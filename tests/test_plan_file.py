@@ -150,6 +150,10 @@ def test_codes_that_a_method_chose_are_kept(tmp_path: Path) -> None:
         (lambda p: p["activations"][0].update(scale=float("nan")), "positive"),
         (lambda p: p["activations"][0].update(zero_point=1000), "zero point 1000"),
         (lambda p: p["activations"][0].update(scale="much"), "activation x"),
+        (lambda p: p["activations"][0].update(scale=0), "scale of 0"),
+        (lambda p: p["activations"][0].update(zero_point=0.5), "zero point 0.5"),
+        (lambda p: p["activations"][0].update(readers=[["y", -1]]), "counted from 0"),
+        (lambda p: p["weights"][0].update(readers=[]), "weight w.*: nobody reads it"),
         (lambda p: p.update(quantkit_plan=99), "no plan of version 1"),
         (lambda p: p.update(nodes=3), "plan 0"),
     ],
@@ -193,4 +197,16 @@ def test_scales_that_do_not_fit_their_weight_are_refused(tmp_path: Path) -> None
     path.write_text(json.dumps(found))
     with pytest.raises(PlanError, match="no weight x"):
         quantkit.export_model(MODELS["matmul"].build(), plan=path, out=tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.parametrize("codes", [3, [[1, 2]]])
+def test_codes_that_are_no_bias_are_refused(codes: object, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    save_plan(calibrated("conv_relu").plan("ort"), path)
+    found = json.loads(path.read_text())
+    found["biases"][0]["codes"] = codes
+    path.write_text(json.dumps(found))
+    with pytest.raises(PlanError, match=r"bias .* has codes of shape"):
+        quantkit.export_model(MODELS["conv_relu"].build(), plan=path, out=tmp_path / "q.onnx")
     assert not (tmp_path / "q.onnx").exists()

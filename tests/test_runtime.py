@@ -59,6 +59,13 @@ def test_any_tensor_can_be_an_output_inputs_and_weights_too() -> None:
     assert graph.outputs == ["y"]
 
 
+def test_a_large_weight_that_is_an_output_and_nothing_else_is_given() -> None:
+    weight = normal(64, 64)
+    text = "(float[N,64] x) => (float[N,64] y, float[64,64] w) { y = Relu (x) }"
+    session = Session(load_graph(model_of(text, w=weight)).model)
+    np.testing.assert_array_equal(session.run({"x": np.ones((2, 64), np.float32)})["w"], weight)
+
+
 def test_only_the_outputs_asked_for_are_given() -> None:
     session = Session(load_graph(MODELS["intermediate_output"].build()).model)
     feed = MODELS["intermediate_output"].feeds(1)[0]

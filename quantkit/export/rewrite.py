@@ -30,13 +30,13 @@ class QdqStyle:
         float_zero_points: write the zero points of float8 too. Without one, QuantizeLinear says its type in
             `output_dtype`, which exists from opset 21.
         cast: write the DequantizeLinear of float8 as Cast and Mul, which no optimizer takes for a pattern of its own.
-        batched_zero_points: write the zero points of weights of more than two axes.
+        batched_cast: write the DequantizeLinear of stacks of int8 matrices as Cast and Mul too.
     """
 
     opset: int = 19
     float_zero_points: bool = True
     cast: bool = False
-    batched_zero_points: bool = True
+    batched_cast: bool = False
 
 
 def least_opset(plan: Plan, style: QdqStyle) -> int:
@@ -76,6 +76,7 @@ def insert_qdq(
             f"but {graph.name} has {graph.fingerprint[:12]}; solve it again from this model's cache."
         )
     _check_weights(graph, plan)
+    _check_biases(plan)
     model = graph.model.clone()
     if graph.opset < opset:
         # The converter knows opsets up to 23; 24 changed none of the operators that it has to rewrite.
@@ -114,6 +115,16 @@ def _check_weights(graph: Graph, plan: Plan) -> None:
             raise PlanError(
                 f"plan: weight {weight.name} has the shape {shape}, and its codes {weight.codes.shape}; mend it, or "
                 "solve the plan again."
+            )
+
+
+def _check_biases(plan: Plan) -> None:
+    """As `_check_weights`, of biases."""
+    for bias in plan.biases:
+        if bias.qvalue.ndim != 1 or bias.scale.shape not in ((), bias.qvalue.shape):
+            raise PlanError(
+                f"plan: bias {bias.name} has codes of shape {bias.qvalue.shape} and scales of {bias.scale.shape}; "
+                "mend it, or solve the plan again."
             )
 
 
@@ -196,20 +207,26 @@ class QdqWriter(Writer):
             nodes = self._tiles(plan, codes, value)
             self.read_instead(plan.name, nodes, plan.readers)
             return
-        batched = codes.shape is not None and len(codes.shape) > 2 and spec.axis == len(codes.shape) - 1
+        cast = self.style.batched_cast and self._is_batched(plan)
         parameters = self._parameters(
-            plan.name,
-            plan.qparams.scale,
-            plan.qparams.zero_point,
-            spec,
-            dtype,
-            written=self.style.batched_zero_points or not batched,
+            plan.name, plan.qparams.scale, plan.qparams.zero_point, spec, dtype, written=not cast
         )
         attributes = {} if spec.axis is None else {"axis": spec.axis}
         if spec.block_size is not None:
             attributes["block_size"] = spec.block_size
-        nodes = self._dequantize(plan.name, [codes, *parameters], attributes, value, spec)
+        nodes = self._dequantize(plan.name, [codes, *parameters], attributes, value, spec, cast=cast)
         self.read_instead(plan.name, nodes, plan.readers)
+
+    def _is_batched(self, plan: WeightPlan) -> bool:
+        """Whether a weight is a stack of matrices whose int8 columns have scales and no zero points."""
+        rank, spec, zero_point = len(self.graph.shape(plan.name)), plan.spec, plan.qparams.zero_point
+        return (
+            rank > 2
+            and spec.axis in (rank - 1, -1)
+            and spec.block_size is None
+            and (spec.format.kind, spec.format.bits) == ("integer", 8)
+            and (zero_point is None or not zero_point.any())
+        )
 
     def codes(self, plan: WeightPlan, arrange: Callable[[np.ndarray], np.ndarray] = np.asarray) -> ir.Value:
         """Add the codes of a weight, made when they are written; `arrange` moves their axes."""
@@ -266,19 +283,27 @@ class QdqWriter(Writer):
             user.replace_input_with(index, nodes[-1].outputs[0])
 
     def _dequantize(
-        self, name: str, inputs: list[ir.Value], attributes: dict[str, int], value: ir.Value, spec: QuantSpec
+        self,
+        name: str,
+        inputs: list[ir.Value],
+        attributes: dict[str, int],
+        value: ir.Value,
+        spec: QuantSpec,
+        *,
+        cast: bool = False,
     ) -> list[ir.Node]:
         """The nodes that turn inputs = [codes, scale, zero point or nothing] into the floats of `value`."""
         dtype = value.dtype or ir.DataType.FLOAT
-        if self.style.cast and spec.format.kind == "float" and "block_size" not in attributes:
+        if cast or (self.style.cast and spec.format.kind == "float" and "block_size" not in attributes):
             codes, scale = inputs[:2]
             if "axis" in attributes:
                 rank = len(value.shape) if value.shape is not None else 0
                 axis = attributes["axis"] % max(rank, 1)
-                spread = _array(scale).reshape([-1 if i == axis else 1 for i in range(rank)])
-                scale = self.constant(f"{scale.name}_spread", spread, dtype)
-            cast = self.node("Cast", name, [codes], {"to": int(dtype)}, dtype)
-            nodes = [cast, self.node("Mul", name, [cast.outputs[0], scale], {}, dtype)]
+                if axis != rank - 1:
+                    spread = _array(scale).reshape([-1 if i == axis else 1 for i in range(rank)])
+                    scale = self.constant(f"{scale.name}_spread", spread, dtype)
+            floats = self.node("Cast", name, [codes], {"to": int(dtype)}, dtype)
+            nodes = [floats, self.node("Mul", name, [floats.outputs[0], scale], {}, dtype)]
         else:
             nodes = [self.node("DequantizeLinear", name, inputs, attributes, dtype)]
         for node in nodes:

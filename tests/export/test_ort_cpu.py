@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
@@ -10,6 +11,7 @@ import pytest
 
 from quantkit.export import get_emitter
 from quantkit.runtime import Session
+from quantkit.simulate import simulate
 from tests.models import MODELS, model_of
 from tests.plans import Calibrated, calibrate, calibrated, images, sqnr_db
 
@@ -124,3 +126,21 @@ def test_no_float_weight_is_left_in_a_file(name: str, tmp_path: Path) -> None:
     stored = onnx.load(tmp_path / "model.onnx").graph.initializer
     assert not [t.name for t in stored if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]
     assert name in MODELS
+
+
+@pytest.mark.parametrize("target", ["ort", "ort-cpu"])
+@pytest.mark.parametrize("between", ["h = Identity (a)", "h = Relu (a)"])
+def test_stacks_of_matrices_behind_each_other_run_at_every_level(
+    between: str, target: str, tmp_path: Path
+) -> None:
+    text = f"""(float[N,3,6,8] x) => (float[N,3,6,4] y) <float[3,8,5] v, float[3,5,4] w> {{
+        a = MatMul (x, v) {between} y = MatMul (h, w) }}"""
+    rng = np.random.default_rng(0)
+    held = calibrate(
+        model_of(text), [{"x": rng.normal(size=(2, 3, 6, 8)).astype(np.float32)} for _ in range(4)]
+    )
+    plan, path = held.plan(target), tmp_path / "model.onnx"
+    ir.save(get_emitter(target).emit(held.graph, plan), path)
+    for optimize in (True, False):
+        found = Session(path, threads=1, optimize=optimize).run(held.feeds[0])["y"]
+        assert sqnr_db(simulate(held.graph, plan, held.feeds[0])["y"], found) > 60
