@@ -2,6 +2,9 @@
 
 q = quantize_activation(x, QuantSpec(format=INT8, dynamic="token"), norm=Norm(kind="rms", weight=w))
 d = matmul(q.codes, weight, epilogue=Epilogue(row_scale=q.scale))
+
+q = quantize_activation(x, ACTIVATION_SPECS["fp8-block"])
+d = matmul(q, weight)  # of a weight in blocks of 128 × 128
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
-// D[m, n] = sum over blocks b of K of a_scale[m, b] * w_scale[n, b] * (A[m, b] @ W[n, b].T) for sm_90a: e4m3 codes whose
-// scales go by blocks along K, and the epilogue of epilogue.h.
+// D[m, n] = sum over blocks b of K of a_scale[m, b] * w_scale[n, b] * (A[m, b] @ W[n, b].T) for sm_90a: e4m3 codes
+// whose scales go by blocks along K, and the epilogue of epilogue.h.
 //
 //   BLOCK 128   scales of A for 1 x 128, of W for 128 x 128 elements, float32
 //   BLOCK 32    MXFP8: both for 1 x 32, e8m0
 //
 // wgmma multiplies one block of K into registers that start from zero: `partial`. Then the ordinary cores add it to the
-// tile's float32 sums, sum = fma(partial, scale, sum): the promotion. That also mends what fp8's accumulators lose, which
+// tile's float32 sums, sum = fma(partial, scale, sum): the promotion. It also mends what fp8's accumulators lose, which
 // keep 14 bits. One consumer's promotion runs under the other's products:
 //
 //   producer warp 0    TMA: codes of both operands              ->  ring of STAGES, 128 of K each: full, empty
@@ -18,12 +18,12 @@
 // instructions of each warp (128: two scales have to be multiplied for each sum).
 //
 // As in gemm_sm90.cu the first operand lies on wgmma's M, the second on its N; they are A and W, or with SWAP, for few
-// rows of A, W and A. CLUSTER 2: two blocks with neighbouring tiles of the second operand share the first one's, which is
-// the taller; each fetches half of it for both.
+// rows of A, W and A. CLUSTER 2: two blocks with neighbouring tiles of the second operand share the first one's, the
+// taller; each fetches half of it for both.
 //
 // SPLIT: the blocks of a cluster take one tile together, each a part of K, where there are too few tiles to occupy the
-// GPU. The first one finishes the tile: the others write their sums into its buffers, and it adds them to its own in the
-// order of their parts.
+// GPU. The first one finishes the tile: the others write their sums into its buffers, and it adds them to its own in
+// the order of their parts.
 //
 //   others    wait for room    write into the first one's buffers    arrive on its `partials`
 //   first     wait for partials    add    finish and store    arrive on their `room`
@@ -49,7 +49,7 @@ static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares a tile of the first 
 constexpr int WAVES = MI * BLOCKS;
 constexpr int PARTIALS = WAVES > 1 && MI * TILE_N / 2 + TILE_N <= 192 ? 2 : 1;
 
-// Scales of a stage, in planes of floats: `DOWN` of them for each row of the first operand, `ACROSS` for each row of the
+// Scales of a stage, in planes of floats: `DOWN` of them for each row of the first operand, `ACROSS` for each of the
 // second. The weight's scale of a 128 x 128 block is multiplied into the activations', once for each of the BANDS of
 // 128 rows in a tile; MX keeps both, for every block of K.
 constexpr int BANDS = SWAP && TILE_M > 128 ? TILE_M / 128 : 1;
@@ -61,13 +61,13 @@ constexpr int LOADERS = 3;                    // warps that bring them
 // Registers of a thread, 504 in all (3 x 168 at the launch): MX has more to decode, and fewer sums.
 constexpr int OF_PRODUCER = MX ? 56 : 40, OF_CONSUMER = MX ? 224 : 232;
 
-// The epilogue works in pieces, PIECE columns of the sums each: at most 8 KB of output, in two buffers, or 4 KB in three
+// The epilogue works in pieces, PIECE columns of the sums each: at most 8 KB of output in two buffers, or 4 KB in three
 // where a fourth stage wants the room. A staged row is 128 bytes; 64 of small pieces and of one-byte elements.
 constexpr bool SMALL_PIECES = BUFFERS == 3;
 constexpr int BUFFER_BYTES = SMALL_PIECES ? 4096 : 8192;
 static_assert(BUFFERS == 2 || (SMALL_PIECES && !SWAP), "two buffers, or three small ones");
 constexpr int PART_BYTES = MI * TILE_N * 256;  // sums of a consumer
-static_assert(SPLIT == 1 || (SPLIT - 1) * PART_BYTES <= BUFFERS * BUFFER_BYTES, "the others' sums fit into the buffers");
+static_assert(SPLIT == 1 || (SPLIT - 1) * PART_BYTES <= BUFFERS * BUFFER_BYTES, "the others' sums fit in the buffers");
 constexpr int STAGED_ROW = ELEMENT_BYTES == 1 || SMALL_PIECES ? 64 : 128;
 constexpr int WIDEST = SWAP ? (ELEMENT_BYTES == 4 ? 32 : 64) : STAGED_ROW / ELEMENT_BYTES;
 constexpr int PIECE = TILE_N < WIDEST ? TILE_N : WIDEST;
@@ -355,13 +355,20 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
       Down rows[MI][2];
       QK_UNROLL for (int i = 0; i < MI; i++)
         QK_UNROLL for (int h = 0; h < 2; h++) fetch_factors(output, first + i * 64 + down + 8 * h, rows[i][h]);
+      // Factors of a span's columns are on their way while the span before is finished.
+      Across columns[2][SPAN / 4];
+      auto fetch = [&](int turn) {
+        QK_UNROLL for (int j = 0; j < SPAN / 4; j += 2)
+          fetch_pair(output, second + turn % (PIECES * SPANS) * SPAN + j * 4 + across, columns[turn % 2][j],
+                     columns[turn % 2][j + 1]);
+      };
+      fetch(0);
       QK_UNROLL for (int turn = 0; turn < MI * PIECES * SPANS; turn++) {
         const int i = turn / (PIECES * SPANS), within = turn % (PIECES * SPANS);
         const int piece = within / SPANS, span = within % SPANS;
         const int r = first + i * 64, c = second + within * SPAN;
-        Across columns[SPAN / 4];
-        QK_UNROLL for (int j = 0; j < SPAN / 4; j += 2)
-          fetch_pair(output, c + j * 4 + across, columns[j], columns[j + 1]);
+        const Across(&of_columns)[SPAN / 4] = columns[turn % 2];
+        if (turn + 1 < MI * PIECES * SPANS) fetch(turn + 1);
         ResidualPair held[SPAN / 8][2];
         if (RESIDUAL != RESIDUAL_NONE && TMA_STORE) {
           QK_UNROLL for (int j = 0; j < SPAN / 8; j++)
@@ -380,11 +387,11 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
             if (TMA_STORE) {
               float residual[2] = {0.0f, 0.0f};
               if (RESIDUAL != RESIDUAL_NONE) residual_values(output, held[block][h], residual);
-              pairs[q] = finish_pair(output, sum[i][at], sum[i][at + 1], rows[i][h], columns[block * 2],
-                                     columns[block * 2 + 1], residual);
+              pairs[q] = finish_pair(output, sum[i][at], sum[i][at + 1], rows[i][h], of_columns[block * 2],
+                                     of_columns[block * 2 + 1], residual);
             } else {
               QK_UNROLL for (int e = 0; e < 2; e++)
-                store_one(output, d, sum[i][at + e], rows[i][h], columns[block * 2 + e], r + down + h * 8,
+                store_one(output, d, sum[i][at + e], rows[i][h], of_columns[block * 2 + e], r + down + h * 8,
                           c + block * 8 + across + e);
             }
           }
