@@ -225,6 +225,7 @@ MUTATIONS = {
         "every",
     ),
     "released to one block only": ("pair", "if (thread < CLUSTER) {", "if (thread < 1) {", "every"),
+    "factors of the span before": ("tall", "columns[turn % 2];", "columns[(turn + 1) % 2];", "every"),
     # ---- K split over a cluster
     "parts of K begin at 0": (
         "split",
