@@ -9,8 +9,8 @@ from quantkit.calibrators import Calibrator
 from quantkit.formats import QuantSpec
 from quantkit.graph import Graph, LeftAlone, Site, find_sites
 from quantkit.graph.dequantized import is_stored
-from quantkit.graph.sites import is_depthwise_or_narrow
-from quantkit.presets import Preset, Target, kind_of
+from quantkit.graph.sites import is_depthwise_or_narrow, is_plain_product
+from quantkit.presets import Preset, Target, is_packed_block, kind_of
 from quantkit.settings import NodeSettings, node_settings
 
 Reader = tuple[str, int]
@@ -215,8 +215,10 @@ def _float_nodes(
         elif wanted.activations is not None and not target.can_activate(wanted.activations):
             reasons.setdefault(site.node, f"{target.name} has no {kind_of(wanted.activations)} activations")
         elif preset.in_blocks and site.op_type in ("Conv", "ConvTranspose"):
-            reasons.setdefault(site.node, _no_blocks(preset))
-        elif weighted and (why := target.why_not(preset.weights, site.op_type)):
+            reasons.setdefault(site.node, _no_blocks(preset, target))
+        elif weighted and (
+            why := target.why_not(preset.weights, site.op_type) or _no_matrix(node, preset, target)
+        ):
             reasons.setdefault(site.node, why)
         elif everything or wanted.asked:
             continue
@@ -244,11 +246,31 @@ def _no_layer(node: ir.Node) -> str:
     return "" if shape is None or len(shape) == 2 else "a stack of matrices"
 
 
-def _no_blocks(preset: Preset) -> str:
+def _no_blocks(preset: Preset, target: Target) -> str:
     """Why a convolution stays in float where weights lie in blocks."""
     free = preset.weights.block_size is not None and preset.weights.scale_format is None
-    hint = "; --group channel quantizes it" if free else ""
+    channels = replace(preset.weights, block_size=None) if free else preset.weights
+    hint = "; --group channel quantizes it" if free and not target.why_not(channels, "Conv") else ""
     return f"{preset.name} weights lie in blocks, which no target has for it{hint}"
+
+
+def _no_matrix(node: ir.Node, preset: Preset, target: Target) -> str:
+    """Why a MatMul or Gemm stays in float whose weight does not lie as its format needs it; "" for everything else."""
+    spec = preset.weights
+    if node.op_type not in ("MatMul", "Gemm"):
+        return ""
+    index, weight = next(
+        (i, v) for i, v in enumerate(node.inputs[:2]) if v is not None and v.is_initializer()
+    )
+    stack = weight.shape is not None and len(weight.shape) != 2
+    if spec.block_shape is not None and stack:
+        return f"{preset.name} has tiles of a matrix, and this is a stack of them"
+    if kind_of(spec) not in target.plain_products:
+        return ""
+    if spec.block_size is not None and not is_packed_block(spec.block_size):
+        return f"{target.name} has {preset.name} weights in groups of 16, 32, 64 … alone"
+    plain = index == 1 and not stack and is_plain_product(node)
+    return "" if plain else f"{target.name} has {preset.name} weights in plain products x @ W alone"
 
 
 def _choose_outputs(

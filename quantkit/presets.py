@@ -60,6 +60,8 @@ class Target:
         outputs: integer kernels want their outputs quantized too, and all readers of a tensor read the quantized one.
         integer_bias: biases are stored as int32 with scale s_x · s_w.
         whole_blocks: the last block of a weight may not be short.
+        plain_products: the kinds of weights that only an operator for x @ W has, a matrix in packed blocks
+            (`is_packed_block`).
         layers_only: linear layers alone, with a matrix of their own; products of two activations stay in float.
         matrices, convolutions, embeddings: the kinds of weights (`kind_of`) that MatMul and Gemm, Conv, and Gather can
             have; None for all.
@@ -72,6 +74,7 @@ class Target:
     outputs: bool
     integer_bias: bool
     whole_blocks: bool = False
+    plain_products: frozenset[str] = frozenset()
     layers_only: bool = False
     matrices: frozenset[str] | None = None
     convolutions: frozenset[str] | None = None
@@ -101,6 +104,11 @@ class Target:
         return (
             "" if held is None or kind in held else f"{self.name} has no {what} with {_words(spec)} weights"
         )
+
+
+def is_packed_block(size: int) -> bool:
+    """Whether ONNX Runtime's operators for weights in packed blocks take blocks of this size: 16, 32, 64 … (1.31)."""
+    return size >= 16 and size & (size - 1) == 0
 
 
 def kind_of(spec: QuantSpec) -> str:

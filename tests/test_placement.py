@@ -141,3 +141,45 @@ def test_a_target_of_layers_alone_leaves_products_and_stacks_in_float() -> None:
     assert all("a product of two activations" in reason for reason in left(products).values())
     # Its own quantization makes a weight of it all the same.
     assert "two activations" not in str(left(placed("weight_only_quantized", "vllm")))
+
+
+def reason(model: str, target: str, preset: str, group: int | None = None) -> str:
+    """Why the one linear node of a model stays in float; "" where it does not."""
+    graph = load_graph(model_of(model))
+    placement = place(graph, get_preset(preset, block_size=group), get_emitter(target).target)
+    return next(iter(left(placement).values()), "")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "(float[32,N] x) => (float[N,16] y) <float[32,16] w> { y = Gemm <transA = 1> (x, w) }",
+        "(float[N,32] x) => (float[N,16] y) <float[32,16] w> { y = Gemm <alpha = 0.5> (x, w) }",
+        "(float[N,32,6] x) => (float[N,16,6] y) <float[16,32] w> { y = MatMul (w, x) }",
+        "(float[N,3,6,32] x) => (float[N,3,6,16] y) <float[3,32,16] w> { y = MatMul (x, w) }",
+    ],
+)
+def test_what_only_the_operator_for_plain_products_has_stays_in_float_elsewhere(model: str) -> None:
+    assert "plain products x @ W alone" in reason(model, "ort", "int2")
+    assert reason(model, "ort", "int4", 32) == ""
+
+
+def test_groups_that_the_operator_for_plain_products_does_not_take_are_named() -> None:
+    model = "(float[N,32] x) => (float[N,16] y) <float[32,16] w> { y = MatMul (x, w) }"
+    assert "in groups of 16, 32, 64" in reason(model, "ort", "int2", 24)
+    assert reason(model, "ort", "int2", 16) == ""
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "ort"])
+def test_tiles_are_of_matrices_and_not_of_stacks(target: str) -> None:
+    model = "(float[N,3,6,32] x) => (float[N,3,6,16] y) <float[3,32,16] w> { y = MatMul (x, w) }"
+    assert "a stack" in reason(model, target, "fp8-block")
+
+
+@pytest.mark.parametrize(("target", "helps"), [("ort", True), ("tensorrt", False), ("vllm", False)])
+def test_channels_are_advised_for_convolutions_only_where_the_target_has_them(
+    target: str, helps: bool
+) -> None:
+    graph = load_graph(MODELS["conv_relu"].build())
+    found = left(place(graph, get_preset("int4"), get_emitter(target).target))
+    assert all(("--group channel" in why) == helps for why in found.values())

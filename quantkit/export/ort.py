@@ -35,6 +35,7 @@ TARGET = Target(
     outputs=False,
     integer_bias=True,
     matrices=_BLOCKS | _PER_CHANNEL | {"fp8 tile", "fp8 block"},
+    plain_products=frozenset({"int2 block", "uint2 block+zero"}),
     convolutions=_PER_CHANNEL,
     embeddings=_BLOCKS - {"int2 block", "uint2 block+zero"},
     activations=frozenset({"int8", "uint8+zero", "fp8", "uint16+zero", "int16"}),

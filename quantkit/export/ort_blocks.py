@@ -12,11 +12,12 @@ from quantkit.export.writer import Writer
 from quantkit.formats.matmul_nbits import matmul_nbits_scales, to_matmul_nbits
 from quantkit.formats.packing import code_bits, pack_bits
 from quantkit.graph import Graph
+from quantkit.graph.sites import is_plain_product
 from quantkit.plan import WeightPlan
+from quantkit.presets import is_packed_block
 
 _DOMAIN = "com.microsoft"
-# A power of two from 16 up is all that the operators take; 3 bits, and 8 bits with float zero points, fail (1.31).
-_LEAST_BLOCK = 16
+# 3 bits, and 8 bits with float zero points, fail (1.31).
 _BITS = (2, 4, 8)
 
 
@@ -25,7 +26,7 @@ def holds_matmul_nbits(plan: WeightPlan, readers: list[ir.Node]) -> bool:
     return (
         _in_blocks(plan)
         and all(index == 1 for _, index in plan.readers)
-        and all(_is_plain(node) for node in readers)
+        and all(is_plain_product(node) for node in readers)
     )
 
 
@@ -41,8 +42,7 @@ def _in_blocks(plan: WeightPlan) -> bool:
         and spec.format.bits in _BITS
         and plan.qparams.scale.ndim == 2
         and size is not None
-        and size >= _LEAST_BLOCK
-        and size & (size - 1) == 0
+        and is_packed_block(size)
     )
 
 
@@ -123,21 +123,3 @@ def _gather_codes(graph: Graph, plan: WeightPlan) -> np.ndarray:
     codes, fmt = plan.quantize(graph.array(plan.name)).qvalue, plan.spec.format
     flip = np.uint8(2 ** (fmt.bits - 1) if fmt.min < 0 else 0)
     return pack_bits(code_bits(codes, fmt) ^ flip, fmt.bits)
-
-
-def _is_plain(node: ir.Node) -> bool:
-    if node.op_type == "MatMul":
-        return True
-    if node.op_type != "Gemm":
-        return False
-    ones = all(node.attributes[a].as_float() == 1 for a in ("alpha", "beta") if a in node.attributes)
-    straight = "transA" not in node.attributes or node.attributes["transA"].as_int() == 0
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    # It adds a bias of one value an output channel; Gemm broadcasts others too.
-    weight = node.inputs[1]
-    if bias is None:
-        return ones and straight
-    if bias.shape is None or weight is None or weight.shape is None:
-        return False
-    transposed = "transB" in node.attributes and node.attributes["transB"].as_int() != 0
-    return ones and straight and tuple(bias.shape) == (weight.shape[0 if transposed else 1],)

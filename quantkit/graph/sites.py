@@ -99,6 +99,25 @@ def sharing_groups(graph: Graph) -> list[frozenset[str]]:
     return sorted((frozenset(g) for g in groups.values() if len(g) > 1), key=min)
 
 
+def is_plain_product(node: ir.Node) -> bool:
+    """Whether a MatMul or Gemm is x @ W, and at most a bias of one value an output channel added."""
+    if node.op_type == "MatMul":
+        return True
+    if node.op_type != "Gemm":
+        return False
+    ones = all(node.attributes[a].as_float() == 1 for a in ("alpha", "beta") if a in node.attributes)
+    straight = "transA" not in node.attributes or node.attributes["transA"].as_int() == 0
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    # Gemm broadcasts biases of other shapes too.
+    weight = node.inputs[1]
+    if bias is None:
+        return ones and straight
+    if bias.shape is None or weight is None or weight.shape is None:
+        return False
+    transposed = "transB" in node.attributes and node.attributes["transB"].as_int() != 0
+    return ones and straight and tuple(bias.shape) == (weight.shape[0 if transposed else 1],)
+
+
 def is_depthwise_or_narrow(node: ir.Node, channels: int = 16) -> bool:
     """Tell whether a convolution is depthwise or has at most `channels` channels in or out of a group."""
     weight = node.inputs[1]
