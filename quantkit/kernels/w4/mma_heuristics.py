@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from quantkit.kernels.epilogue import OUTPUT_BYTES
-from quantkit.kernels.mma_heuristics import MmaDevice
+from quantkit.kernels.mma_heuristics import MmaDevice, widening
 from quantkit.kernels.w4.heuristics import W4Problem
 
 _ROW = 128  # bytes of a slab's row of activations
@@ -88,11 +88,14 @@ _SHAPES = (
     (128, 128, 4, 1),
     (256, 128, 8, 1),
 )
+# Two of e4m3 become four registers of fp16 where the tensor core lacks them, and large pieces have no room for those.
+_WIDENED_SHAPES = (*(shape for shape in _SHAPES if shape[1] <= 32), (128, 64, 8, 1))
 
 
 def w4_mma_candidates(problem: W4Problem, device: MmaDevice) -> Iterator[W4MmaTile]:
     """Yield the configurations of gemm_w4_mma.cu that can run `problem` on `device`."""
-    for tile_w, tile_a, warps_w, slabs in _SHAPES:
+    widened = widening(problem.activations, device.arch) == 2
+    for tile_w, tile_a, warps_w, slabs in _WIDENED_SHAPES if widened else _SHAPES:
         # Few rows of A are one tile, so that codes are read, and decoded, once; no tile is twice as wide as they.
         if tile_a < min(problem.m, 64) or (tile_a > 8 and tile_a >= 2 * problem.m):
             continue
