@@ -560,6 +560,10 @@ BAD = {
     "plan that is not there": Bad(words="export --plan none.json", says="none.json: cannot be read"),
     "plan that is no plan": Bad(words="export --plan model.onnx", says="model.onnx: not JSON"),
     "plan over the model": Bad(words="export --int8 --plan-out model.onnx", says="would be lost"),
+    "plan over the cache": Bad(words="export --int8 --plan-out model.calib", says="would be lost"),
+    "plan over the export": Bad(
+        words="export --int8 --out q.onnx --plan-out ./q.onnx", says="the model goes there"
+    ),
     "only what is not there": Bad(words="export --int8 --include layers.*", says="no node matches layers.*"),
     "a target without the format": Bad(
         words="export --nvfp4 --target ort", says="choose another preset or another"

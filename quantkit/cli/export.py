@@ -1,5 +1,6 @@
 """`quantkit export`."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -232,6 +233,10 @@ def export(
     held = None if cache is None else CalibrationCache.load(cache)
     if out is not None and target != "vllm":
         check_output(out, inputs=[cache])
+    if plan_out is not None:
+        check_output(plan_out, inputs=[cache])
+        if out is not None and os.path.realpath(plan_out) == os.path.realpath(out):
+            raise SpecError(f"--plan-out {plan_out}: the model goes there, by --out; choose another path.")
     if model is None and held is not None and cache is not None:
         model = held.find_model(cache)
     assert model is not None, "without a model there is a cache"
