@@ -1,0 +1,117 @@
+"""The commands of what protects accuracy, as they are typed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner, Result
+
+from quantkit.cli.app import app
+from quantkit.errors import QuantkitError
+from tests.models import model_of
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of two layers, with data, in the current folder."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=(32, 32)).astype(np.float32)
+    hard[0] *= 40
+    model = model_of(
+        """(float[N,32] x) => (float[N,32] y) <float[32,32] w> {
+        n = Mul (x, gain)
+        h = MatMul (n, w)
+        r = Relu (h)
+        y = MatMul (r, hard) }""",
+        gain=np.where(np.arange(32) == 5, 30, 1).astype(np.float32),
+        hard=hard,
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    np.save(tmp_path / "data.npy", rng.normal(size=(40, 32)).astype(np.float32))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def refused(*words: str) -> str:
+    """The error of a command that cannot be done."""
+    found = run(*words)
+    assert isinstance(found.exception, QuantkitError), found.output
+    assert "\n" not in str(found.exception)
+    return str(found.exception)
+
+
+def calibrate(*words: str) -> Result:
+    found = run("calibrate", "model.onnx", "--data", "data.npy", *words)
+    assert found.exit_code == 0, found.output
+    return found
+
+
+def test_gram_matrices_lie_beside_the_cache_and_say_before_what_they_take(folder: Path) -> None:
+    found = calibrate("--collect", "gram")
+    assert "gram: 2 matrices" in found.output and "1 run over the data" in found.output
+    assert sorted(p.suffix for p in folder.glob("model.*")) == [".calib", ".gram", ".onnx"]
+
+
+def test_a_method_that_needs_gram_matrices_collects_them(folder: Path) -> None:
+    calibrate("--method", "awq+gptq")
+    assert (folder / "model.gram").exists()
+    found = run("export", "--int4", "--group", "16", "--target", "ort", "--method", "gptq")
+    assert found.exit_code == 0 and "method gptq" in found.output
+
+
+def test_smoothing_needs_nothing_beside_the_cache(folder: Path) -> None:
+    calibrate("--method", "smoothquant")
+    assert not (folder / "model.gram").exists()
+    assert "method smoothquant+mse" in run("export", "--int8", "--target", "ort").output
+
+
+def test_what_needs_more_says_the_command(folder: Path) -> None:
+    calibrate()
+    said = refused("export", "model.onnx", "--int4", "--group", "32", "--method", "gptq")
+    assert "run `quantkit calibrate model.onnx --data" in said and "--collect gram` first" in said
+    assert "alpha auto" in refused("export", "--int8", "--method", "smoothquant", "--alpha", "auto")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("calibrate", "model.onnx", "--data", "data.npy", "--collect", "hessian"),
+            "--collect hessian: there is gram",
+        ),
+        (("calibrate", "model.onnx", "--data", "data.npy", "--method", "awq+gtpq"), "did you mean gptq?"),
+        (("export", "--int8", "--alpha", "2", "--method", "smoothquant"), "--alpha 2: neither a number"),
+        (("export", "--int8", "--folds", "none"), "--folds none: no such choice; choose norms, all, insert."),
+        (("export", "--int8", "--budget", "sqnr 3"), "nothing to judge by; give --data"),
+        (("export", "--int8", "--budget", "speed 3", "--data", "data.npy"), "budget speed 3: no goal; write"),
+        (("export", "--int8", "--recipe-out", "r.toml"), "--recipe-out: belongs to --budget"),
+        (
+            ("export", "--int8", "--budget", "sqnr 3", "--plan-out", "p", "--data", "data.npy"),
+            "--plan-out: does not go",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(folder: Path, words: tuple[str, ...], says: str) -> None:
+    calibrate()
+    assert says in refused(*words)
+
+
+def test_a_budget_is_met_with_exit_code_0_and_else_1(folder: Path) -> None:
+    calibrate()
+    words = ("export", "model.onnx", "--int4", "--group", "32", "--target", "ort", "--data", "data.npy")
+    met = run(*words, "--budget", "sqnr 18", "--recipe-out", "recipe.toml")
+    assert met.exit_code == 0 and "sqnr 18: met" in met.output
+    again = run(
+        "export", "model.onnx", "--int4", "--group", "32", "--target", "ort", "--recipe", "recipe.toml"
+    )
+    assert again.exit_code == 0
+    missed = run(*words, "--budget", "sqnr 150", "--json")
+    assert missed.exit_code == 1
+    found = json.loads(missed.stdout)
+    assert found["met"] is False and len(found["tries"]) > 1
