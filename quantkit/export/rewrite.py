@@ -207,7 +207,7 @@ class QdqWriter(Writer):
             nodes = self._tiles(plan, codes, value)
             self.read_instead(plan.name, nodes, plan.readers)
             return
-        cast = self.style.batched_cast and self._is_batched(plan)
+        cast = self.is_cast(plan)
         parameters = self._parameters(
             plan.name, plan.qparams.scale, plan.qparams.zero_point, spec, dtype, written=not cast
         )
@@ -217,16 +217,11 @@ class QdqWriter(Writer):
         nodes = self._dequantize(plan.name, [codes, *parameters], attributes, value, spec, cast=cast)
         self.read_instead(plan.name, nodes, plan.readers)
 
-    def _is_batched(self, plan: WeightPlan) -> bool:
-        """Whether a weight is a stack of matrices whose int8 columns have scales and no zero points."""
-        rank, spec, zero_point = len(self.graph.shape(plan.name)), plan.spec, plan.qparams.zero_point
-        return (
-            rank > 2
-            and spec.axis in (rank - 1, -1)
-            and spec.block_size is None
-            and (spec.format.kind, spec.format.bits) == ("integer", 8)
-            and (zero_point is None or not zero_point.any())
-        )
+    def is_cast(self, plan: WeightPlan) -> bool:
+        """Whether the codes of a weight of integers go through Cast and Mul, as those of float8 do by the style."""
+        rank = len(self.graph.shape(plan.name))
+        columns = rank > 2 and plan.spec.axis in (rank - 1, -1)
+        return self.style.batched_cast and columns and can_be_cast(plan)
 
     def codes(self, plan: WeightPlan, arrange: Callable[[np.ndarray], np.ndarray] = np.asarray) -> ir.Value:
         """Add the codes of a weight, made when they are written; `arrange` moves their axes."""
@@ -329,6 +324,17 @@ class QdqWriter(Writer):
             zero = np.zeros(scale.shape, dtype.numpy()) if zero_point is None else zero_point
             inputs.append(self.constant(f"{name}_zero_point", zero, dtype))
         return inputs
+
+
+def can_be_cast(plan: WeightPlan) -> bool:
+    """Whether Cast and Mul mean what DequantizeLinear does: integers of whole bytes without zero points."""
+    zero_point = plan.qparams.zero_point
+    return (
+        plan.spec.format.kind == "integer"
+        and plan.spec.format.bits >= 8
+        and plan.spec.block_size is None
+        and (zero_point is None or not zero_point.any())
+    )
 
 
 def _quantizes_so(node: ir.Node, plan: ActivationPlan) -> bool:

@@ -65,6 +65,7 @@ FLOAT_OPS = {"MatMul": 1, "Relu": 1, "Gemm": 1}
 STATIC = {Q: 2, DQ: 4, **FLOAT_OPS}
 WITH_BIAS = {Q: 2, DQ: 5, **FLOAT_OPS}
 FP8_ORT = {Q: 2, "Cast": 4, "Mul": 4, **FLOAT_OPS}
+SIXTEEN_BITS = {Q: 2, DQ: 2, "Cast": 2, "Mul": 2, **FLOAT_OPS}
 PACKED = {"MatMulNBits": 2, "Relu": 1}
 TILES = {DQ: 2, "Expand": 2, "Reshape": 2, **FLOAT_OPS}
 NVFP4 = {DQ: 4, "Cast": 2, "Transpose": 1, **FLOAT_OPS}
@@ -106,11 +107,11 @@ TABLE: dict[tuple[str, str, bool | None], tuple[int, dict[str, int]] | str] = {
     ("mxfp8", "ort", None): NO_MATRICES,
     ("mxfp8", "ort-cpu", None): NO_MATRICES,
     ("int16", "tensorrt", None): "has no uint16",
-    ("int16", "ort", None): (21, STATIC),
-    ("int16", "ort-cpu", None): (21, STATIC),
+    ("int16", "ort", None): (21, SIXTEEN_BITS),
+    ("int16", "ort-cpu", None): (21, SIXTEEN_BITS),
     ("w16a16", "tensorrt", None): "has no int16",
-    ("w16a16", "ort", None): (21, STATIC),
-    ("w16a16", "ort-cpu", None): (21, STATIC),
+    ("w16a16", "ort", None): (21, SIXTEEN_BITS),
+    ("w16a16", "ort-cpu", None): (21, SIXTEEN_BITS),
     ("int2", "tensorrt", None): NO_MATRICES,
     ("int2", "ort", None): (21, PACKED),
     ("int2", "ort-cpu", None): (21, PACKED),
