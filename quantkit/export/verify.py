@@ -132,7 +132,7 @@ def verify(
     steps = simulate_steps(graph, plan, feeds, floats)
     agreement = {name: _sqnr(steps[name], observed[name]) for name in names if name not in coded}
     agreement |= {name: rounding_sqnr_db(steps[name], observed[name], a) for name, (_, a) in coded.items()}
-    least = {name: CODES_DB if name in coded else _STEP_DB[precision] for name in names}
+    least = {name: (CODES_DB if name in coded else _STEP_DB)[precision] for name in names}
     worst = min(names, key=lambda n: agreement[n] - least[n])
     output = (outputs or graph.outputs)[0]
     planned = simulate(graph, plan, feeds)[output]
