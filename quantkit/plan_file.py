@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from quantkit.errors import PlanError, QuantkitError
 from quantkit.files import atomic_write
@@ -62,7 +62,8 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     with atomic_write(path) as temporary:
         if arrays:
             beside = temporary.with_name(_beside(temporary).name)
-            save_file({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}, beside)
+            # `save_file` would leave a file that its owner alone can read.
+            beside.write_bytes(save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}))
         temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from quantkit.plan import Plan
 from quantkit.plan_file import load_plan, save_plan
 from quantkit.presets import list_presets
 from tests.models import MODELS, model_of
-from tests.plans import TARGETS, calibrated
+from tests.plans import TARGETS, calibrate, calibrated
 
 
 def same(one: Plan, other: Plan) -> None:
@@ -94,6 +94,13 @@ def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
     assert beside[0].exists() == beside[1].exists()
     if beside[0].exists():
         assert beside[0].read_bytes() == beside[1].read_bytes()
+
+
+def test_whoever_reads_a_plan_reads_what_lies_beside_it(tmp_path: Path) -> None:
+    held = calibrate(model_of(MATRICES), [{"x": np.ones((2, 64), np.float32)}])
+    save_plan(held.plan("tensorrt"), tmp_path / "plan.json")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes["plan.json.safetensors"] == modes["plan.json"]
 
 
 def written(tmp_path: Path, name: str = "matmul") -> tuple[Path, dict]:
