@@ -11,7 +11,7 @@ from quantkit.plan import ActivationPlan, Plan
 
 # What rounds to the file's code is the plan's value, so only float sums on a boundary are left: 120 dB and more in a
 # right file of float32. An error of 1.5 hundredths of a code shows, as it does in floats. In float16 and bfloat16 a
-# value on a boundary lies as far beyond it as those types round (60 and 46 dB were seen), so the limits are those of their floats.
+# value on a boundary lies as far beyond it as those types round (60 and 46 dB were seen): the limits of their floats.
 CODES_DB = {ir.DataType.FLOAT: 90.0, ir.DataType.FLOAT16: 45.0, ir.DataType.BFLOAT16: 28.0}
 
 
