@@ -96,6 +96,27 @@ def test_products_are_exact(machine, row):
     np.testing.assert_array_equal(run_w4(machine, a, packed, TILES[row["tile"]], **options), want)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(
+    ("kind", "zeros"),
+    [(kind, zeros) for kind in KINDS for zeros in (False, True) if "int" in kind[0] or not zeros],
+    ids=str,
+)
+def test_products_are_exact_for_all_groups_and_tiles(compiler, tile, kind, zeros):
+    """All of them, on shapes that end within a group, a pair of rows and a block, in every mode."""
+    for shape in ((16, 1, 2880), (3, 8, 300), (13, 130, 130)):
+        row = {
+            "shape": shape, "kind": kind, "zeros": zeros, "scale_type": "bfloat16", "activations": "bfloat16",
+            "output": "float32", "epilogue": "bare",
+        }  # fmt: skip
+        a, w, packed, _ = operands(row)
+        plain = a.astype(np.float64) @ dequantize(w).astype(np.float64).T
+        for mode in Mode:
+            d = run_w4(EmulatorBackend(mode), a, packed, TILES[tile])
+            np.testing.assert_array_equal(d, plain.astype(np.float32))
+
+
 # Every kind of sharing, group and output with int8 activations, in full range.
 EIGHT_BITS = [
     ((3, 130, 600), ("int4", 128), False, "float32", "deep"),
