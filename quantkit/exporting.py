@@ -18,6 +18,7 @@ from quantkit.cache import CalibrationCache
 from quantkit.data import fill_batch
 from quantkit.errors import CacheError, PlanError, SpecError
 from quantkit.export import Emitter, FolderEmitter, get_emitter
+from quantkit.export.ort import cast_weights
 from quantkit.export.verify import Verification, can_run, check_same_function, verify
 from quantkit.exported import Exported
 from quantkit.files import atomic_folder, atomic_write, check_folder, check_output
@@ -118,6 +119,11 @@ def export_model(
         )
     target = target or (found.target if found is not None else "tensorrt")
     emitter = get_emitter(target, **(target_options or {}))
+    if high_precision == "bf16" and target in ("ort-cpu", "ort-qoperator"):
+        raise SpecError(
+            f"--high-precision bf16: ONNX Runtime's CPU provider, which {target} is for, has no kernels for "
+            "bfloat16; choose fp16, or leave it out."
+        )
     request = Request(
         preset=preset,
         group=group,
@@ -199,6 +205,8 @@ def _write_file(
     written = emitter.emit(graph, plan)
     if high_precision != "fp32":
         written, _ = cast_floats(written, HIGH_PRECISION[high_precision])
+        if high_precision == "fp16" and emitter.target.integer_bias:
+            cast_weights(written)
     made_up = held is None or bool(held.ranges)
     probe: dict[str, NDArray[Any]] = {}
     if can_run(graph):

@@ -268,6 +268,8 @@ def _wide_enough(graph: Graph, site: Site, qparams: QParams, input_scale: np.flo
     """Enlarge the weight scales of channels so small that their bias would overflow int32."""
     bias = graph.array(_bias_name(graph, site)).astype(np.float64)
     least = np.abs(bias) / (float(input_scale) * _INT32_MAX)
+    if qparams.scale.ndim == 0:
+        least = least.max(initial=0.0)
     # Twice, so that rounding the product of the scales cannot overflow again.
     return replace(qparams, scale=np.maximum(qparams.scale, (2 * least).astype(np.float32)))
 

@@ -560,6 +560,9 @@ BAD = {
     "plan that is not there": Bad(words="export --plan none.json", says="none.json: cannot be read"),
     "plan that is no plan": Bad(words="export --plan model.onnx", says="model.onnx: not JSON"),
     "plan over the model": Bad(words="export --int8 --plan-out model.onnx", says="would be lost"),
+    "bfloat16 where nothing runs it": Bad(
+        words="export --int8 --target ort-cpu --high-precision bf16", says="no kernels for bfloat16"
+    ),
     "plan over the cache": Bad(words="export --int8 --plan-out model.calib", says="would be lost"),
     "plan over the export": Bad(
         words="export --int8 --out q.onnx --plan-out ./q.onnx", says="the model goes there"

@@ -17,6 +17,7 @@ neither has integer kernels, so their weights are written as Cast and Mul too, o
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 
 from quantkit.errors import SpecError
@@ -113,3 +114,55 @@ def _read_by_no_kernel(graph: Graph, plan: Plan) -> set[str]:
             readers = {node for node, _ in activation.readers}
             found |= readers or {str(node.name) for node, _ in value.uses()}
     return found
+
+
+def cast_weights(model: ir.Model) -> None:
+    """Write the weights of a finished model as Cast and Mul, once it is of float16 and has no integer kernels."""
+    for node in list(model.graph):
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" and not node.domain else None
+        if codes is None or not codes.is_initializer() or codes.dtype not in _CODES or _is_blocked(node):
+            continue
+        scale, out = node.inputs[1], node.outputs[0]
+        assert (
+            scale is not None
+            and scale.shape is not None
+            and codes.shape is not None
+            and out.dtype is not None
+        )
+        nodes = [ir.node("Cast", [codes], attributes={"to": int(out.dtype)}, name=f"{node.name}_Cast")]
+        if len(scale.shape) == 1:
+            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+            rest = len(codes.shape) - 1 - axis % len(codes.shape)
+            array = _numpy(scale).reshape(-1, *[1] * rest)
+            spread = ir.Value(
+                name=f"{scale.name}_spread",
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(out.dtype),
+                const_value=ir.tensor(array, dtype=out.dtype, name=f"{scale.name}_spread"),
+            )
+            model.graph.register_initializer(spread)
+            scale = spread
+        nodes.append(ir.node("Mul", [nodes[0].outputs[0], scale], name=f"{node.name}_Mul"))
+        nodes[0].outputs[0].name, nodes[1].outputs[0].name = f"{out.name}_codes", out.name
+        for made in nodes:
+            made.outputs[0].type, made.outputs[0].shape = out.type, out.shape
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], nodes, [out], [nodes[1].outputs[0]]
+        )
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+
+
+_CODES = frozenset({ir.DataType.INT8, ir.DataType.INT16})
+
+
+def _is_blocked(node: ir.Node) -> bool:
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    size = node.attributes.get("block_size")
+    return (size is not None and size.as_int() != 0) or (zero is not None and bool(_numpy(zero).any()))
+
+
+def _numpy(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    return value.const_value.numpy()

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from quantkit import calibrate_model, export_model
 from quantkit.export import get_emitter
 from quantkit.runtime import Session
 from quantkit.simulate import simulate
@@ -46,3 +47,28 @@ def test_a_bias_far_above_the_products_stays_what_it_is_at_every_level(
     for optimize in (False, True):
         found = Session(path, threads=1, optimize=optimize).run(held.feeds[0])["y"]
         assert sqnr_db(expected.astype(np.float64), found.astype(np.float64)) > 50
+
+
+@pytest.mark.parametrize("target", ["ort", "ort-cpu"])
+def test_biases_cast_to_float16_are_not_quantized_in_it(target: str, tmp_path: Path) -> None:
+    model = model_of(TWO_CONVOLUTIONS.format("float"), w=normal(32, 16, 1, 1), b=5 * normal(32))
+    x = (1e-2 * np.random.default_rng(0).normal(size=(8, 16, 6, 6))).astype(np.float32)
+    cache = calibrate_model(model, x, method="minmax")
+    exported = export_model(
+        model, cache, preset="int8", target=target, high_precision="fp16", out=tmp_path / "q.onnx"
+    )
+    judged, optimized = (
+        Session(exported.path, threads=1, optimize=o).run({"x": x})["y"] for o in (False, True)
+    )
+    assert sqnr_db(judged, optimized) > 50
+
+
+@pytest.mark.parametrize("target", ["ort", "ort-cpu", "ort-qoperator"])
+def test_a_scale_for_a_whole_weight_is_wide_enough_for_every_bias(target: str, tmp_path: Path) -> None:
+    model = model_of(TWO_CONVOLUTIONS.format("float"), b=1e6 * normal(32))
+    x = np.random.default_rng(0).normal(size=(8, 16, 6, 6)).astype(np.float32)
+    cache = calibrate_model(model, x, method="minmax")
+    exported = export_model(
+        model, cache, preset="int8", target=target, per_tensor=True, out=tmp_path / "q.onnx"
+    )
+    assert {weight.qparams.scale.shape for weight in exported.plan.weights} == {()}
