@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from quantkit.cache import CalibrationCache
+from quantkit.cache import IMPORTED, CalibrationCache
 from quantkit.diagnose import clipping_warnings
 from quantkit.errors import CacheError, SpecError
 from quantkit.formats import E8M0
@@ -265,7 +265,7 @@ def methods_of(method: str | None, held: CalibrationCache | None, *, weights_alo
     Raises:
         UnknownNameError: a part that there is not.
     """
-    if method is not None:
+    if method is not None and not (method == IMPORTED and held is not None and held.ranges):
         return parse_methods(method, weights_alone=weights_alone)
     if held is None or held.ranges:
         return Methods()
