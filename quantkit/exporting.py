@@ -7,7 +7,9 @@ file get its name.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from quantkit.cache import CalibrationCache
-from quantkit.data import fill_batch
+from quantkit.data import data_files, fill_batch
 from quantkit.errors import CacheError, PlanError, SpecError
 from quantkit.export import Emitter, FolderEmitter, get_emitter
 from quantkit.export.ort import cast_weights
@@ -38,6 +40,9 @@ from quantkit.statistics import GramMatrix
 
 # Files beyond this keep their weights beside them: protobuf holds 2 GiB at most.
 _EXTERNAL_BYTES = 2**31 - 2**24
+_NO_BF16 = (
+    "bfloat16 runs on ONNX Runtime's CUDA provider; its CPU provider has kernels of few operators for it"
+)
 
 
 def export_model(
@@ -159,23 +164,22 @@ def export_model(
     folder = isinstance(emitter, FolderEmitter)
     name = found.preset if found is not None else preset or "recipe"
     path = Path(out) if out is not None else Path(default_name(graph.name, name, target, folder=folder))
-    read = [
-        *(model_files(graph.path) if graph.path else ()),
-        *(given for given in (cache, recipe, plan) if isinstance(given, str | os.PathLike)),
-    ]
+    given = [given for given in (cache, recipe, plan) if isinstance(given, str | os.PathLike)]
     if isinstance(emitter, FolderEmitter):
         check_folder(path, replaceable=emitter.files)
     else:
-        check_output(path, inputs=read)
+        check_output(path, inputs=_read(graph, held, given))
         if _is_external(graph):
-            check_output(_external(Path(os.path.realpath(path))), inputs=read)
+            check_output(_external(Path(os.path.realpath(path))), inputs=_read(graph, held, given))
     if plan_out is not None:
-        check_output(plan_out, inputs=[*read, path])
+        check_output(plan_out, inputs=chain(_read(graph, held, given), [path]))
     planned = (
         obey(graph, found)
         if found is not None
         else plan_model(graph, held, request, emitter.target, grams=grams)
     )
+    if high_precision == "bf16" and target == "ort":
+        planned = replace(planned, warnings=(*planned.warnings, _NO_BF16))
     exported = (
         _write_folder(emitter, planned, HIGH_PRECISION.get(high_precision), path)
         if isinstance(emitter, FolderEmitter)
@@ -184,6 +188,17 @@ def export_model(
     if plan_out is not None:
         save_plan(planned.plan, plan_out)
     return exported
+
+
+def _read(
+    graph: Graph, held: CalibrationCache | None, given: Iterable[str | os.PathLike[str]]
+) -> Iterator[str | os.PathLike[str]]:
+    """Yield the files that nothing may be written over: the model's, what was named, and what calibration ran on."""
+    yield from model_files(graph.path) if graph.path else ()
+    yield from given
+    paths = [] if held is None else held.data.get("path", [])
+    for path in [paths] if isinstance(paths, str) else paths:
+        yield from data_files(Path(path))
 
 
 def _check_early(request: Request, held: CalibrationCache | None, model: ModelLike | None) -> None:

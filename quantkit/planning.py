@@ -10,7 +10,7 @@ import numpy as np
 
 from quantkit.cache import IMPORTED, CalibrationCache
 from quantkit.diagnose import clipping_warnings
-from quantkit.errors import CacheError, SpecError
+from quantkit.errors import CacheError, PlanError, SpecError
 from quantkit.formats import E8M0
 from quantkit.formats.spec import ScaleRule
 from quantkit.gram_file import SUFFIX, GramFile
@@ -121,11 +121,51 @@ def obey(graph: Graph, plan: Plan) -> Planned:
     """Return a plan that was solved before, with the model that it is for.
 
     Raises:
-        PlanError: it was solved for another one.
+        PlanError: it was solved for another one, or what it says of nodes is not true of it.
     """
-    return Planned(
-        graph=graph if plan.edits is None else edited(graph, plan.edits), plan=plan, original=graph
-    )
+    found = graph if plan.edits is None else edited(graph, plan.edits)
+    if found.fingerprint == plan.fingerprint:
+        # Of another model the emitter speaks.
+        _check_nodes(found, plan)
+    return Planned(graph=found, plan=plan, original=graph)
+
+
+def _check_nodes(graph: Graph, plan: Plan) -> None:
+    """Refuse a plan that somebody changed so that its nodes are not those that run quantized."""
+    everywhere = {a.name for a in plan.activations.values() if not a.readers}
+    weighted = {node for weight in plan.weights for node, _ in weight.readers}
+    reading = weighted | {node for a in plan.activations.values() for node, _ in a.readers}
+    nodes = {str(node.name): node for node in graph.model.graph}
+    for name, op_type in plan.nodes.items():
+        node = nodes.get(name)
+        if node is None or node.op_type != op_type:
+            raise PlanError(
+                f"plan: nodes: {graph.name} has no {op_type} {name}; mend it, or solve the plan again."
+            )
+        if name not in reading and not any(v is not None and v.name in everywhere for v in node.inputs):
+            raise PlanError(
+                f"plan: nodes: {name} reads nothing quantized, neither a weight nor an activation; take it out of "
+                "nodes and formats, or solve the plan again."
+            )
+    for name in (*sorted(weighted), *plan.formats):
+        if name not in plan.nodes:
+            raise PlanError(f"plan: {name} is not among nodes; add it there, or solve the plan again.")
+
+
+def _undocumented(plan: Plan, target: Target) -> list[str]:
+    """The line that says that a target's documentation does not speak of such blocks."""
+    sizes = {
+        w.spec.block_size
+        for w in plan.weights
+        if kind_of(w.spec) == "int4 block" and w.spec.block_size not in target.documented_int4_blocks
+    }
+    if not target.documented_int4_blocks or not sizes:
+        return []
+    known = " and ".join(map(str, sorted(target.documented_int4_blocks)))
+    return [
+        f"{target.name}'s documentation has int4 weights in groups of {known}, not of "
+        f"{', '.join(map(str, sorted(s for s in sizes if s)))}: build the engine before relying on it"
+    ]
 
 
 def plan_model(
@@ -185,7 +225,11 @@ def plan_model(
         folds=request.folds,
     )
     plan = solved.plan
-    warnings = [*unmatched_warning(settled.unmatched), *_unheld(preset, target)]
+    warnings = [
+        *unmatched_warning(settled.unmatched),
+        *_unheld(preset, target),
+        *_undocumented(plan, target),
+    ]
     if solved.alone:
         warnings.append(
             f"{', '.join(solved.alone)}: no data reached it, or NaN or infinity did; its weight was rounded by itself"

@@ -67,6 +67,7 @@ class Target:
             have; None for all.
         activations: the kinds of activations that it can express; None for all. Of those that it cannot, dynamic ones
             are left in float and static ones keep their node there.
+        documented_int4_blocks: the sizes of groups that its documentation has for int4; empty where it sets no limit.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Target:
     convolutions: frozenset[str] | None = None
     embeddings: frozenset[str] | None = frozenset()
     activations: frozenset[str] | None = None
+    documented_int4_blocks: frozenset[int] = frozenset()
 
     def activation_spec(self, preset: Preset) -> QuantSpec | None:
         """Return how this target quantizes the activations of a preset; None where they stay in float."""

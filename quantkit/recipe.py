@@ -12,7 +12,7 @@
     match = "blocks.3.*"
     weights = "int4"          # weights and activations may have presets of their own
     activations = "fp8"
-    group = 32                # weights that share a scale
+    group = 32                # weights that share a scale, or "channel"
     method = "percentile"
     percentile = 99.99        # what is left are the method's options
 
@@ -26,9 +26,13 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.errors import RecipeError
+
+Group = int | Literal["channel"]
+# How closely a rule named the nodes that it wants quantized.
+Asked = Literal["operator", "name"]
 
 FLOAT = "float"
 # What `preset` says of activations: what it has for them, if anything.
@@ -45,20 +49,22 @@ class Settings:
     Attributes:
         weights: the preset of its weights.
         activations: the preset of its activations; "float" where they stay so, "preset" where they are as `weights`.
-        group: weights that share a scale.
+        group: weights that share a scale, or "channel".
         method: the method: of its activations, or of its weights where they alone are quantized.
         method_options: the method's options.
         keep_float: it stays in float.
-        asked: a rule for these nodes in particular wants them quantized.
+        why: who said so.
+        asked: a rule wants these nodes in particular quantized, or all of this operator; None where none does.
     """
 
     weights: str | None = None
     activations: str | None = None
-    group: int | None = None
+    group: Group | None = None
     method: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
     keep_float: bool = False
-    asked: bool = False
+    why: str = ""
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,7 @@ class Rule:
         op_types: the operators it is for; empty for all.
         weights, activations, group, method, method_options: as in `Settings`.
         keep_float: True keeps the matching nodes in float, False quantizes what an earlier rule kept.
+        why: who keeps them in float, for the table of what is left.
 
     Raises:
         RecipeError: the regular expression cannot be read.
@@ -79,10 +86,11 @@ class Rule:
     op_types: frozenset[str] = frozenset()
     weights: str | None = None
     activations: str | None = None
-    group: int | None = None
+    group: Group | None = None
     method: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
     keep_float: bool | None = None
+    why: str = "the recipe keeps it in float"
 
     def __post_init__(self) -> None:
         if self._is_expression():
@@ -119,12 +127,15 @@ class Rule:
         if self.method is not None:
             changes |= {"method": self.method, "method_options": dict(self.method_options)}
         if self.keep_float is not None:
-            changes["keep_float"] = self.keep_float
+            changes |= {"keep_float": self.keep_float, "why": self.why if self.keep_float else ""}
         elif changes:
             # A rule that says how a layer is quantized wants it quantized.
-            changes["keep_float"] = False
-        if changes.get("keep_float") is False and self.match not in (None, "*"):
-            changes["asked"] = True
+            changes |= {"keep_float": False, "why": ""}
+        if changes.get("keep_float") is False:
+            if self.match not in (None, "*"):
+                changes["asked"] = "name"
+            elif self.op_types and (self.weights or self.activations):
+                changes["asked"] = settings.asked or "operator"
         return replace(settings, **changes)
 
     def _is_expression(self) -> bool:
@@ -163,8 +174,15 @@ class Recipe:
         a pattern says holds over what the rules say.
         """
         wanted = list(include)
-        first = [Rule(keep_float=True), *(Rule(match=p, keep_float=False) for p in wanted)] if wanted else []
-        return Recipe((*self.rules, *first, *(Rule(match=p, keep_float=True) for p in exclude)))
+        others = [Rule(keep_float=True, why="not among what --include names")] if wanted else []
+        return Recipe(
+            (
+                *self.rules,
+                *others,
+                *(Rule(match=p, keep_float=False) for p in wanted),
+                *(Rule(match=p, keep_float=True, why=f"--exclude {p}") for p in exclude),
+            )
+        )
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -192,8 +210,13 @@ def _rule(where: str, table: dict[str, Any]) -> Rule:
         if key in table and not isinstance(table[key], str):
             raise RecipeError(f"{where}: {key} = {table[key]!r}: not a text; put it in quotes.")
     group = table.get("group")
-    if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
-        raise RecipeError(f"{where}: group = {group!r}: not a number of weights; write one, such as 32.")
+    number = isinstance(group, int) and not isinstance(group, bool) and group >= 1
+    if group not in (None, "channel") and not number:
+        raise RecipeError(
+            f'{where}: group = {group!r}: not a number of weights; write one, such as 32, or "channel".'
+        )
+    if table.get("match") == "":
+        raise RecipeError(f'{where}: match = "": no node has no name; leave match out for all of them.')
     op_types = table.get("op_types", [])
     if not isinstance(op_types, list) or not all(isinstance(o, str) for o in op_types):
         raise RecipeError(
@@ -209,8 +232,16 @@ def _rule(where: str, table: dict[str, Any]) -> Rule:
             f"{', '.join(sorted(_OWN_KEYS))}."
         )
     preset = table.get("preset")
-    said = preset, table.get("weights"), table.get("activations"), group, table.get("method")
-    if keep is None and not any(said):
+    said = [key for key in ("preset", "weights", "activations", "group", "method") if key in table]
+    if keep is not None and said:
+        raise RecipeError(
+            f'{where}: keep = "float" and {said[0]}: what stays in float has none; leave one of them out.'
+        )
+    if preset is not None and "weights" in table:
+        raise RecipeError(
+            f"{where}: preset and weights: both say how weights are quantized; write weights and activations."
+        )
+    if keep is None and not said:
         raise RecipeError(
             f"{where}: it says nothing to do; give preset, weights, activations, group, method or keep."
         )
@@ -243,7 +274,7 @@ def recipe_text(recipe: Recipe, *, about: str = "") -> str:
             elif value is not None:
                 lines.append(f"{key} = {_quoted(value)}")
         if rule.group is not None:
-            lines.append(f"group = {rule.group}")
+            lines.append(f"group = {json.dumps(rule.group)}")
         if rule.method is not None:
             lines.append(f"method = {_quoted(rule.method)}")
         lines += [f"{key} = {json.dumps(value)}" for key, value in rule.method_options.items()]

@@ -12,7 +12,7 @@ from quantkit.formats import QuantSpec
 from quantkit.graph import Graph, find_sites
 from quantkit.methods import Methods, Scaling, parse_methods
 from quantkit.presets import Preset, Target, get_preset
-from quantkit.recipe import AS_PRESET, FLOAT, Recipe, Settings
+from quantkit.recipe import AS_PRESET, FLOAT, Group, Recipe, Settings
 
 # Of weights in few bits and blocks the scale of least squared error; of the others the largest magnitude, which keeps
 # as much and is what TensorRT does.
@@ -31,7 +31,7 @@ class NodeSettings:
         equalize: its channels and those of its neighbours are made equally large first.
         scaling: what the channels of its input are scaled by.
         correct_bias: its bias takes up the mean of the error.
-        asked: it was named, by a rule or a pattern, so nothing of it is left in float for speed.
+        asked: it or its operator was named, by a rule or a pattern, so nothing of it is left in float for speed.
     """
 
     preset: Preset
@@ -159,10 +159,10 @@ def assign(
             # Embeddings are left out of the table, too: nobody expects them in it.
             continue
         if said.keep_float:
-            kept[node] = "the recipe keeps it in float"
+            kept[node] = said.why
         elif said == Settings() and default is None:
             kept[node] = "no rule of the recipe is for it"
-        elif not said.asked and node in last:
+        elif said.asked != "name" and node in last:
             kept[node] = "the last layer, left out as asked"
         else:
             nodes[node] = _resolve(node, said, default, target, calibrator, methods or Methods())
@@ -205,20 +205,21 @@ def _resolve(
     if said.method is not None:
         methods = parse_methods(said.method, weights_alone=settings.activations is None)
         settings = with_methods(settings, methods, said.method_options)
-    return replace(settings, asked=said.asked)
+    return replace(settings, asked=said.asked is not None)
 
 
-def _regrouped(settings: NodeSettings, group: int) -> NodeSettings:
-    weights = settings.preset.weights
-    if weights.block_size is None or weights.scale_format is not None:
+def _regrouped(settings: NodeSettings, group: Group) -> NodeSettings:
+    weights, own = settings.preset.weights, get_preset(settings.preset.name).weights
+    if own.block_size is None or own.scale_format is not None:
         raise RecipeError(
             f"recipe: group = {group}: the weights of {settings.preset.name} have no groups to choose; leave it out."
         )
-    return replace(settings, preset=replace(settings.preset, weights=replace(weights, block_size=group)))
+    size = None if group == "channel" else group
+    return replace(settings, preset=replace(settings.preset, weights=replace(weights, block_size=size)))
 
 
 @cache
-def _preset(name: str, group: int | None) -> Preset:
+def _preset(name: str, group: Group | None) -> Preset:
     return get_preset(name, block_size=group)
 
 

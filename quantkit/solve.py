@@ -239,7 +239,7 @@ def _unfit(
     divided: Mapping[str, Range],
 ) -> dict[str, str]:
     unfit: dict[str, str] = {}
-    finite: dict[str, bool] = {}
+    faults: dict[str, str] = {}
     # Nothing has to be known of tensors that are not quantized, or by scales that the runtime finds.
     known = any(is_observed(s.activations) for s in assignment.nodes.values())
     for site in find_sites(graph)[0]:
@@ -247,10 +247,10 @@ def _unfit(
             if 0 in site.shape:
                 unfit[site.name] = f"weight {site.name} is empty"
             elif site.node in assignment.nodes:
-                if site.name not in finite:
-                    finite[site.name] = _is_finite(graph.array(site.name))
-                if not finite[site.name]:
-                    unfit[site.name] = f"weight {site.name} holds NaN or infinity"
+                if site.name not in faults:
+                    faults[site.name] = _fault(graph.array(site.name))
+                if faults[site.name]:
+                    unfit[site.name] = f"weight {site.name} holds {faults[site.name]}"
             continue
         if not known or (
             site.role == "input"
@@ -278,7 +278,7 @@ def _unfit(
         for value in node.inputs[2:3]:
             if node.op_type in LINEAR_OPS and value is not None and value.is_initializer():
                 bias = graph.array(str(value.name))
-                if bias.dtype.kind in "fV" and not np.all(np.isfinite(bias.astype(np.float32))):
+                if not _is_finite(bias):
                     unfit[str(value.name)] = f"bias {value.name} holds NaN or infinity"
     return unfit
 
@@ -286,6 +286,15 @@ def _unfit(
 def is_observed(spec: QuantSpec | None) -> bool:
     """Whether what was observed of a tensor bears on how it is quantized."""
     return spec is not None and (spec.dynamic is None or spec.has_global_scale)
+
+
+def _fault(w: np.ndarray) -> str:
+    """What keeps a weight from being quantized; "" where nothing does."""
+    if not _is_finite(w):
+        return "NaN or infinity"
+    amax = max(-float(w.min()), float(w.max()))
+    # Its scale would be a subnormal float, which keeps few bits of it, and which GPUs flush to zero.
+    return "nothing of 10⁻³⁶ or more" if 0 < amax < 128 * SMALLEST_SCALE else ""
 
 
 def _is_finite(w: np.ndarray) -> bool:
@@ -308,13 +317,19 @@ def _mend(reasons: Iterable[str]) -> str:
         return "export with --all, or another preset"
     if QUANTIZED_ALREADY in reasons:
         return "give the float model it was made from"
-    if any("recipe" in reason or "as asked" in reason for reason in reasons):
-        return "let a rule, or --include, name some"
+    if any(word in reason for reason in reasons for word in ("recipe", "as asked", "--include", "--exclude")):
+        return "let a rule, or --include, name some, and no --exclude"
+    if any(reason.startswith("its inputs are ") for reason in reasons):
+        return "give a model of float32, float16 or bfloat16"
     if any(" has no " in reason for reason in reasons):
         return "choose another preset or another --target"
     if any(reason.startswith(("tensor ", "weight ", "bias ")) for reason in reasons):
         return "mend the model or the calibration data"
-    if any("weights alone" in reason or "lie in blocks" in reason for reason in reasons):
+    if any(" in plain products" in reason or " in groups of " in reason for reason in reasons):
+        return "choose another preset, --group or --target"
+    if any(
+        word in reason for reason in reasons for word in ("weights alone", "lie in blocks", "has tiles of")
+    ):
         return "choose another preset, int8 or fp8"
     return "give a float model whose layers have constant weights"
 

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from tqdm import tqdm
 
-from quantkit import __version__
+from quantkit import __version__, calibrate_model
 from quantkit.cache import CalibrationCache
 from quantkit.cli import main
 from tests.conftest import DigitsExample
@@ -651,6 +651,14 @@ BAD = {
         words=f"{CALIBRATE} --out calib/one.png",
         says="calib/one.png: is an input here and would be lost",
         prepare=lambda: shutil.copy(min(Path("calib").iterdir()), "calib/one.png"),
+    ),
+    "model over a picture that calibration ran on": Bad(
+        words="export --int8 --cache own.calib --out calib/one.png",
+        says="calib/one.png: is an input here and would be lost",
+        prepare=lambda: (
+            shutil.copy(min(Path("calib").iterdir()), "calib/one.png"),
+            calibrate_model("model.onnx", "calib").save("own.calib"),
+        ),
     ),
     "cache over an array": Bad(
         words="calibrate model.onnx --data data.npz --out data.npz",

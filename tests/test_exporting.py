@@ -53,7 +53,69 @@ def test_only_what_is_included_is_quantized(network, cache, tmp_path):
 def test_what_is_excluded_stays_in_float_with_the_reason(network, cache, tmp_path):
     plan = export(network, cache, tmp_path, exclude=["last", "d*"]).plan
     assert set(plan.nodes) == {"up"}
-    assert {x.node for x in plan.left if "float" in x.reason} == {"last", "down"}
+    assert {x.node: x.reason for x in plan.left} == {"last": "--exclude last", "down": "--exclude d*"}
+    left = export(network, cache, tmp_path, include=["up"]).plan.left
+    assert {x.node: x.reason for x in left} == dict.fromkeys(
+        ["down", "last"], "not among what --include names"
+    )
+
+
+def test_a_rule_for_an_operator_asks_for_it_but_not_against_the_command_line(network, cache, tmp_path):
+    (tmp_path / "four.toml").write_text(
+        '[[rule]]\nop_types = ["Gather", "MatMul"]\npreset = "int4"\ngroup = 32\n'
+    )
+    options = {"preset": None, "recipe": tmp_path / "four.toml", "target": "ort"}
+    exported = export(network, cache, tmp_path, **options)
+    assert "GatherBlockQuantized" in operators(exported.path).values()
+    assert "last" not in export(network, cache, tmp_path, head=False, **options).plan.nodes
+
+
+def test_rules_choose_groups_over_the_command_lines_and_whole_channels(network, cache, tmp_path):
+    (tmp_path / "g.toml").write_text(
+        '[[rule]]\nmatch = "up"\ngroup = "channel"\n[[rule]]\nmatch = "down"\ngroup = 16\n'
+    )
+    plan = export(
+        network, cache, tmp_path, preset="int4", group=32, target="ort", recipe=tmp_path / "g.toml"
+    ).plan
+    assert [w.spec.block_size for w in plan.weights] == [None, 16, 32]
+    (tmp_path / "h.toml").write_text('[[rule]]\nmatch = "down"\ngroup = 16\n')
+    plan = export(
+        network, cache, tmp_path, preset="int4", group="channel", target="ort", recipe=tmp_path / "h.toml"
+    ).plan
+    assert [w.spec.block_size for w in plan.weights] == [None, 16, None]
+
+
+def test_an_operator_that_a_rule_names_is_quantized_without_all(tmp_path):
+    model = model_of("(float[B,32] x) => (float[B,40] y) <float[32,40] w> { [g] y = Gemm (x, w) }")
+    cache = quantkit.calibrate_model(model, {"x": normal(8, 32)}, method="minmax")
+    (tmp_path / "r.toml").write_text('[[rule]]\nop_types = ["Gemm"]\npreset = "fp8"\n')
+    plan = quantkit.export_model(
+        model, cache, preset=None, recipe=tmp_path / "r.toml", out=tmp_path / "q.onnx"
+    ).plan
+    assert list(plan.nodes) == ["g"]
+
+
+def test_a_weight_of_subnormal_floats_stays_in_float(tmp_path):
+    model = model_of(
+        "(float[B,32] x) => (float[B,40] y) <float[32,40] w, float[40,40] v> {"
+        " [a] h = MatMul (x, w) [b] y = MatMul (h, v) }"
+    )
+    model.graph.initializer[0].raw_data = np.full((32, 40), 1e-38, np.float32).tobytes()
+    plan = quantkit.export_model(model, preset="int4", group=32, target="ort", out=tmp_path / "q.onnx").plan
+    assert list(plan.nodes) == ["b"]
+    assert [x.reason for x in plan.left] == ["weight w holds nothing of 10⁻³⁶ or more"]
+
+
+def test_groups_that_tensorrts_documentation_does_not_have_are_said(network, tmp_path):
+    def warned(group, target):
+        found = quantkit.export_model(
+            network, preset="int4", group=group, target=target, head=False, out=tmp_path / "q.onnx"
+        )
+        return [w for w in found.warnings if "documentation" in w]
+
+    assert warned(64, "ort") == warned(32, "ort") == []
+    (line,) = warned(32, "tensorrt")
+    assert "in groups of 64 and 128, not of 32" in line
 
 
 def test_the_head_can_be_left_out(network, cache, tmp_path):

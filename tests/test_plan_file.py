@@ -207,6 +207,25 @@ def test_scales_that_do_not_fit_their_weight_are_refused(tmp_path: Path) -> None
     assert not (tmp_path / "q.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["nodes"].update(other="MatMul"), "nodes: .* has no MatMul other"),
+        (lambda p: p["nodes"].update(dict.fromkeys(p["nodes"], "Conv")), "nodes: .* has no Conv"),
+        (lambda p: p["weights"].clear() or p["activations"].clear(), "reads nothing quantized"),
+        (lambda p: p["nodes"].clear(), "is not among nodes"),
+        (lambda p: p["formats"].update(other="int8"), "other is not among nodes"),
+    ],
+)
+def test_nodes_that_are_not_those_quantized_are_refused(change, message: str, tmp_path: Path) -> None:
+    path, found = written(tmp_path)
+    change(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(PlanError, match=message):
+        quantkit.export_model(MODELS["matmul"].build(), plan=path, out=tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()
+
+
 @pytest.mark.parametrize("codes", [3, [[1, 2]]])
 def test_codes_that_are_no_bias_are_refused(codes: object, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"

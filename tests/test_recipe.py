@@ -87,6 +87,10 @@ def test_the_patterns_of_the_command_line_hold_over_the_rules():
         ("[[rule]]\nkeep = 'int8'\n", 'only "float"'),
         ("[[rule]]\nprest = 'int8'\nkeep = 'float'\n", "prest"),
         ("[[rule]]\nmatch = '/(/'\nkeep = 'float'\n", "not a regular expression"),
+        ("[[rule]]\nmatch = ''\nkeep = 'float'\n", "leave match out"),
+        ("[[rule]]\nkeep = 'float'\npreset = 'int8'\n", 'keep = "float" and preset'),
+        ("[[rule]]\npreset = 'int8'\nweights = 'fp8'\n", "preset and weights: both say"),
+        ("[[rule]]\npreset = 'int4'\ngroup = 'row'\n", "group = 'row'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(recipe, text, what):

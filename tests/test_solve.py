@@ -333,7 +333,7 @@ def test_solving_twice_gives_the_same_plan(tiny: TinyModel) -> None:
         (
             "float64",
             "int8",
-            "int8 leaves every Conv, MatMul and Gemm in float (1 × its inputs are double); give a float",
+            "int8 leaves every Conv, MatMul and Gemm in float (1 × its inputs are double); give a model of float32",
         ),
         ("conv_relu", "fp8", "2 × depthwise or ≤ 16 channels"),
         ("gemm", "fp8", "(--all quantizes it)); export with --all"),

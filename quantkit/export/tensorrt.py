@@ -39,6 +39,7 @@ TARGET = Target(
     ),
     convolutions=frozenset({"int8", "fp8"}),
     activations=frozenset({"int8", "fp8", "nvfp4", "mxfp8"}),
+    documented_int4_blocks=frozenset({64, 128}),
 )
 
 _STYLE = QdqStyle()

@@ -30,7 +30,7 @@ def check_whole(model: ir.Model, what: str) -> None:
                 reader = f"{node.op_type} {node.name or 'without a name'}"
                 raise ModelError(
                     f"{what}: {reader} reads {value.name}, which nothing computes; "
-                    "export or download the model again."
+                    "export or download the model again (a sparse weight: as a dense one)."
                 )
     for value in model.graph.outputs:
         if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
