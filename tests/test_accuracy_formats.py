@@ -34,11 +34,11 @@ def test_a_vision_transformer_keeps_its_top1_in_four_bits(
 # Greatest perplexity, and greatest KL divergence in mnat; the float model has 4.583.
 LANGUAGE = {
     "int4 g128": ({"preset": "int4", "target": "ort"}, 4.600, 16.5),
-    "int4 g32": ({"preset": "int4", "group": 32, "target": "ort"}, 4.595, 9.5),
+    "int4 g32": ({"preset": "int4", "group": 32, "target": "ort"}, 4.595, 11.5),
     "nvfp4": ({"preset": "nvfp4"}, 4.612, 10.5),
     "mxfp4 ocp": ({"preset": "mxfp4", "scale_rule": "ocp"}, 4.615, 25),
     "mxfp4 rceil": ({"preset": "mxfp4", "scale_rule": "rceil"}, 4.615, 25),
-    "fp8": ({"preset": "fp8", "activations": False}, 4.590, 1.0),
+    "fp8": ({"preset": "fp8", "activations": False}, 4.590, 1.5),
     "mxfp8": ({"preset": "mxfp8", "activations": False}, 4.590, 1.5),
 }
 
