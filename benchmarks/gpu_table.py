@@ -75,15 +75,56 @@ def formats_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def four_bits_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the Markdown lines of weights of four bits beside cuBLAS in bf16."""
+    names = list(dict.fromkeys(name for row in rows for name in row["us"] if name != "torch"))
+    lines = [f"| M × N × K | bf16 | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for row in rows:
+        base = row["us"]["torch"]
+        cells = [
+            f"{row['us'][n]:.1f} µs ({base / row['us'][n]:.2f}×)" if n in row["us"] else "–" for n in names
+        ]
+        lines.append(f"| {row['m']} × {row['n']} × {row['k']} | {base:.1f} µs | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Write the page beside the JSON."""
     source = Path(sys.argv[1])
     (source.parent / "benchmarks.md").write_text(page(source))
 
 
+def flat(data: dict[str, Any]) -> dict[str, Any]:
+    """Return results of `gpu_run.py --all`, which lie by part and job, as those of its single flags lie."""
+    if "parts" not in data:
+        return data
+    parts = data["parts"]
+    checks = parts.get("check", {}).values()
+    found: dict[str, Any] = {"exact": {}, "cases": 0, "wrong": []}
+    for check in checks:
+        found["cases"] += check["cases"]
+        found["wrong"] += check["wrong"]
+        for name, count in check["exact"].items():
+            found["exact"][name] = found["exact"].get(name, 0) + count
+    # What was timed with tuned tiles is what will run.
+    rows = [
+        row
+        for part in ("blocks_tuned", "formats")
+        for job in parts.get(part, {}).values()
+        for row in job["rows"]
+    ]
+    streamed = parts.get("four_bits_tuned") or parts.get("four_bits")
+    layers = {name[len("layers_") :]: part for name, part in parts.items() if name.startswith("layers_")}
+    flattened = data | {"check": found, "table": parts.get("table_tuned") or parts.get("table", [])}
+    flattened |= {"layers": layers} if layers else {}
+    flattened |= {"formats": {"rows": rows}} if rows else {}
+    flattened |= {"four_bits": streamed} if streamed else {}
+    return flattened | {name: parts[name] for name in ("sustained",) if name in parts}
+
+
 def page(source: Path) -> str:
     """Return the page of a JSON file."""
-    data = json.loads(source.read_text())
+    data = flat(json.loads(source.read_text()))
     facts = ", ".join(
         f"{k} {data[k]}" for k in ("device", "driver", "cuda", "nvrtc", "torch", "cupy", "date", "commit")
     )
@@ -113,15 +154,27 @@ def page(source: Path) -> str:
         "",
         "fp8 sums in the tensor core's own accumulator, as torch does with `use_fast_accum`; the table's torch does "
         "without. " + "; ".join(fast) + ".",
-        "",
-        "## Without rest",
-        "",
-        "The same back to back: large products then run into the board's power limit.",
-        "",
-        *table(data["sustained"]),
     ]
+    if "sustained" in data:
+        lines += [
+            "",
+            "## Without rest",
+            "",
+            "The same back to back: large products then run into the board's power limit.",
+            "",
+            *table(data["sustained"]),
+        ]
     for name, rows in data.get("layers", {}).items():
         lines += ["", f"## Layers of {name}", "", *table(rows)]
+    if "four_bits" in data:
+        lines += [
+            "",
+            "## Weights of four bits",
+            "",
+            "Median time, and in brackets the speed-up over cuBLAS in bf16 in the same run.",
+            "",
+            *four_bits_table(data["four_bits"]),
+        ]
     if "formats" in data:
         lines += [
             "",

@@ -12,7 +12,6 @@ import json
 import random
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from quantkit.formats.packing import codes_from_bits
 from quantkit.formats.qparams import QParams
 from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.formats.spec import QuantSpec
-from quantkit.kernels.compile import compile_kernel
+from quantkit.kernels.build import Job, build_all
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, deepest, w4_candidates, w4_choose
 from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
@@ -103,14 +102,6 @@ def words(t: W4Tile | W4Few) -> str:
     return " ".join([*parts, f"slabs{t.slabs} stages{t.stages} cluster{t.cluster}"])
 
 
-def _compile(job: tuple[bool, dict[str, Any]]) -> tuple[int, int, str]:
-    try:
-        built = compile_kernel(FEW_SOURCE if job[0] else SOURCE, arch="sm_90a", defines=job[1])
-    except Exception as error:
-        return 0, 0, str(error)
-    return built.registers, built.spill_bytes, " ".join(w for w in built.warnings if "C7" in w)
-
-
 def key_of(problem: W4Problem, tile: W4Tile | W4Few) -> tuple[bool, tuple[Any, ...]]:
     few = isinstance(tile, W4Few)
     launch = w4_few_launch_of(problem, tile, KIND) if few else w4_launch_of(problem, tile, KIND, 132)
@@ -118,9 +109,13 @@ def key_of(problem: W4Problem, tile: W4Tile | W4Few) -> tuple[bool, tuple[Any, .
 
 
 def compile_all(keys: list[Any]) -> dict[Any, tuple[int, int, str]]:
-    unique = list(set(keys))
-    with ProcessPoolExecutor(16) as pool:
-        return dict(zip(unique, pool.map(_compile, [(few, dict(d)) for few, d in unique]), strict=True))
+    """Return registers, bytes of spills and what else the compiler complains of, by key."""
+    unique = list(dict.fromkeys(keys))
+    built = build_all(
+        Job(source=FEW_SOURCE if few else SOURCE, arch="sm_90a", defines=d) for few, d in unique
+    )
+    said = [(b.registers, b.spill_bytes, " ".join(w for w in b.warnings if "C7" in w)) for b in built]
+    return dict(zip(unique, said, strict=True))
 
 
 # ---- correctness -------------------------------------------------------------------------------------------------

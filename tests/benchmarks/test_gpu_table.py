@@ -53,3 +53,23 @@ def test_rows_of_bench_become_a_table_with_a_column_for_each_peer(
     assert int8.startswith("| 64 × 512 × 256 | int8 | k tile | 20.0 |")
     assert int8.endswith("| 1.50 | – | exact |")
     assert fp8.endswith("| – | 2.00 | exact |")
+
+
+def test_results_of_everything_become_the_same_page(gpu_table: ModuleType, tmp_path: Path) -> None:
+    data = json.loads(SOURCE.read_text())
+    one, path = tmp_path / "one.json", tmp_path / "all.json"
+    one.write_text(json.dumps({k: v for k, v in data.items() if k != "formats"}))
+    facts = {k: v for k, v in data.items() if not isinstance(v, list | dict)}
+    cases = data["check"]["cases"]
+    checks = [{"cases": 100, "exact": {}, "wrong": []}, {"cases": cases - 100, "exact": {}, "wrong": []}]
+    if "exact" in data["check"]:
+        checks[1]["exact"] = data["check"]["exact"]
+    parts = {"check": dict(enumerate(checks)), "table": data["table"], "sustained": data["sustained"]}
+    parts |= {f"layers_{name}": rows for name, rows in data["layers"].items()}
+    path.write_text(json.dumps(facts | {"parts": parts}))
+    assert gpu_table.page(path).replace("all.json", "one.json") == gpu_table.page(one)
+
+
+def test_weights_of_four_bits_have_a_table_of_their_own(gpu_table: ModuleType) -> None:
+    rows = [{"m": 1, "n": 8, "k": 64, "us": {"torch": 30.0, "int4": 10.0}}]
+    assert gpu_table.four_bits_table(rows)[-1] == "| 1 × 8 × 64 | 30.0 µs | 10.0 µs (3.00×) |"
