@@ -21,7 +21,7 @@ PACKAGE = ROOT / "quantkit"
 HOUSE = (
     ("cli",),
     ("budget",),
-    ("exporting", "pipeline"),
+    ("budget_search", "exporting", "pipeline"),
     ("interchange", "sensitivity"),
     ("bench", "evaluate", "exported", "observe", "observe_gram", "planning"),
     ("solve",),
@@ -33,6 +33,7 @@ HOUSE = (
     ("methods",),
     ("calibrators", "gram_file", "memory", "plan", "presets", "recipe"),
     ("statistics", "graph", "metrics", "runtime", "cache_file", "cache_identity"),
+    ("goals",),
     ("data", "class_metrics", "files", "formats", "model_files", "tables"),
     ("plugins",),
     ("errors",),

@@ -5,8 +5,9 @@ import onnx
 import pytest
 
 import quantkit
-from quantkit.budget import Budget, BudgetResult, meet_budget, parse_budget
-from quantkit.errors import SpecError
+from quantkit.budget import BudgetResult, meet_budget
+from quantkit.errors import FileError, SpecError
+from quantkit.goals import Budget, parse_budget
 from quantkit.graph import load_graph
 from quantkit.planning import Request
 from quantkit.recipe import load_recipe
@@ -155,3 +156,23 @@ def test_a_format_to_start_from_is_needed(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no format to start from"):
         meet(chain, tmp_path, "sqnr 3", Request(preset=None))
     assert load_graph(chain[0]).name == "model"
+
+
+def test_nothing_is_tried_before_what_is_written_has_a_place(chain: Chain, tmp_path: Path) -> None:
+    path, feeds = chain
+    data = tmp_path / "data.npy"
+    np.save(data, np.concatenate([feed["x"] for feed in feeds]))
+    bytes_before = data.read_bytes()
+    for places, says in (
+        ({"out": data}, "is an input here"),
+        ({"recipe_out": data}, "is an input here"),
+        ({"out": tmp_path / "one", "recipe_out": tmp_path / "one"}, "the model goes there"),
+        ({"out": tmp_path / "nowhere" / "out.onnx"}, "nowhere"),
+    ):
+        tried: list[object] = []
+        options = {"target": "ort", "out": tmp_path / "out.onnx", **places}
+        with pytest.raises((FileError, SpecError), match=says):
+            meet_budget(path, None, data, "sqnr 1", request=INT4, on_try=tried.append, **options)  # type: ignore[arg-type]
+        assert not tried
+    assert data.read_bytes() == bytes_before
+    assert [p.name for p in tmp_path.iterdir()] == ["data.npy"]

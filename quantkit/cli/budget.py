@@ -8,8 +8,8 @@ import typer
 from quantkit.cli import options
 
 if TYPE_CHECKING:
-    from quantkit.budget import Try
     from quantkit.cache import CalibrationCache
+    from quantkit.goals import Try
     from quantkit.planning import Request
 
 
@@ -29,8 +29,9 @@ def export_within(
     as_json: bool,
 ) -> None:
     """Search, write and evaluate; print what was tried, and end with exit code 1 where the goal was not met."""
-    from quantkit.budget import meet_budget, tries_table
+    from quantkit.budget import meet_budget
     from quantkit.errors import DataError
+    from quantkit.goals import tries_table
 
     if data is None:
         raise DataError(
