@@ -33,6 +33,7 @@ from quantkit.model_files import model_files
 from quantkit.plan import Plan
 from quantkit.plan_file import load_plan, save_plan
 from quantkit.planning import Planned, Request, obey, plan_model
+from quantkit.presets import Target
 from quantkit.protecting import edited
 from quantkit.recipe import Recipe, load_recipe
 from quantkit.rescaling import Folds
@@ -153,7 +154,7 @@ def export_model(
         scale_dtype=HIGH_PRECISION[high_precision].numpy() if high_precision != "fp32" else None,
     )
     if found is None:
-        _check_early(request, held, model)
+        _check_early(request, emitter.target, held, model)
     if model is None:
         if held is None:
             raise CacheError("export: neither a model nor a cache; give one of them.")
@@ -201,13 +202,14 @@ def _read(
         yield from data_files(Path(path))
 
 
-def _check_early(request: Request, held: CalibrationCache | None, model: ModelLike | None) -> None:
+def _check_early(
+    request: Request, target: Target, held: CalibrationCache | None, model: ModelLike | None
+) -> None:
     """Refuse what cannot be, before the model is read."""
     preset = request.resolved()
-    if held is None and (model is None or (preset is not None and preset.needs_calibration)):
-        needs = (
-            "a calibration cache" if preset is None or preset.needs_calibration else "the model, or its cache"
-        )
+    observed = preset is not None and target.needs_calibration(preset)
+    if held is None and (model is None or observed):
+        needs = "a calibration cache" if preset is None or observed else "the model, or its cache"
         raise CacheError(
             f"export: {request.preset or 'the recipe'} needs {needs}; give one, or run `quantkit calibrate` first."
         )

@@ -17,12 +17,12 @@ from quantkit.gram_file import SUFFIX, GramFile
 from quantkit.graph import Graph
 from quantkit.methods import Methods, parse_methods
 from quantkit.plan import Plan
-from quantkit.presets import Preset, Target, get_preset, kind_of
+from quantkit.presets import Preset, Target, get_preset, is_observed, kind_of
 from quantkit.protecting import Evidence, edited, never_clipped, reads_instead
 from quantkit.recipe import Recipe
 from quantkit.rescaling import Folds
 from quantkit.settings import Assignment, assign, node_settings, unmatched_warning, with_methods
-from quantkit.solve import calibrator_of, is_observed, solve_nodes
+from quantkit.solve import calibrator_of, solve_nodes
 from quantkit.statistics import ChannelStats, GramMatrix
 
 

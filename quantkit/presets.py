@@ -43,12 +43,6 @@ class Preset:
         """Whether activations become integers."""
         return self.activations is not None and self.activations.format.kind == "integer"
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether activations are quantized by what was observed of them: scales, or the scale of their scales."""
-        found = self.activations
-        return found is not None and (found.dynamic is None or found.has_global_scale)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -91,6 +85,10 @@ class Target:
         plain = found.format.kind == "integer" and found.format.bits == 8 and found.dynamic is None
         return self.int8_activations if plain else found
 
+    def needs_calibration(self, preset: Preset) -> bool:
+        """Tell whether it quantizes activations of a preset by what was observed of them."""
+        return is_observed(self.activation_spec(preset))
+
     def can_activate(self, spec: QuantSpec) -> bool:
         """Tell whether it can express activations of this kind."""
         return self.activations is None or kind_of(spec) in self.activations
@@ -106,6 +104,11 @@ class Target:
         return (
             "" if held is None or kind in held else f"{self.name} has no {what} with {_words(spec)} weights"
         )
+
+
+def is_observed(spec: QuantSpec | None) -> bool:
+    """Whether what was observed of a tensor bears on how it is quantized: its scale, or the scale of its scales."""
+    return spec is not None and (spec.dynamic is None or spec.has_global_scale)
 
 
 def is_packed_block(size: int) -> bool:

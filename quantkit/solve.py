@@ -20,7 +20,7 @@ from quantkit.keeping import with_kept_scales
 from quantkit.methods import FROM_GRAM, parse_methods
 from quantkit.placement import PlacedActivation, Placement, place_nodes
 from quantkit.plan import ActivationPlan, ModelEdits, Plan, WeightPlan
-from quantkit.presets import Preset, Target
+from quantkit.presets import Preset, Target, is_observed
 from quantkit.protecting import Evidence, protect
 from quantkit.rescaling import Folds
 from quantkit.settings import Assignment, node_settings
@@ -281,11 +281,6 @@ def _unfit(
                 if not _is_finite(bias):
                     unfit[str(value.name)] = f"bias {value.name} holds NaN or infinity"
     return unfit
-
-
-def is_observed(spec: QuantSpec | None) -> bool:
-    """Whether what was observed of a tensor bears on how it is quantized."""
-    return spec is not None and (spec.dynamic is None or spec.has_global_scale)
 
 
 def _fault(w: np.ndarray) -> str:

@@ -190,6 +190,7 @@ def export(
     """Write a quantized model from a calibration cache, check it, and say what was quantized and what was not."""
     from quantkit.cache import CalibrationCache, find_cache
     from quantkit.errors import SpecError
+    from quantkit.export import get_emitter
     from quantkit.exporting import export_model
     from quantkit.files import check_output
     from quantkit.methods import parse_methods
@@ -218,17 +219,16 @@ def export(
             "export: no format; give one of --int8, --fp8, --int4, --nvfp4 … (`quantkit export --help` lists all), "
             "a --recipe or a --plan."
         )
-    wanted = get_preset(chosen[0]) if chosen else None
+    wanted = get_preset(chosen[0], activations=activations) if chosen else None
     # Weights alone need the model and nothing else, unless how they are rounded looks at their inputs.
     looks = (
         method is not None
         and recipe is None
         and parse_methods(method, weights_alone=_alone(wanted)).needs_data
     )
-    alone = model is not None and (
-        plan is not None or (wanted is not None and not wanted.needs_calibration and not looks)
-    )
-    if cache is None and not (alone and not activations):
+    observed = wanted is None or get_emitter(target or "tensorrt").target.needs_calibration(wanted)
+    alone = model is not None and (plan is not None or not (observed or looks))
+    if cache is None and not alone:
         cache = find_cache(Path())
     held = None if cache is None else CalibrationCache.load(cache)
     if out is not None and target != "vllm":

@@ -77,6 +77,13 @@ def test_all_quantizes_what_fp8_leaves_in_float(calibrated: Path, run: Run) -> N
     assert len(every["quantized"]) == len(some["quantized"]) + len(some["left_in_float"])
 
 
+@pytest.mark.parametrize(
+    "words", ["--int8 --no-activations", "--w4a8 --group 32 --target vllm --out folder", "--mxfp8 --all"]
+)
+def test_what_looks_at_no_activation_needs_no_cache(folder: Path, run: Run, words: str) -> None:
+    assert run("export", "model.onnx", *words.split()).code == 0
+
+
 def test_export_lists_what_stays_in_float_and_why(calibrated: Path, run: Run) -> None:
     out = run("export", "--fp8").out
     assert "depthwise or ≤ 16 channels" in out
