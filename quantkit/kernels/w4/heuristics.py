@@ -26,20 +26,21 @@ __all__ = [
     "w4_rank",
 ]
 
-FEW_ROWS = 16  # of A, that gemm_w4_few.cu takes
-# Warps of a block of gemm_w4_few.cu where each has one group of rows, or more: 64 registers a thread, or twice that.
-_WARPS, _WARPS_OF_MORE = 28, 14
+FEW_ROWS = 32  # of A, that gemm_w4_few.cu takes
+# Warps of a block of gemm_w4_few.cu where each has one group of rows and up to 16 rows of A, or more of either: 64
+# registers a thread, or twice that.
+_WARPS, _WARPS_OF_MORE, _NARROW = 28, 14, 16
 
 
 def few_tiles(problem: W4Problem, multiprocessors: int) -> Iterator[W4Few]:
     """Yield the configurations of gemm_w4_few.cu that give each multiprocessor one tile, or nearly, the best first."""
     all_groups = -(-problem.n // 16)
     share = -(-all_groups // multiprocessors)  # of groups, that a block must take
-    tile_n = 8 if problem.m <= 8 else 16
+    tile_n = min(-(-problem.m // 8) * 8, FEW_ROWS)
     least = max(1, -(-share // _WARPS_OF_MORE))
     for groups in (least, 2 * least):
         warps_w = -(-share // groups)
-        room = _WARPS if groups == 1 else _WARPS_OF_MORE
+        room = _WARPS if groups == 1 and tile_n <= _NARROW else _WARPS_OF_MORE
         for warps_k in (16, 8, 4, 2, 1):
             if warps_w * warps_k > max(room, warps_w):
                 continue
@@ -55,6 +56,8 @@ def few_tiles(problem: W4Problem, multiprocessors: int) -> Iterator[W4Few]:
                     yield tile
 
 
+# Rows of A up to which tiles that do not fill a wave are also taken whole: sums that meet in memory cost 5 µs.
+_WHOLE_ROWS = 64
 # Rows of A in a tile, and the rest of a W4Tile, for 16-bit activations and int8.
 _SHAPES: tuple[dict[str, int], ...] = (
     {"tile_n": 32, "blocks_of_64": 2, "slabs": 2, "grain": 2},
@@ -75,7 +78,7 @@ _PROMOTED_SHAPES: tuple[dict[str, int], ...] = (
 
 
 def tiles(problem: W4Problem) -> Iterator[W4Tile]:
-    """Yield the configurations of gemm_w4_sm90.cu; for 16-bit activations and int8 those for more than 16 rows."""
+    """Yield the configurations of gemm_w4_sm90.cu; for 16-bit activations and int8 those for many rows."""
     promoted = problem.activations == "float8_e4m3fn"
     smallest = 8 if promoted else 32
     for shape in _PROMOTED_SHAPES if promoted else _SHAPES:
@@ -86,16 +89,16 @@ def tiles(problem: W4Problem) -> Iterator[W4Tile]:
         tile = deepest(problem, **{**kept, **shape, "order": order})
         if tile.stages >= 2:
             yield tile
-            # A tile that is shared costs its sums' way through memory.
-            if problem.m <= FEW_ROWS:
+            if problem.m <= _WHOLE_ROWS:
                 yield replace(tile, stream=False)
 
 
 def w4_candidates(problem: W4Problem, device: Device = H200) -> list[W4Tile | W4Few]:
     """Return every configuration for a problem. mma.sync has no e4m3 on Hopper: few rows then go by wgmma too."""
-    if problem.m <= FEW_ROWS and problem.activations != "float8_e4m3fn":
-        return list(few_tiles(problem, device.multiprocessors))
-    return list(tiles(problem))
+    if problem.m > FEW_ROWS or problem.activations == "float8_e4m3fn":
+        return list(tiles(problem))
+    few = list(few_tiles(problem, device.multiprocessors))
+    return few if problem.m <= _NARROW else [*few, *tiles(problem)]
 
 
 def w4_rank(problem: W4Problem, device: Device = H200) -> list[W4Tile | W4Few]:

@@ -130,8 +130,11 @@ def few_cost(
     steps = -(-problem.slabs // tile.slabs)
     busiest = -(-tile.warps_w * tile.warps_k // 4)  # warps of one scheduler
     waves = -(-blocks // device.multiprocessors)
-    cycles = busiest * steps * (_INSTRUCTION * instructions + (_MMA - _INSTRUCTION) * multiplications)
-    work = waves * cycles / _CYCLES
+    issued = busiest * (_INSTRUCTION * instructions + (_MMA - _INSTRUCTION) * multiplications)
+    # A warp's fragments of A and its codes come from shared memory, 128 bytes in a cycle.
+    fragments = 2 * tile.tile_n // 8 + tile.groups * problem.slab // 64
+    shared = tile.warps_w * tile.slabs * fragments * 512 // 128
+    work = waves * steps * max(issued, shared) / _CYCLES
     moved = _moved(problem) + _AGAIN * (along_w - 1) * problem.activation_bytes
     # Memory gives all that it has only where most multiprocessors ask for it.
     share = min(1.0, 1.3 * blocks / device.multiprocessors)

@@ -42,8 +42,8 @@ def test_few_rows_and_many_have_kernels_of_their_own_on_hopper():
         assert found is not None
         return found[1].kernel
 
-    assert kernel(16, "int4") == kernel(1, "w4a8") == "gemm_w4_few"
-    assert kernel(17, "int4") == kernel(1, "mxfp4-fp8") == "gemm_w4_sm90"
+    assert kernel(32, "int4") == kernel(1, "w4a8") == "gemm_w4_few"
+    assert kernel(33, "int4") == kernel(1, "mxfp4-fp8") == "gemm_w4_sm90"
 
 
 def test_groups_that_are_no_power_of_two_have_no_kernel():

@@ -43,6 +43,7 @@ TILES = {
     "pair": W4Tile(tile_n=32, consumers=1, slabs=2, grain=4, stages=2, cluster=2),
     "few": W4Few(tile_n=8, warps_w=3, slabs=2, stages=3),
     "few by k": W4Few(tile_n=16, warps_w=2, groups=2, warps_k=2, slabs=4, stages=2),
+    "few wide": W4Few(tile_n=24, warps_w=2, groups=2, slabs=2, stages=2),
     "few pair": W4Few(tile_n=8, warps_w=2, warps_k=2, slabs=4, stages=2, cluster=2),
 }
 SHAPES = [(1, 8, 128), (3, 130, 200), (16, 1, 2880), (17, 130, 96), (64, 136, 300), (130, 72, 64)]
@@ -127,6 +128,7 @@ EIGHT_BITS = [
     ((1, 130, 1000), ("uint4", 64), True, "float32", "few"),
     ((16, 72, 900), ("int4", 128), False, "bfloat16", "few by k"),
     ((3, 200, 700), ("int4", 32), True, "float32", "few pair"),
+    ((21, 72, 400), ("int4", 64), False, "float32", "few wide"),
 ]
 
 
@@ -353,11 +355,14 @@ SHIPPED = [
     problem(1, 28672),
     problem(16, 28672, **NVFP4),
     problem(16, **MXFP4),
+    problem(32, 28672),
+    problem(24, 28672, **NVFP4),
     problem(64),
     problem(256),
     problem(4096, **NVFP4),
     problem(4096, codes="uint4", group=32, zeros=True, activations="float16"),
     problem(16, 28672, activations="int8", scales="uint8"),
+    problem(32, 28672, activations="int8", scales="uint8"),
     problem(64, activations="int8", scales="uint8"),
     problem(4096, activations="int8", scales="uint8"),
     problem(1, 28672, activations="float8_e4m3fn", **MXFP4),

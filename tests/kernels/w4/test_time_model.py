@@ -25,6 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "int4": {"codes": "int4", "group": 128, "scales": "bfloat16"},
     "nvfp4": {"codes": "fp4_e2m1", "group": 16, "scales": "e4m3"},
     "mxfp4": {"codes": "fp4_e2m1", "group": 32, "scales": "e8m0"},
+    "w4a8": {"codes": "int4", "group": 128, "scales": "uint8", "activations": "int8"},
 }
 
 
@@ -70,7 +71,11 @@ def test_what_speed_ups_are_over_is_cublas_at_its_fastest():
 
 @pytest.mark.parametrize(
     ("form", "m", "least"),
-    [("int4", 1, 3.0), ("int4", 16, 3.0), ("mxfp4", 1, 3.0), ("mxfp4", 16, 2.7), ("nvfp4", 16, 2.7)],
+    [
+        *(("int4", 1, 3.0), ("int4", 16, 3.0), ("int4", 32, 2.3)),
+        *(("mxfp4", 1, 3.0), ("mxfp4", 16, 2.7), ("nvfp4", 16, 2.7)),
+        *(("w4a8", 32, 3.0), ("w4a8", 64, 2.8)),
+    ],
 )
 def test_few_rows_are_predicted_about_three_times_as_fast_as_bf16(form, m, least):
     one = problem(m, 28672, 8192, form)
@@ -102,10 +107,13 @@ COUNTED = [
 @pytest.mark.skipif(
     not is_available() or tools() is None, reason="NVRTC or its disassembler is not installed"
 )
-@pytest.mark.parametrize(("form", "options"), COUNTED, ids=str)
-def test_the_loop_has_as_many_instructions_as_the_model_says(form, options, tmp_path_factory):
-    one = problem(16, 28672, 8192, form, **options)
-    tile = W4Few(tile_n=16, warps_w=14, warps_k=2, slabs=8, stages=2)
+@pytest.mark.parametrize(
+    ("form", "options", "m"), [(*row, 16) for row in COUNTED] + [("nvfp4", {}, 32), ("w4a8", {}, 32)], ids=str
+)
+def test_the_loop_has_as_many_instructions_as_the_model_says(form, options, m, tmp_path_factory):
+    one = problem(m, 28672, 8192, form, **options)
+    narrow = W4Few(tile_n=16, warps_w=14, warps_k=2, slabs=8, stages=2)
+    tile = narrow if m == 16 else W4Few(tile_n=32, warps_w=7, groups=2, slabs=2, stages=2)
     launch = w4_few_launch_of(one, tile, EpilogueKind(column_scale="each"))
     cache = tmp_path_factory.getbasetemp() / "w4-cubins"
     lines = listing(compile_kernel(FEW_SOURCE, arch="sm_90a", defines=launch.defines, cache=cache).cubin)
