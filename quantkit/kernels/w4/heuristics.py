@@ -97,7 +97,7 @@ def w4_candidates(problem: W4Problem, device: Device = H200) -> list[W4Tile | W4
     """Return every configuration for a problem. mma.sync has no e4m3 on Hopper: few rows then go by wgmma too."""
     if problem.m > FEW_ROWS or problem.activations == "float8_e4m3fn":
         return list(tiles(problem))
-    few = list(few_tiles(problem, device.multiprocessors))
+    few: list[W4Tile | W4Few] = list(few_tiles(problem, device.multiprocessors))
     return few if problem.m <= _NARROW else [*few, *tiles(problem)]
 
 
