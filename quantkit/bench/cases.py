@@ -22,10 +22,13 @@ from quantkit.kernels.work import FORMATS, Work, get_gemm_format
 _QUANTIZED = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits"}
     | {"QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "TRT_MXFP8DequantizeLinear"}
+    | {"QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 )
 # What a float model's layers are run in where nobody asks for others.
 AS_STORED = "as stored"
 DEFAULT_FORMATS = ("int8", "fp8")
+# Kernels count rows and columns in 32 bits.
+_SIDES = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +58,22 @@ class Products:
 
 
 def cases_of_shapes(shapes: Sequence[tuple[int, int, int]], formats: Sequence[str]) -> Products:
-    """Return a case for every shape (m, n, k) in every format, on random numbers.
+    """Return a case for every distinct shape (m, n, k) in every format, on random numbers.
 
     Raises:
-        SpecError: a size below 1. UnknownNameError: no such format.
+        SpecError: a size below 1, or of 2³¹ and more. UnknownNameError: no such format.
     """
-    names = [get_gemm_format(name).name for name in formats]
+    names = _distinct(formats)
     for shape in shapes:
         if len(shape) != 3 or min(shape) < 1:
             raise SpecError(
                 f"shape {'x'.join(map(str, shape))}: three sizes from 1 up, M x N x K, are wanted."
             )
-    works = [Work(m=m, n=n, k=k, format=name) for m, n, k in shapes for name in names]
+        if max(shape) >= _SIDES:
+            raise SpecError(
+                f"shape {'x'.join(map(str, shape))}: kernels take sizes below 2^31; give smaller ones."
+            )
+    works = [Work(m=m, n=n, k=k, format=name) for m, n, k in dict.fromkeys(shapes) for name in names]
     found = tuple(
         Case(
             work=work,
@@ -98,18 +105,28 @@ def cases_of_model(
 
     Raises:
         ModelError: nothing to run in it, or its shapes cannot be found. DataError: see `feeding.capture`.
+        SpecError: a batch so large that kernels cannot count its rows.
     """
-    names: list[str | None] = [get_gemm_format(name).name for name in formats or ()]
+    names: list[str | None] = [*_distinct(formats or ())]
     graph, quantized = stored(graph)
-    layers, left = find_layers(graph.model)
+    layers, left = find_layers(graph.model, graph.name)
     tensors = [t for layer in layers for t in (layer.activations.tensor, layer.weights.tensor) if t]
     captured = capture(graph, tensors, cache=cache, source=source, dims=dims)
     # Products that differ in what happens to their sums alone are run once, as the first of them.
     grouped: dict[tuple[int, str, Work], list[tuple[Layer, int]]] = {}
-    for batch in batches:
+    empty = [layer for layer in layers if _is_empty(layer, captured)]
+    left += [LeftAlone(node=x.node, op_type=x.op_type, reason="it computes nothing") for x in empty]
+    layers = [layer for layer in layers if layer not in empty]
+    # What is named twice is run once: its calls are those of one run of the model.
+    for batch in dict.fromkeys(batches):
         for form in names or ([None] if quantized else DEFAULT_FORMATS):
             for layer in layers:
                 gemm = layer.gemm(captured.shapes).at(batch, captured.samples)
+                if gemm.rows >= _SIDES:
+                    raise SpecError(
+                        f"batch {batch}: {layer.node} has {gemm.rows:,} rows then, and kernels count to 2^31; "
+                        "give a smaller batch."
+                    )
                 work = Work(
                     m=gemm.rows,
                     n=gemm.n,
@@ -136,6 +153,16 @@ def cases_of_model(
             "calls of attention's products: one for each head of each sample, a launch of its own here",
         )
     return Products(cases=cases, left=tuple(left), notes=notes)
+
+
+def _distinct(formats: Sequence[str]) -> list[str]:
+    """The formats of these names, each once: some have two."""
+    return list(dict.fromkeys(get_gemm_format(name).name for name in formats))
+
+
+def _is_empty(layer: Layer, captured: Captured) -> bool:
+    read = [t for t in (layer.activations.tensor, layer.weights.tensor) if t]
+    return any(0 in captured.shapes[t] for t in read) or layer.gemm(captured.shapes).rows < 1
 
 
 def stored(graph: Graph) -> tuple[Graph, bool]:

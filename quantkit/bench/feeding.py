@@ -63,15 +63,25 @@ def capture(
     """Run the model on one batch and return the tensors of these names, with their shapes.
 
     The batch is of `source`, else of the data that `cache` was made from, else the sample it keeps; with none of
-    them the input is made up, for the shapes alone.
+    them, or where `dims` gives another size than they have, the input is made up, for the shapes alone.
 
     Raises:
-        DataError: without real input, a free dimension besides the batch has no size in `dims`.
+        DataError: without real input, a free dimension besides the batch has no size in `dims`; `dims` names one that
+            there is not, or another size than `source` has.
         ModelError: neither ONNX Runtime nor shape inference finds the shapes.
     """
     inputs = graph.inputs
+    _check_dims(dims, inputs, graph.name)
     histograms = {} if cache is None else {n: s.histogram for n, s in cache.statistics.items()}
     found = _real(inputs, cache, source)
+    other = {} if found is None else _other_sizes(found[0], inputs, dims)
+    if found is not None and other:
+        if source is not None:
+            name, size = next(iter(other.items()))
+            raise DataError(
+                f"{found[1]}: dimension {name} has size {size} there, not {dims[name]}; leave out --dim, or --data."
+            )
+        found = None
     batch, origin = found if found is not None else (_made_up(inputs, dims, graph.name), "")
     samples = batch_length(batch, batch_axes(inputs))
     wanted = list(dict.fromkeys(names))
@@ -137,6 +147,33 @@ def _name_of(source: SampleSource) -> str:
     return Path(path).name if isinstance(path, str) else "the data given"
 
 
+def _check_dims(dims: Mapping[str, int], inputs: Sequence[InputSpec], name: str) -> None:
+    axes = batch_axes(inputs)
+    free = dict.fromkeys(
+        dim
+        for spec in inputs
+        for axis, dim in enumerate(spec.shape)
+        if isinstance(dim, str) and axis != axes[spec.name]
+    )
+    for dim in dims:
+        if dim not in free:
+            has = f"it has {', '.join(free)}" if free else "it has none"
+            raise DataError(
+                f"{name}: no input has a free dimension {dim} besides the batch ({has}); leave out --dim {dim}, and "
+                "give sizes of the batch as --batch."
+            )
+
+
+def _other_sizes(batch: Sample, inputs: Sequence[InputSpec], dims: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of a batch's dimensions that `dims` wants otherwise."""
+    return {
+        dim: size
+        for spec in inputs
+        for dim, size in zip(spec.shape, batch[spec.name].shape, strict=True)
+        if isinstance(dim, str) and dims.get(dim, size) != size
+    }
+
+
 def _made_up(inputs: Sequence[InputSpec], dims: Mapping[str, int], name: str) -> Sample:
     """Zeros of the right shapes: they say nothing but how large things are."""
     axes, fixed = batch_axes(inputs), fixed_batch_size(inputs)
@@ -151,12 +188,19 @@ def _made_up(inputs: Sequence[InputSpec], dims: Mapping[str, int], name: str) ->
             elif dim is not None and dim in dims:
                 shape.append(dims[dim])
             else:
-                what = dim or f"?, axis {axis}"
-                raise DataError(
-                    f"{name}: input {spec} has a free dimension ({what}) and no data say how large it is; "
-                    f"give --dim {dim or 'NAME'}=128, or --data."
+                what, mend = (
+                    (dim, f"--dim {dim}=128, or --data") if dim else (f"axis {axis}, unnamed", "--data")
                 )
-        found[spec.name] = np.zeros(shape, spec.dtype)
+                raise DataError(
+                    f"{name}: input {spec} has a free dimension ({what}) and no data say how large it is; give {mend}."
+                )
+        try:
+            found[spec.name] = np.zeros(shape, spec.dtype)
+        except (MemoryError, ValueError) as error:
+            sizes = " × ".join(map(str, shape))
+            raise DataError(
+                f"{name}: input {spec.name} of {sizes} does not fit into memory; give smaller sizes with --dim."
+            ) from error
     return found
 
 

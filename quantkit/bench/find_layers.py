@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,11 +16,24 @@ from quantkit.formats.quantize import dequantize
 from quantkit.graph import LeftAlone
 
 _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
-_PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "MatMulNBits")
+_PRODUCTS = frozenset(
+    {"MatMul", "Gemm", "MatMulInteger", "QLinearMatMul"}
+    | {"MatMulNBits", "MatMulIntegerToFloat", "QGemm", "DynamicQuantizeMatMul"}
+)
+# What multiplies matrices too, among other things: told, so that no sum of times passes for the whole model's.
+_COMPOSITE = frozenset(
+    {"Einsum", "LSTM", "GRU", "RNN", "DeformConv", "Attention", "FusedMatMul", "FusedGemm", "FusedConv"}
+    | {"NhwcFusedConv", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "DynamicQuantizeLSTM"}
+    | {"MatMulBnb4", "TransposeMatMul", "GemmFloat8", "MoE", "QMoE", "PackedAttention"}
+)
 
 
-def find_layers(model: ir.Model) -> tuple[list[Layer], list[LeftAlone]]:
-    """Return every product of matrices of a model in its order, and those that are none with the reason."""
+def find_layers(model: ir.Model, name: str = "model") -> tuple[list[Layer], list[LeftAlone]]:
+    """Return every product of matrices of a model in its order, and those that are none with the reason.
+
+    Raises:
+        ModelError: there is none; `name` is what the model is called then.
+    """
     layers: list[Layer] = []
     left: list[LeftAlone] = []
     for node in model.graph:
@@ -31,13 +45,16 @@ def find_layers(model: ir.Model) -> tuple[list[Layer], list[LeftAlone]]:
             else:
                 assert layer is not None
                 layers.append(layer)
+        elif node.op_type in _COMPOSITE:
+            reason = "more than a product of matrices"
+            left.append(LeftAlone(node=_name(node), op_type=node.op_type, reason=reason))
         left.extend(_inner(node))
     if not layers:
         reasons = (
             "; ".join(f"{x.op_type} {x.node}: {x.reason}" for x in left[:3]) or "it has no such operator"
         )
         raise ModelError(
-            f"{model.graph.name or 'model'}: no MatMul, Gemm or convolution to run ({reasons}); "
+            f"{name}: no MatMul, Gemm or convolution to run ({reasons}); "
             "give a model that has one, or --shapes."
         )
     return layers, left
@@ -54,8 +71,19 @@ def _why_not(layer: Layer | None) -> str:
         if narrow == 1:
             return "depthwise: no product of matrices"
     if not layer.format:
-        return f"no product of {layer.activations.element or 'such'} by {layer.weights.element or 'such'} codes here"
+        return f"no kernel multiplies {layer.activations.element} by {layer.weights.element}"
+    if layer.is_constant and 0 in layer.weights.shape:
+        return "its weight is empty"
+    if not _finite(layer.weights.codes) or not _finite(layer.weights.scale):
+        return "its weight holds NaN or infinity"
     return ""
+
+
+def _finite(numbers: NDArray[Any] | None) -> bool:
+    """Whether floats are finite; codes of whole numbers always are."""
+    if numbers is None or numbers.dtype.kind in "iub" or "int" in numbers.dtype.name:
+        return True
+    return bool(np.isfinite(numbers.astype(np.float32) if numbers.dtype.kind == "V" else numbers).all())
 
 
 def _convolution(node: ir.Node) -> Layer | None:
@@ -101,6 +129,16 @@ def _product(node: ir.Node) -> Layer | None:
         a, b = read_codes(*_three(node, 0)), read_codes(*_three(node, 3), axis=1)
     elif op_type == "MatMulInteger":
         a, b = _integers(node)
+    elif op_type == "MatMulIntegerToFloat":
+        zeros = [node.inputs[i] if len(node.inputs) > i else None for i in (4, 5)]
+        a = read_codes(_input(node, 0), _input(node, 2), zeros[0])
+        b = read_codes(_input(node, 1), _input(node, 3), zeros[1], axis=1)
+    elif op_type == "QGemm":
+        return _of_qgemm(node)
+    elif op_type == "DynamicQuantizeMatMul":
+        zero = node.inputs[3] if len(node.inputs) > 3 else None
+        a = replace(read_operand(_input(node, 0)), element="int8")
+        b = read_codes(_input(node, 1), _input(node, 2), zero, axis=1)
     else:
         a, b = read_operand(_input(node, 0)), read_operand(_input(node, 1))
     if op_type == "Gemm":
@@ -116,7 +154,27 @@ def _product(node: ir.Node) -> Layer | None:
         return Layer(
             node=name, op_type=op_type, activations=b, weights=a, turned=True, n_first=True, relu=_relu(node)
         )
-    return Layer(node=name, op_type=op_type, activations=a, weights=b, relu=_relu(node))
+    index = {"MatMulIntegerToFloat": 6, "DynamicQuantizeMatMul": 4}.get(op_type, len(node.inputs))
+    bias = _vector(node, index, b.shape[-1]) if b.codes is not None else None
+    return Layer(node=name, op_type=op_type, activations=a, weights=b, bias=bias, relu=_relu(node))
+
+
+def _of_qgemm(node: ir.Node) -> Layer | None:
+    """ONNX Runtime's QGemm: codes with scales beside them, and a bias in the unit of its sums."""
+    n_first = bool(_int(node, "transB", 0))
+    a, b = read_codes(*_three(node, 0)), read_codes(*_three(node, 3), axis=0 if n_first else 1)
+    if b.codes is None:
+        return None
+    scales, sums = constant_of(_input(node, 1)), node.inputs[6] if len(node.inputs) > 6 else None
+    whole = None if sums is None else constant_of(sums)
+    bias = None
+    if whole is not None and scales is not None and b.scale is not None:
+        unit = scales.astype(np.float32).reshape(()) * b.scale.reshape(-1)
+        bias = (whole.reshape(-1).astype(np.float32) * unit).astype(np.float32)
+    return Layer(
+        node=_name(node), op_type=node.op_type, activations=a, weights=b, turned=bool(_int(node, "transA", 0)),
+        n_first=n_first, bias=bias, relu=_relu(node),
+    )  # fmt: skip
 
 
 def _of_bits(node: ir.Node) -> Layer | None:

@@ -15,7 +15,6 @@ from quantkit.statistics.patches import patches, same_pads
 _STORED = {
     ("int8", "int8"): "int8",
     ("e4m3", "e4m3"): "fp8",
-    ("bf16", "bf16"): "bf16",
     ("bf16", "int8"): "w8a16",
     ("bf16", "int4"): "int4",
     ("int8", "int4"): "w4a8",
@@ -112,8 +111,12 @@ class Layer:
     def format(self) -> str:
         """The name of the format that the file stores it in; "" for one that no product here has."""
         a, w = self.activations, self.weights
+        if w.element == "bf16":
+            # Whatever its activations were rounded to before: the product is one of floats.
+            return "bf16"
         if w.element == "e2m1":
-            return _FOUR_BIT_FLOATS.get(w.block_size or 0, "")
+            name = _FOUR_BIT_FLOATS.get(w.block_size or 0, "")
+            return f"{name}-fp4" if name and a.element == "e2m1" else name
         if w.element == "e4m3" and w.block_size in _EIGHT_BIT_FLOATS:
             return _EIGHT_BIT_FLOATS[w.block_size]
         return _STORED.get((a.element, w.element), "")
@@ -153,7 +156,7 @@ class Layer:
     def weight_matrix(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Return the weight of its first group or head as floats [n, k]; computed ones are taken from `tensors`."""
         if not self.is_constant:
-            w = np.asarray(tensors[self.weights.tensor], np.float32)
+            w = self.weights.values(tensors[self.weights.tensor])
             w = w if w.ndim > 1 else w.reshape(-1, 1)
             return np.ascontiguousarray(w.reshape(-1, *w.shape[-2:])[0].T)
         w = self.weights.floats()
@@ -186,7 +189,7 @@ class Layer:
 
     def activation_rows(self, x: NDArray[Any], limit: int) -> NDArray[np.float32]:
         """Return at most `limit` rows [rows, k] of its first group or head, spread over what `x` holds."""
-        x = np.asarray(x, np.float32)
+        x = self.activations.values(x)
         if self.window is not None:
             return self._patches(x, self.window, limit)
         if not self.is_constant:

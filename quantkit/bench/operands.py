@@ -52,7 +52,9 @@ def operands_of(work: Work, layer: Layer, captured: Captured) -> Operands:
     """
     limit = min(work.m, ROWS)
     name = layer.activations.tensor
-    if name in captured.tensors and (layer.is_constant or layer.weights.tensor in captured.tensors):
+    read = [t for t in (name, layer.weights.tensor) if t]
+    real = all(t in captured.tensors for t in read) and all(_finite(captured.tensors[t]) for t in read)
+    if real:
         rows, origin = layer.activation_rows(captured.tensors[name], limit), captured.origin
     elif name in captured.histograms and captured.histograms[name].finite_count:
         rows, origin = drawn(captured.histograms[name], limit, work.k), "drawn from the cache's histograms"
@@ -63,7 +65,7 @@ def operands_of(work: Work, layer: Layer, captured: Captured) -> Operands:
     codes = layer.code_matrix() if stored else None
     if codes is not None:
         weight = _held(*codes)
-    elif layer.is_constant or layer.weights.tensor in captured.tensors:
+    elif layer.is_constant or real:
         weight = _quantized(layer.weight_matrix(captured.tensors), work)
     else:
         weight = _quantized(_random(work.n, work.k), work)
@@ -78,6 +80,11 @@ def operands_of(work: Work, layer: Layer, captured: Captured) -> Operands:
         block=_block(work),
         global_scale=None if params is None else params.global_scale,
     )
+
+
+def _finite(x: NDArray[Any]) -> bool:
+    """Whether a captured tensor has a range to be quantized in."""
+    return x.dtype.kind in "iub" or bool(np.isfinite(x.astype(np.float32)).all())
 
 
 def random_operands(work: Work) -> Operands:

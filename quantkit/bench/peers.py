@@ -126,26 +126,39 @@ class TorchOperands:
 
 def peers_of(work: Work, operands: Operands) -> tuple[dict[str, Contender], dict[str, str]]:
     """Return a contender for each peer's way to compute the work, and why what is installed could not be set up."""
+    found, refused = _by_torch(work, operands) if find_spec("torch") is not None else ({}, {})
+    if BASELINE not in found:
+        # What every row is held against needs no torch, which may lack CUDA, or its libraries.
+        try:
+            found[BASELINE] = Contender(run=cublas_bf16(*bf16_values(operands), work.m))
+        except Exception as error:
+            refused[BASELINE] = _said(error)
+    return found, refused
+
+
+def _by_torch(work: Work, operands: Operands) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The peers on torch's tensors. Each library refuses in its own way; what it says is told."""
     found: dict[str, Contender] = {}
     refused: dict[str, str] = {}
-    if find_spec("torch") is None:
-        # The baseline that every row is held against needs no torch.
-        values = bf16_values(operands)
-        return {BASELINE: Contender(run=cublas_bf16(*values, work.m))}, refused
-    shared = TorchOperands(work, operands)
+    try:
+        shared = TorchOperands(work, operands)
+    except Exception as error:
+        return {}, {"torch": _said(error)}
     for peer in PEERS:
         if find_spec(peer.module) is None:
             continue
         try:
             calls = peer.calls(shared)
         except Exception as error:
-            # Each library refuses in its own way; what it says is told.
-            refused[peer.name] = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            )
+            refused[peer.name] = _said(error)
             continue
         found |= {name: Contender(run=call, framework="torch") for name, call in calls.items()}
     return found, refused
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def bf16_values(operands: Operands) -> tuple[NDArray[Any], NDArray[Any]]:

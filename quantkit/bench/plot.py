@@ -30,8 +30,12 @@ def save_roofline(benchmark: Benchmark, path: str | os.PathLike[str]) -> None:
         raise FileError(f"{final}: no product has a time, so there is nothing to plot; choose other formats.")
     figure = figure_module.Figure(figsize=(9, 6), layout="constrained")
     _draw(figure.add_subplot(), benchmark, rows)
-    with atomic_write(final) as temporary:
-        figure.savefig(temporary, format=final.suffix[1:].lower(), dpi=150)
+    form = final.suffix[1:].lower()
+    # The same figures give the same bytes: no dates, and names within an SVG that are not drawn by lot.
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
+    matplotlib = importlib.import_module("matplotlib")
+    with matplotlib.rc_context({"svg.hashsalt": "quantkit"}), atomic_write(final) as temporary:
+        figure.savefig(temporary, format=form, dpi=150, metadata=undated)
 
 
 def check_plot(path: Path) -> Any:

@@ -12,9 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-_QUANTIZERS = (
-    "QuantizeLinear", "DynamicQuantizeLinear", "TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize"
-)  # fmt: skip
+# TensorRT's, whose codes are of one type.
+_DYNAMIC: dict[str, np.dtype[Any]] = {
+    "TRT_FP4DynamicQuantize": np.dtype(ml_dtypes.float4_e2m1fn),
+    "TRT_MXFP8DynamicQuantize": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear", *_DYNAMIC)
 _DEQUANTIZERS = ("DequantizeLinear", "TRT_MXFP8DequantizeLinear")
 # What codes are called in formats: element types by NumPy's names.
 ELEMENTS = {
@@ -36,11 +39,12 @@ class Operand:
     Attributes:
         tensor: the name of the computed tensor before quantization; "" for a constant.
         codes: a constant's stored numbers; None for a computed tensor.
-        element: the element type of the codes (int8, e4m3 …), "bf16" where it is not quantized, "" for one that no
-            kernel knows.
+        element: the element type of the codes (int8, e4m3 …), "bf16" where it is not quantized; NumPy's name for one
+            that no kernel knows.
         scale, zero_point: of the codes; None where it is not quantized, or computed as the model runs.
         axis, block_size: as DequantizeLinear has them.
         transposed: the codes lie with their last two axes exchanged.
+        coded: of a computed tensor that holds codes itself, as between QLinearConvs: their scale and zero point.
     """
 
     tensor: str = ""
@@ -51,6 +55,7 @@ class Operand:
     axis: int | None = None
     block_size: int | None = None
     transposed: bool = False
+    coded: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,6 +73,14 @@ class Operand:
                 x = x - self._spread(self.zero_point.astype(np.float32))
             x = x * self._spread(self.scale)
         return x.swapaxes(-1, -2) if self.transposed else x
+
+    def values(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the values, float32, of a computed tensor's contents."""
+        found: NDArray[np.float32] = np.asarray(x, np.float32)
+        if self.coded is not None:
+            scale, zero = self.coded
+            found = (found - zero) * scale
+        return found
 
     def _spread(self, parameter: NDArray[np.float32]) -> NDArray[np.float32]:
         """The scales or zero points, one for each element along the axis."""
@@ -131,11 +144,15 @@ def read_codes(
             axis=axis,
         )
     source = value.producer()
-    tensor = str(value.name)
+    kept = None if scales is None or _lopsided(zero) else np.asarray(scales, np.float32)
     if source is not None and source.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
         assert source.inputs[0] is not None
-        tensor = str(source.inputs[0].name)
-    return Operand(tensor=tensor, element="int8", scale=None if zero is not None and np.any(zero) else scales)
+        return Operand(tensor=str(source.inputs[0].name), element="int8", scale=kept)
+    coded = None
+    if scales is not None and scales.size == 1:
+        offset = np.zeros((), np.float32) if zero is None else zero.astype(np.float32).reshape(())
+        coded = np.asarray(scales, np.float32).reshape(()), offset
+    return Operand(tensor=str(value.name), element="int8", scale=kept, coded=coded)
 
 
 def constant_of(value: ir.Value) -> NDArray[Any] | None:
@@ -181,13 +198,20 @@ def _dequantized(node: ir.Node) -> Operand:
     if source is None or source.op_type not in _QUANTIZERS:
         return Operand(tensor=str(codes.name), element="int8")
     assert source.inputs[0] is not None
-    # Kernels have no zero points for activations: such a tensor gets a scale of its own.
-    lopsided = zeros is not None and bool(np.any(zeros.astype(np.float32)))
+    block = node.attributes.get("block_size") or source.attributes.get("block_size")
+    kind = _code_type(source)
+    lopsided = _lopsided(zeros) or kind.kind == "u"
     return Operand(
         tensor=str(source.inputs[0].name),
-        element=_element(_code_type(source)),
+        element=_element(kind),
         scale=None if lopsided or scales is None or scales.size != 1 else scales,
+        block_size=None if block is None else block.as_int() or None,
     )
+
+
+def _lopsided(zero: NDArray[Any] | None) -> bool:
+    """Whether codes reach further up than down: activations of int8 are run symmetric, with a scale of their own."""
+    return zero is not None and (zero.dtype.kind == "u" or bool(np.any(zero.astype(np.float32))))
 
 
 def _scales(value: ir.Value) -> NDArray[np.float32] | None:
@@ -217,16 +241,19 @@ def _cast_and_scaled(node: ir.Node) -> Operand | None:
             and quantizer.op_type == "QuantizeLinear"
             and quantizer.inputs[0] is not None
         ):
+            kind = _code_type(quantizer)
             return Operand(
                 tensor=str(quantizer.inputs[0].name),
-                element=_element(_code_type(quantizer)),
-                scale=scales.astype(np.float32) if scales.size == 1 else None,
+                element=_element(kind),
+                scale=scales.astype(np.float32) if scales.size == 1 and kind.kind != "u" else None,
             )
     return None
 
 
 def _code_type(quantizer: ir.Node) -> np.dtype[Any]:
     """What a QuantizeLinear writes: as its zero point, else as it says, else bytes."""
+    if quantizer.op_type in _DYNAMIC:
+        return _DYNAMIC[quantizer.op_type]
     zero = quantizer.inputs[2] if len(quantizer.inputs) > 2 else None
     constant = None if zero is None else constant_of(zero)
     if constant is not None:
@@ -238,11 +265,14 @@ def _code_type(quantizer: ir.Node) -> np.dtype[Any]:
 
 
 def _element(dtype: np.dtype[Any]) -> str:
-    return ELEMENTS.get(np.dtype(dtype).name, "")
+    name = np.dtype(dtype).name
+    return ELEMENTS.get(name, name)
 
 
 def _float_or_codes(constant: NDArray[Any]) -> str:
-    return "bf16" if constant.dtype.kind == "f" or constant.dtype == ml_dtypes.bfloat16 else ""
+    return (
+        "bf16" if constant.dtype.kind == "f" or constant.dtype == ml_dtypes.bfloat16 else constant.dtype.name
+    )
 
 
 def _swaps(node: ir.Node) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import onnx_ir as ir
 from quantkit.bench.cases import Case, Products, cases_of_model, cases_of_shapes
 from quantkit.bench.feeding import fits
 from quantkit.bench.measuring import compile_ahead, facts, measured
-from quantkit.bench.operands import cropped
+from quantkit.bench.operands import cropped, random_operands
 from quantkit.bench.peers import missing_peers
 from quantkit.bench.result import Benchmark
 from quantkit.bench.row import BenchRow, relative_error
 from quantkit.cache import CalibrationCache, find_cache
 from quantkit.data import ImagePreprocessing, SampleSource, open_data
-from quantkit.errors import CacheError, SpecError
+from quantkit.errors import CacheError, KernelError, SpecError
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.graph.clean import NEWEST_OPSET
 from quantkit.kernels.cublas import cublas_bf16_us
@@ -24,6 +25,7 @@ from quantkit.kernels.families import best_family
 from quantkit.kernels.family import Family, Prediction
 from quantkit.kernels.gpus import Gpu, get_gpu
 from quantkit.kernels.present import present_gpu, why_no_gpu
+from quantkit.kernels.work import Work
 
 # What the emulator runs of a product: some seconds for a whole model.
 _EMULATED = {"m": 48, "n": 192, "k": 4096}
@@ -101,10 +103,21 @@ def bench_model(
         if peers:
             notes += [f"peers that are not installed: {', '.join(missing_peers())}"] * bool(missing_peers())
     for index, (case, found) in enumerate(zip(products.cases, chosen, strict=True)):
-        told = {} if found is None else run(case, *found)
+        try:
+            told = {} if found is None else run(case, *found)
+        except MemoryError as error:
+            work = case.work
+            raise KernelError(
+                f"{work.m}x{work.n}x{work.k} {work.format}: does not fit into memory; "
+                "give a smaller --batch or --shapes."
+            ) from error
         done.append(_row(case, gpu, found, told))
         on_product(index + 1, len(products.cases))
     if emulate:
+        notes.insert(
+            0,
+            f"emulated on the CPU: the kernels and tiles for {gpu.name.upper()}, on a corner of each product",
+        )
         silent = dict.fromkeys(f[0].name for f in chosen if f is not None and not f[0].can_emulate)
         notes += [f"{', '.join(silent)}: not emulated here"] * bool(silent)
     if any(found is None for found in chosen):
@@ -167,7 +180,13 @@ def _of_model(
         held.check_model(graph.fingerprint, str(graph.path or graph.name))
     else:
         graph = _opened(model)
-        held = held or _cache_here(graph)
+        if held is None:
+            held = _cache_here(graph)
+        elif not _serves(held, graph):
+            raise CacheError(
+                f"{cache if isinstance(cache, str | os.PathLike) else 'cache'}: is of the model {held.model.name}, "
+                f"whose inputs {graph.name} does not have; name the cache of its float model, or leave --cache out."
+            )
     source: SampleSource | None = None
     if data is not None:
         source = open_data(data, graph.inputs, image=image, mapping=mapping)
@@ -200,8 +219,12 @@ def _cache_here(graph: Graph) -> CalibrationCache | None:
     except CacheError:
         # Real activations are a gift: without a cache, or with several, they are drawn otherwise, and that is told.
         return None
-    same = held.model.fingerprint == graph.fingerprint
-    return held if same or fits(held.probe, graph.inputs) else None
+    return held if _serves(held, graph) else None
+
+
+def _serves(held: CalibrationCache, graph: Graph) -> bool:
+    """Whether a cache is of this model, or of one with the same inputs, as a quantized file's float model is."""
+    return held.model.fingerprint == graph.fingerprint or fits(held.probe, graph.inputs)
 
 
 def _choose(case: Case, gpu: Gpu) -> tuple[Family, Prediction] | None:
@@ -233,10 +256,15 @@ def _nothing(case: Case, family: Family, prediction: Prediction) -> dict[str, An
     return {}
 
 
+def _corner(work: Work) -> Work:
+    """What is emulated of a product of random numbers: no more of them need be drawn."""
+    return replace(work, **{side: min(getattr(work, side), size) for side, size in _EMULATED.items()})
+
+
 def _emulated(case: Case, family: Family, prediction: Prediction) -> dict[str, Any]:
     if not family.can_emulate:
         return {}
-    operands = case.operands()
+    operands = case.operands() if case.layers else random_operands(_corner(case.work))
     work, corner = cropped(case.work, operands, **_EMULATED)
     d = family.emulate(work, corner, prediction.configuration)
     return {

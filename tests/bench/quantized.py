@@ -141,6 +141,36 @@ def integer_operators() -> ModelProto:
     return model(nodes, [XS, XZ, *weights, constant("ys", np.float32(0.05))], ["N", 16])
 
 
+@stored("int8")
+def matmul_of_integers_to_floats() -> ModelProto:
+    nodes = [
+        node("QuantizeLinear", "x xs xu", "xq"),
+        node("MatMulIntegerToFloat", "xq w xs ws xu wz b", "y", domain="com.microsoft"),
+    ]
+    weights = [
+        constant("w", int8_codes(16, 6)),
+        constant("ws", scales(6)),
+        constant("wz", np.zeros(6, np.int8)),
+        constant("b", scales(6)),
+    ]
+    return model(nodes, [XS, constant("xu", np.uint8(128)), *weights], ["N", 16])
+
+
+@stored("int8")
+def qgemm() -> ModelProto:
+    nodes = [
+        node("QuantizeLinear", "x xs xz", "xq"),
+        node("QGemm", "xq xs xz w ws wz b", "y", domain="com.microsoft", transB=1),
+    ]
+    weights = [
+        constant("w", int8_codes(6, 16)),
+        constant("ws", scales(6)),
+        constant("wz", np.zeros(6, np.int8)),
+        constant("b", RNG.integers(-9999, 9999, 6).astype(np.int32)),
+    ]
+    return model(nodes, [XS, XZ, *weights], ["N", 16])
+
+
 @stored("fp8")
 def fp8_matmul() -> ModelProto:
     e4m3 = TensorProto.FLOAT8E4M3FN
@@ -268,3 +298,30 @@ def mxfp8_of_tensorrt() -> ModelProto:
         "TRT_MXFP8DynamicQuantize", ["x"], ["xq", "xs"], name="xq", output_dtype=17, **options
     )
     return mxfp8([quantize, node("TRT_MXFP8DequantizeLinear", "xq xs", "xd", **options)], "xd")
+
+
+def quantized_as_it_comes(
+    form: str, first: list[int], second: list[int], block: int, **options: object
+) -> ModelProto:
+    """A product of two computed tensors, each quantized by TensorRT's operator in blocks of the last axis but one."""
+    of, nodes = {"fp4": "TRT_FP4DynamicQuantize", "mxfp8": "TRT_MXFP8DynamicQuantize"}[form], []
+    for name, axis in (("x", -1), ("z", -2)):
+        where = {"axis": axis, "block_size": block}
+        given = [name, "g"] if form == "fp4" else [name]
+        nodes.append(
+            helper.make_node(
+                of, given, [f"{name}q", f"{name}s"], name=f"{name}q", domain="trt", **where, **options
+            )
+        )
+        if form == "fp4":
+            nodes += [
+                node("DequantizeLinear", f"{name}s g", f"{name}f"),
+                node("DequantizeLinear", f"{name}q {name}f", f"{name}d", **where),
+            ]
+        else:
+            nodes.append(
+                node("TRT_MXFP8DequantizeLinear", f"{name}q {name}s", f"{name}d", domain="trt", **where)
+            )
+    found = model([*nodes, node("MatMul", "xd zd", "y")], [constant("g", np.float32(0.01))], first, opset=23)
+    found.graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, second))
+    return found

@@ -12,7 +12,17 @@ from quantkit.decode import beyond_onnxruntime, decode
 from quantkit.errors import ModelError
 from quantkit.graph import Graph, load_graph
 from quantkit.runtime import Session
-from tests.bench.quantized import BUILDERS, FORMATS
+from tests.bench.quantized import (
+    BUILDERS,
+    FORMATS,
+    XS,
+    constant,
+    int8_codes,
+    model,
+    node,
+    quantized_as_it_comes,
+    scales,
+)
 from tests.models import MODELS
 
 EVERYTHING = 10**6
@@ -153,6 +163,91 @@ def test_a_model_without_products_says_what_it_has() -> None:
         ModelError, match=r"no MatMul, Gemm or convolution to run \(Conv .*: its weight is computed\)"
     ):
         find_layers(graph.model)
+    with pytest.raises(ModelError, match=r"^resnet: no MatMul"):
+        find_layers(graph.model, "resnet")
+
+
+@pytest.mark.parametrize(
+    ("form", "block", "options", "want"),
+    [
+        ("fp4", 16, {"scale_type": 17}, "nvfp4-fp4"),
+        ("mxfp8", 32, {"output_dtype": 17}, "mxfp8"),
+    ],
+)
+def test_products_of_tensors_quantized_as_they_come_have_the_format_of_their_blocks(
+    form: str, block: int, options: dict[str, int], want: str
+) -> None:
+    file = quantized_as_it_comes(form, [2, 5, 64], [2, 64, 6], block, **options)
+    (layer,), _ = find_layers(ir.serde.deserialize_model(file))
+    assert layer.format == want
+    assert (layer.activations.tensor, layer.weights.tensor, layer.is_constant) == ("x", "z", False)
+
+
+def test_what_multiplies_matrices_among_other_things_is_told() -> None:
+    nodes = [
+        node("MatMul", "x w", "m"),
+        node("Einsum", "m v", "e", equation="nk,km->nm"),
+        node("FusedMatMul", "e v", "y", domain="com.microsoft"),
+    ]
+    weights = [constant("w", scales(16, 6)), constant("v", scales(6, 6))]
+    layers, left = find_layers(ir.serde.deserialize_model(model(nodes, weights, ["N", 16])))
+    assert [x.op_type for x in layers] == ["MatMul"]
+    assert [(x.op_type, x.node, x.reason) for x in left] == [
+        ("Einsum", "e", "more than a product of matrices"),
+        ("FusedMatMul", "y", "more than a product of matrices"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (np.full((16, 6), np.nan, np.float32), "its weight holds NaN or infinity"),
+        (np.full((16, 6), np.inf, ml_dtypes.bfloat16), "its weight holds NaN or infinity"),
+        (np.zeros((16, 0), np.float32), "its weight is empty"),
+        (np.ones((16, 6), np.int32), "no kernel multiplies bf16 by int32"),
+    ],
+)
+def test_a_weight_that_cannot_be_quantized_is_left_with_the_reason(weight: np.ndarray, reason: str) -> None:
+    kept = constant("w", scales(16, 6))
+    file = model([node("MatMul", "x kept", "m"), node("MatMul", "x w", "y")], [kept], ["N", 16])
+    file.graph.initializer[0].name = "kept"
+    loaded = ir.serde.deserialize_model(file)
+    value = next(n for n in loaded.graph if n.name == "y").inputs[1]
+    assert value is not None
+    value.const_value = ir.Tensor(weight, name="w")
+    layers, left = find_layers(loaded)
+    assert [x.node for x in layers] == ["m"]
+    assert [x.reason for x in left] == [reason]
+
+
+def test_codes_between_integer_operators_are_read_as_the_values_that_they_stand_for() -> None:
+    """What a QLinearMatMul writes is codes: their values are the next one's activations."""
+    zero = constant("hz", np.uint8(7))
+    nodes = [
+        node("QuantizeLinear", "x xs xz", "xq"),
+        node("QLinearMatMul", "xq xs xz w ws wz hs hz", "h"),
+        node("MatMulIntegerToFloat", "h v hs vs hz", "y", domain="com.microsoft"),
+    ]
+    weights = [constant("w", int8_codes(16, 6)), constant("ws", np.float32(0.01)), constant("wz", np.int8(0))]
+    others = [constant("v", int8_codes(6, 5)), constant("vs", scales(5)), constant("hs", np.float32(0.05))]
+    file = model(nodes, [XS, constant("xz", np.int8(0)), zero, *weights, *others], ["N", 16])
+    layers, _ = find_layers(ir.serde.deserialize_model(file))
+    rows = layers[1].activation_rows(np.uint8([[0, 7, 255, 8, 9, 10]]), 4)
+    np.testing.assert_allclose(rows, np.float32([[-0.35, 0, 12.4, 0.05, 0.1, 0.15]]), rtol=1e-6)
+    # Bytes without a sign reach twice as far up as those of the kernels: such a tensor gets a scale of its own.
+    assert layers[1].activations.scale is None
+    assert layers[0].activations.scale is not None
+
+
+def test_bytes_without_a_sign_are_not_cut_at_half_their_range() -> None:
+    nodes = [
+        node("QuantizeLinear", "x xs xu", "xq"),
+        node("DequantizeLinear", "xq xs xu", "xd"),
+        node("MatMul", "xd w", "y"),
+    ]
+    file = model(nodes, [XS, constant("xu", np.uint8(0)), constant("w", scales(16, 6))], ["N", 16])
+    (layer,), _ = find_layers(ir.serde.deserialize_model(file))
+    assert layer.activations.scale is None
 
 
 def test_rows_grow_with_the_batch_and_heads_too() -> None:

@@ -40,6 +40,7 @@ def test_a_peer_that_cannot_be_set_up_is_told(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(peers, "find_spec", lambda name: name)
     monkeypatch.setattr(peers, "TorchOperands", lambda work, operands: None)
+    monkeypatch.setattr(peers, "cublas_bf16", lambda a, w, m: lambda: None)
     monkeypatch.setattr(
         peers,
         "PEERS",
@@ -51,5 +52,31 @@ def test_a_peer_that_cannot_be_set_up_is_told(monkeypatch: pytest.MonkeyPatch) -
     work = Work(m=1, n=8, k=16, format="int8")
     found, refused = peers.peers_of(work, random_operands(work))
     assert refused == {"strict": "ValueError: needs K % 128 == 0"}
-    assert list(found) == ["Fine"]
+    assert list(found) == ["Fine", "cuBLAS bf16"]
     assert found["Fine"].framework == "torch"
+
+
+def test_with_a_torch_that_cannot_use_the_gpu_the_baseline_is_cublas_by_cupy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(work: object, operands: object) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    monkeypatch.setattr(peers, "TorchOperands", broken)
+    monkeypatch.setattr(peers, "cublas_bf16", lambda a, w, m: lambda: None)
+    work = Work(m=1, n=8, k=16, format="int8")
+    found, refused = peers.peers_of(work, random_operands(work))
+    assert list(found) == ["cuBLAS bf16"]
+    assert found["cuBLAS bf16"].framework == "cupy"
+    assert refused == {"torch": "AssertionError: Torch not compiled with CUDA enabled"}
+
+
+def test_a_baseline_that_cannot_be_set_up_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(a: object, w: object, m: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "cublas_bf16", full)
+    work = Work(m=1, n=8, k=16, format="int8")
+    assert peers.peers_of(work, random_operands(work)) == ({}, {"cuBLAS bf16": "MemoryError"})

@@ -62,7 +62,7 @@ def test_without_a_cache_activations_are_random_and_that_is_told(folder: Path) -
 
 def test_a_cache_of_another_model_lends_nothing(folder: Path) -> None:
     path = MODELS["matmul"].save(folder)
-    found = quantkit.bench_model(path, batches=[1], dims={"S": 4, "T": 4})
+    found = quantkit.bench_model(path, batches=[1])
     assert "random numbers" in found.notes[1]
 
 
@@ -220,3 +220,122 @@ def test_what_a_model_is_fed_is_not_asked_back(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(feeding, "Session", Recorded)
     quantkit.bench_model("model.onnx", batches=[1], formats=["int8"])
     assert asked and not any("input" in names for names in asked)
+
+
+def test_what_is_named_twice_is_run_once(folder: Path) -> None:
+    once = quantkit.bench_model(formats=["int8"], batches=[2])
+    twice = quantkit.bench_model(formats=["int8", "w8a8", "int8"], batches=[2, 2])
+    assert [(r.layers, r.calls) for r in twice.rows] == [(r.layers, r.calls) for r in once.rows]
+    assert twice.totals() == once.totals()
+    shapes = quantkit.bench_model(shapes=[(1, 2, 3), (1, 2, 3)], formats=["fp8", "e4m3"])
+    assert len(shapes.rows) == 1
+
+
+@pytest.mark.parametrize("options", [{"batches": [2**31]}, {"shapes": [(1, 2**31, 1)]}])
+def test_more_rows_than_kernels_count_are_refused(folder: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"2\^31; give (a smaller batch|smaller ones)\."):
+        quantkit.bench_model(**options)
+
+
+def free(folder: Path, shape: str = "batch,seq,8") -> Path:
+    """A model with a free dimension."""
+    ones = ",".join(["1"] * 32)
+    onnx.save(
+        onnx.parser.parse_model(
+            f'<ir_version: 9, opset_import: ["" : 20]> g (float[{shape}] x) => (float[{shape[:-1]}4] y) '
+            f"<float[8,4] w = {{{ones}}}> {{ y = MatMul (x, w) }}"
+        ),
+        folder / "free.onnx",
+    )
+    return folder / "free.onnx"
+
+
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [
+        ({"seqq": 4}, r"free: no input has a free dimension seqq besides the batch \(it has seq\)"),
+        ({"batch": 4}, r"give sizes of the batch as --batch"),
+        (
+            {"seq": 10**15},
+            r"free: input x of 1 × 10+ × 8 does not fit into memory; give smaller sizes with --dim",
+        ),
+    ],
+)
+def test_sizes_of_dimensions_that_make_no_sense_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dims: dict[str, int], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        quantkit.bench_model(free(tmp_path), dims=dims)
+
+
+def test_a_size_that_the_data_do_not_have_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("data.npy", np.ones((3, 16, 8), np.float32))
+    with pytest.raises(DataError, match=r"data.npy: dimension seq has size 16 there, not 4; leave out --dim"):
+        quantkit.bench_model(free(tmp_path), data="data.npy", dims={"seq": 4})
+    same = quantkit.bench_model(free(tmp_path), data="data.npy", dims={"seq": 16}, batches=[1])
+    assert {r.work.m for r in same.rows} == {16}
+    # A cache's own data give way: its histograms are there still.
+    cache = quantkit.calibrate_model(free(tmp_path), "data.npy")
+    other = quantkit.bench_model(free(tmp_path), cache, dims={"seq": 4}, batches=[1])
+    assert {r.work.m for r in other.rows} == {4}
+    assert any(note.startswith("activations: drawn from the histograms") for note in other.notes)
+
+
+def test_a_dimension_without_a_name_asks_for_data_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=r"\(axis 1, unnamed\) and no data say how large it is; give --data\."
+    ):
+        quantkit.bench_model(free(tmp_path, "batch,?,8"))
+
+
+def test_a_cache_that_was_named_and_does_not_serve_is_refused(folder: Path) -> None:
+    path = MODELS["matmul"].save(folder)
+    with pytest.raises(
+        CacheError, match=r"model.calib: is of the model model, whose inputs matmul does not have"
+    ):
+        quantkit.bench_model(path, "model.calib")
+
+
+def test_captured_numbers_that_are_not_finite_are_not_run_on_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 20]> g (float[N,8] x) => (float[N,4] y) '
+        "<float[8,4] w = {" + ",".join(["1"] * 32) + "}> { i = Log (x) y = MatMul (i, w) }"
+    )
+    onnx.save(model, "log.onnx")
+    np.save("data.npy", np.zeros((3, 8), np.float32))
+    monkeypatch.setattr(run, "_emulated", lambda case, family, prediction: {"origin": case.operands().origin})
+    found = quantkit.bench_model("log.onnx", data="data.npy", batches=[1], formats=["int8"], emulate=True)
+    assert [row.origin for row in found.rows] == ["random numbers"]
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_no_more_is_drawn_of_a_large_product_than_is_emulated() -> None:
+    found = quantkit.bench_model(shapes=[(2**31 - 1, 2**31 - 1, 64)], formats=["int8"], emulate=True)
+    (row,) = found.rows
+    assert (row.error, row.checked) == (0, "48 × 192 × 64")
+    assert (
+        found.notes[0] == "emulated on the CPU: the kernels and tiles for H200, on a corner of each product"
+    )
+
+
+def test_what_does_not_fit_into_memory_names_the_product(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(case: object, family: object, prediction: object) -> dict[str, Any]:
+        raise MemoryError
+
+    monkeypatch.setattr(run, "_emulated", full)
+    with pytest.raises(
+        KernelError, match=r"1x2x3 int8: does not fit into memory; give a smaller --batch or --shapes"
+    ):
+        quantkit.bench_model(shapes=[(1, 2, 3)], emulate=True)
