@@ -62,9 +62,10 @@ BLOCKS = [
     ("fp8-block", (64, 8192, 8192)),
     ("mxfp8", TABLE[1]),
 ]
+FOUR_BITS = ("int4", "nvfp4", "mxfp4", "w4a8", "w4a8-fp8", "mxfp4-fp8")
 # What is tuned, the farthest from its goal first.
 TUNED = [
-    *(((m, 28672, 8192), form) for m in (16, 1, 64) for form in ("int4", "nvfp4", "mxfp4", "w4a8", "mxfp4-fp8")),
+    *(((m, 28672, 8192), form) for m in (16, 1, 64) for form in FOUR_BITS),
     *(((m, 8192, 8192), form) for m in (16, 1, 256) for form in ("int4", "w4a8")),
     *((shape, form) for form in ("int8", "fp8") for shape in TABLE),
     *((shape, form) for form, shape in BLOCKS),
@@ -259,7 +260,7 @@ def builds(here: Gpu, *, depth: int, only: str | None = None) -> list[Build]:
                 launch = quantize_launch.launch_of(kind, rows, columns, vector=columns % 8 == 0)
                 add(quantize_launch.SOURCE, launch.defines)
     if wants("four_bits", "table", "blocks"):
-        products(STREAMED, ["int4", "nvfp4", "mxfp4", "w4a8", "mxfp4-fp8"], 0)
+        products(STREAMED, list(FOUR_BITS), 0)
         products(TABLE, ["int8", "fp8", "bf16"], 0)
         for form, shape in BLOCKS:
             products([shape], [form], 0)

@@ -41,6 +41,9 @@ FORMS = {
     "nvfp4": {"codes": "fp4_e2m1", "group": 16, "scales": "e4m3", "zeros": False},
     "mxfp4": {"codes": "fp4_e2m1", "group": 32, "scales": "e8m0", "zeros": False},
     "w4a8": {"codes": "int4", "group": 128, "scales": "uint8", "zeros": False, "activations": "int8"},
+    "w4a8-fp8": {
+        "codes": "int4", "group": 128, "scales": "bfloat16", "zeros": False, "activations": "float8_e4m3fn"
+    },
     "mxfp4-fp8": {
         "codes": "fp4_e2m1", "group": 32, "scales": "e8m0", "zeros": False, "activations": "float8_e4m3fn"
     },
@@ -154,6 +157,7 @@ def check() -> dict[str, Any]:
         ("mxfp4", 32, None),
         ("int4", 128, "int8"),
         ("uint4", 32, "int8"),
+        ("int4", 128, "float8_e4m3fn"),
         ("mxfp4", 32, "float8_e4m3fn"),
     ]
     shapes = [
@@ -172,7 +176,7 @@ def check() -> dict[str, Any]:
         act = eight or ("bfloat16", "float16")[number % 2]
         out = ("bfloat16", "float32", "float16")[number % 3]
         weight = random_weight(rng, n, k, form, group)
-        packed = pack_weight4(weight, activation_bits=8 if eight else 16)
+        packed = pack_weight4(weight, activation_bits=8 if eight else 16, activations=eight)
         problem = W4Problem.of(packed.layout, m=m, activations=act, output=out)
         tiles = candidates(problem)
         picked = {w4_choose(problem), *(tiles[(5 * number + 7 * i) % len(tiles)] for i in range(1))}
@@ -266,14 +270,18 @@ class Operands:
         if form not in self.weights:
             plain = {name: FORMS[form][name] for name in ("codes", "group", "scales", "zeros")}
             eight = "activations" in FORMS[form]
-            f = Layout4(n=self.n, k=self.k, activation_bits=8 if eight else 16, **plain)
+            f = Layout4(
+                n=self.n, k=self.k, activation_bits=8 if eight else 16, promoted=form == "w4a8-fp8", **plain
+            )
             codes = cupy.random.randint(0, 256, (f.slabs, f.blocks, 32 * f.slab), dtype=np.uint8)
             size = 2 if f.scales == "bfloat16" else 1
             shape = (f.sides, f.blocks, 32, 2 * f.groups_in_slab * size)
             if size == 2:
                 # As they are stored: from 2^126 on for upper rows, a sixteenth of that for lower ones.
                 pairs = cupy.random.randint(0, 128, (*shape[:-1], 2, f.groups_in_slab), dtype=np.uint16)
-                pairs += cupy.asarray([[0x7E80], [0x7C80]], np.uint16)
+                # Those that multiply sums are what they are.
+                first = [[0x3F80], [0x3F80]] if f.promoted else [[0x7E80], [0x7C80]]
+                pairs += cupy.asarray(first, np.uint16)
                 scales = pairs.reshape(*shape[:-1], shape[-1] // 2).view(np.uint8)
             else:
                 low, high = {"e4m3": (40, 80), "uint8": (1, 17), "e8m0": (3, 15) if eight else (240, 255)}[

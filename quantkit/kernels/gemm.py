@@ -62,7 +62,8 @@ def pack_weight(
         weight: the quantized weight.
         arch: whose layout it gets; that of the current GPU by default.
         activations: the type that will be multiplied by it. Of four-bit weights bfloat16 or float16, which are one, by
-            default; int8 for integers with scales of two levels; float8_e4m3fn for MXFP4; fp4_e2m1 for NVFP4 and MXFP4
+            default; int8 for integers with scales of two levels; float8_e4m3fn for MXFP4, and for symmetric
+            integers in groups of 128 on sm_90a; fp4_e2m1 for NVFP4 and MXFP4
             by activations of the same format, on sm_120a. Of others their own.
 
     Raises:
@@ -108,7 +109,7 @@ def _pack_four_bits(weight: QTensor, arch: str | None, activations: str) -> Pack
     bits = _ACTIVATION_BITS.get(activations)
     if bits is None:
         raise KernelError(f"activations {activations!r}; one of {', '.join(_ACTIVATION_BITS)}.")
-    packed = pack_weight4(weight, activation_bits=bits, arch=arch)
+    packed = pack_weight4(weight, activation_bits=bits, activations=activations, arch=arch)
     if activations not in packed.layout.activations:
         raise KernelError(
             f"weight: {weight.spec.format.name} is not multiplied by {activations}; pass "

@@ -10,7 +10,8 @@
 // consumer decodes the next into the other set of registers.
 //
 // The tensor core adds products of e4m3 in some 14 bits: with PROMOTE a stage's 128 of K are summed apart, from zero, and
-// added to the float sums; meanwhile the tensor core has the other consumers' products.
+// added to the float sums, times the scale of their group where W are integers; meanwhile the tensor core has the other
+// consumers' products.
 //
 // Work: the first `whole` tiles are dealt out one by one; the rest of the tiles, laid end to end along K, is cut into
 // one equal piece a block (stream-K). Pieces of one tile leave their sums in `partials`; the consumer that arrives last
@@ -280,7 +281,13 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
           release(s);
           QK_UNROLL for (int i = 0; i < MI; i++) {
             wgmma_settle(apart[i]);
-            QK_UNROLL for (int v = 0; v < TILE_N / 2; v++) sum[i][v] += apart[i][v];
+            if constexpr (SCALED_SUMS && SCALES != SCALES_NONE) {
+              const float scales[2] = {sum_scale(raw[0][i], 0), sum_scale(raw[0][i], 1)};
+              QK_UNROLL for (int v = 0; v < TILE_N / 2; v++)
+                sum[i][v] = fused_multiply_add(apart[i][v], scales[v / 2 % 2], sum[i][v]);
+            } else {
+              QK_UNROLL for (int v = 0; v < TILE_N / 2; v++) sum[i][v] += apart[i][v];
+            }
           }
         }
         previous = s;

@@ -35,6 +35,7 @@ _STORED = {
     "nvfp4": ("fp4_e2m1", "e4m3", "bfloat16"),
     "mxfp4": ("fp4_e2m1", "e8m0", "bfloat16"),
     "w4a8": ("int4", "uint8", "int8"),
+    "w4a8-fp8": ("int4", "bfloat16", "float8_e4m3fn"),
     "mxfp4-fp8": ("fp4_e2m1", "e8m0", "float8_e4m3fn"),
 }
 _CARRIERS = {"bfloat16": np.uint16, "int8": np.int8, "float8_e4m3fn": np.uint8}
@@ -53,7 +54,8 @@ class W4Family(Family):
         if not super().takes(work, gpu):
             return False
         group = _group(work)
-        return group & (group - 1) == 0 and group >= 16
+        least = 128 if work.format == "w4a8-fp8" else 16
+        return group & (group - 1) == 0 and group >= least
 
     def candidates(self, problem: W4Problem, gpu: Gpu | None) -> Sequence[Any]:
         """Return every configuration, the one modelled fastest first; for the emulator where no GPU is given."""
@@ -110,7 +112,9 @@ class W4Family(Family):
         """Return a call of `matmul` that writes into an array of its own, with a workspace of its own."""
         cupy = device.cupy()
         problem = problem_of(work)
-        weight = pack_weight4(weight_of(operands), activation_bits=1024 // problem.slab)
+        weight = pack_weight4(
+            weight_of(operands), activation_bits=1024 // problem.slab, activations=problem.activations
+        )
         stored = W4Problem.of(weight.layout, m=work.m, activations=problem.activations, output=work.output)
         # A configuration fits the layout that it was chosen for.
         tile = configuration if stored == problem else None
@@ -139,7 +143,9 @@ class W4Family(Family):
     def emulate(self, work: Work, operands: Operands, configuration: Any = None) -> NDArray[Any]:
         """Return D of the emulated kernel."""
         problem = problem_of(work)
-        packed = pack4(weight_of(operands), activation_bits=1024 // problem.slab)
+        packed = pack4(
+            weight_of(operands), activation_bits=1024 // problem.slab, activations=problem.activations
+        )
         stored = W4Problem.of(packed.layout, m=work.m, activations=problem.activations, output=work.output)
         tile = configuration if configuration and stored == problem else self.candidates(stored, None)[0]
         return emulated_w4(
@@ -150,7 +156,9 @@ class W4Family(Family):
     def reference(self, work: Work, operands: Operands) -> NDArray[Any]:
         """Return D of the oracle: weights as the kernels decode them, sums rounded once to float32."""
         problem = problem_of(work)
-        packed = pack4(weight_of(operands), activation_bits=1024 // problem.slab)
+        packed = pack4(
+            weight_of(operands), activation_bits=1024 // problem.slab, activations=problem.activations
+        )
         rows = operands.activations
         return w4_reference(
             rows, packed, row_scale=operands.row_scales(len(rows)), bias=operands.bias,

@@ -18,8 +18,9 @@ class Layout4:
         group: columns that share a scale, a power of two from 16 on; None where a row has one.
         scales: none (a row has one, kept apart), bfloat16, float16, float32, e4m3, e8m0, or uint8 for int8 activations.
         zeros: whether there are zero points.
-        activation_bits: 16; 8 for int8 activations of integers, or e4m3 activations of fp4_e2m1.
-        deep: of e4m3 activations, whether some weights are subnormals of e4m3.
+        activation_bits: 16; 8 for int8 or e4m3 activations.
+        promoted: of integers with activations of eight bits, whether these are e4m3: scales then multiply sums.
+        deep: of fp4_e2m1 by e4m3 activations, whether some weights are subnormals of e4m3.
     """
 
     n: int
@@ -29,6 +30,7 @@ class Layout4:
     scales: str
     zeros: bool
     activation_bits: int = 16
+    promoted: bool = False
     deep: bool = False
 
     @property
@@ -36,7 +38,7 @@ class Layout4:
         """The types of activations that it is multiplied by."""
         if self.activation_bits == 16:
             return ("bfloat16", "float16")
-        return ("float8_e4m3fn",) if self.codes == "fp4_e2m1" else ("int8",)
+        return ("float8_e4m3fn",) if self.codes == "fp4_e2m1" or self.promoted else ("int8",)
 
     @property
     def slab(self) -> int:

@@ -22,6 +22,7 @@ from quantkit.kernels.w4.scales import (
     from_pairs,
     granularity,
     held_values,
+    promoted_scales,
     rebased_scales,
     two_levels,
     whole_scales,
@@ -44,7 +45,13 @@ __all__ = [
 _INTEGERS = ("int4", "uint4")
 
 
-def pack4(weight: QTensor, *, scale_type: str | None = None, activation_bits: int = 16) -> Packed4:
+def pack4(
+    weight: QTensor,
+    *,
+    scale_type: str | None = None,
+    activation_bits: int = 16,
+    activations: str | None = None,
+) -> Packed4:
     """Return `weight` [n, k] as the kernel reads it.
 
     Integers of 4 bits have one scale a row, or one for each `block_size` along axis 1 (a power of two from 32 on), with
@@ -57,6 +64,8 @@ def pack4(weight: QTensor, *, scale_type: str | None = None, activation_bits: in
         activation_bits: 16. 8, of integers, for int8 activations: their group scales are whole multiples s of one
             number a row, such that every (q − zero) · s is an int8 (`two_levels` makes scales so). 8, of MXFP4, for
             e4m3 activations: the scales of a row are at most 2^14 apart, but for groups of zeros.
+        activations: float8_e4m3fn for integers by e4m3 activations: any scales, symmetric, of rows or of groups from
+            128 on, where sums are promoted to float32 anyway; None for what `activation_bits` means by itself.
 
     Raises:
         KernelError: not a matrix, or a format or granularity that the kernel has not; scales that are negative, not
@@ -77,6 +86,8 @@ def pack4(weight: QTensor, *, scale_type: str | None = None, activation_bits: in
     nibbles = code_bits(values, spec.format)
     if activation_bits == 8 and layout.scales == "e8m0":
         layout, held, channel = rebased_scales(layout, rows, nibbles)
+    elif activation_bits == 8 and activations == "float8_e4m3fn" and name in _INTEGERS:
+        layout = promoted_scales(layout)
     elif activation_bits == 8:
         layout, held, channel = whole_scales(layout, rows, zero)
     if name == "int4":

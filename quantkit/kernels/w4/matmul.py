@@ -94,6 +94,8 @@ def matmul_w4(
         raise KernelError(f"matmul: a {type(tile).__name__} on {arch}; pass a W4MmaTile, or None.")
     if activations == "float8_e4m3fn" and arch in ("sm_80", "sm_86"):
         raise KernelError(f"matmul: {arch} does not multiply e4m3; pack the weight for bfloat16.")
+    if form.promoted and arch != "sm_90a":
+        raise KernelError(f"matmul: integers by e4m3 on {arch}; pack the weight for bfloat16 or int8.")
     if out_dtype == "int32":
         raise KernelError("matmul: int32 would hold sums without their scales; take float32.")
     check_product(a, weight.as_operand_of(activations), epilogue, out_dtype, out, device, arch)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 
 from quantkit.kernels.epilogue import OUTPUT_BYTES
 from quantkit.kernels.mma_heuristics import MmaDevice, widening
-from quantkit.kernels.w4.heuristics import W4Problem
+from quantkit.kernels.w4.problem import SCALE_BYTES, W4Problem
 
 _ROW = 128  # bytes of a slab's row of activations
-_SCALE_BYTES = {"none": 0, "bfloat16": 2, "float16": 2, "float32": 4, "e4m3": 1, "e8m0": 1, "uint8": 1}
 _SLICES = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -45,7 +44,7 @@ class W4MmaTile:
         groups = 1 if group is None or group >= slab else slab // group
         span = self.slabs if group is None else max(1, group // slab)
         sides = 1 if span >= self.slabs else self.slabs // span
-        scales = self.tile_w * groups * _SCALE_BYTES[problem.scales]
+        scales = self.tile_w * groups * SCALE_BYTES[problem.scales]
         zeros = self.tile_w // 2 * groups if problem.zeros else 0
         return self.slabs * (self.tile_a * _ROW + self.tile_w * slab // 2) + sides * (scales + zeros)
 

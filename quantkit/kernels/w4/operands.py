@@ -53,14 +53,20 @@ class Workspace4:
 
 
 def pack_weight4(
-    weight: QTensor, *, scale_type: str | None = None, activation_bits: int = 16, arch: str | None = None
+    weight: QTensor,
+    *,
+    scale_type: str | None = None,
+    activation_bits: int = 16,
+    activations: str | None = None,
+    arch: str | None = None,
 ) -> PackedWeight4:
     """Return `weight` [n, k] on the current GPU; what is taken, and how, is what `layout.pack4` says.
 
     Raises:
         KernelError: a weight that the kernels have not, or no GPU.
     """
-    return upload4(pack4(weight, scale_type=scale_type, activation_bits=activation_bits), arch=arch)
+    packed = pack4(weight, scale_type=scale_type, activation_bits=activation_bits, activations=activations)
+    return upload4(packed, arch=arch)
 
 
 def upload4(packed: Packed4, *, arch: str | None = None) -> PackedWeight4:

@@ -41,10 +41,50 @@ def _by_byte_registers(padded: NDArray[np.uint8], layout: Layout4) -> NDArray[np
     # r = h + 2 half lies in word 2 odd + half.
     parts = padded.reshape(layout.blocks, 4, 2, 8, layout.slabs, 2, 2, 2, 4, 4)
     upper, lower = parts[:, :, 0], parts[:, :, 1]  # h = 0 and 1
-    joined = _selectors(upper, lower) if layout.codes == "fp4_e2m1" else upper | lower << np.uint8(4)
+    joined = _joined(upper, lower, layout)
     return np.ascontiguousarray(joined.transpose(3, 0, 1, 4, 2, 7, 5, 6, 8)).reshape(
         layout.slabs, layout.blocks, 4096
     )
+
+
+def _joined(upper: NDArray[np.uint8], lower: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
+    if layout.codes == "fp4_e2m1":
+        return _selectors(upper, lower)
+    return _with_signs(upper, lower) if layout.promoted else upper | lower << np.uint8(4)
+
+
+def _parted(joined: NDArray[np.uint8], layout: Layout4) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    if layout.codes == "fp4_e2m1":
+        return _of_selectors(joined)
+    return _of_signs(joined) if layout.promoted else (joined & np.uint8(15), joined >> np.uint8(4))
+
+
+def _with_signs(upper: NDArray[np.uint8], lower: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return for every four codes q + 8 of each row four bytes, whose signs lie where e4m3 has its own.
+
+    Bits 7 are the signs of the upper row and bits 2 … 0 its q, or −1 − q; so do the lower row's lie once the word is
+    turned by four bits: its signs are bits 3, and its numbers bits 6 … 4 of the byte before.
+    """
+    signs, numbers = zip(*(_of_offset(row) for row in (upper, lower)), strict=True)
+    joined: NDArray[np.uint8] = signs[0] << np.uint8(7) | numbers[0] | signs[1] << np.uint8(3)
+    joined |= np.roll(numbers[1], -1, axis=-1) << np.uint8(4)
+    return joined
+
+
+def _of_signs(joined: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    upper = _to_offset(joined >> np.uint8(7), joined & np.uint8(7))
+    numbers = np.roll(joined >> np.uint8(4) & np.uint8(7), 1, axis=-1)
+    return upper, _to_offset(joined >> np.uint8(3) & np.uint8(1), numbers)
+
+
+def _of_offset(code: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return the sign bits of q + 8, and q where it is not negative, else −1 − q: both in three bits."""
+    negative = (code < 8).astype(np.uint8)
+    return negative, np.where(negative == 1, np.uint8(7) - code, code - np.uint8(8)) & np.uint8(7)
+
+
+def _to_offset(sign: NDArray[np.uint8], number: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.where(sign == 1, np.uint8(7) - number, number + np.uint8(8)).astype(np.uint8)
 
 
 def _selectors(upper: NDArray[np.uint8], lower: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -74,10 +114,7 @@ def _from_byte_registers(codes: NDArray[np.uint8], layout: Layout4) -> NDArray[n
     joined = codes.reshape(layout.slabs, layout.blocks, 4, 2, 8, 4, 2, 2, 4).transpose(
         1, 2, 4, 0, 3, 6, 7, 5, 8
     )
-    if layout.codes == "fp4_e2m1":
-        upper, lower = _of_selectors(joined)
-    else:
-        upper, lower = joined & np.uint8(15), joined >> np.uint8(4)
+    upper, lower = _parted(joined, layout)
     return np.stack([upper, lower], axis=2).reshape(layout.blocks * BLOCK, -1)[: layout.n, : layout.k].copy()
 
 

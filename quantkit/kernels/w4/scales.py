@@ -13,6 +13,7 @@ from quantkit.formats.packing import code_bits
 from quantkit.formats.quantize import QTensor
 from quantkit.kernels.w4.form import BLOCK, Layout4
 
+_PROMOTED = 128  # of K, that a product by e4m3 adds in the tensor core before it goes on in float32
 INTEGER_SCALES = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of one
 _HELD = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in INTEGER_SCALES}
 
@@ -155,6 +156,24 @@ def whole_scales(
     return whole, held, units[:, 0].astype(np.float32)
 
 
+def promoted_scales(layout: Layout4) -> Layout4:
+    """Return the layout of integers for e4m3 activations, whose sums are multiplied by the scales of groups.
+
+    e4m3 holds every integer of four bits, and 128 of K are summed apart and added in float32 whatever the weight is:
+    there a factor costs nothing.
+    """
+    if layout.zeros:
+        raise KernelError(
+            "weight: has zero points, which no product by e4m3 takes; quantize it symmetrically."
+        )
+    if layout.group is not None and layout.group < _PROMOTED:
+        raise KernelError(
+            f"weight: groups of {layout.group} by e4m3, whose sums of {_PROMOTED} are added at once; use groups of "
+            f"{_PROMOTED}, or pack it for activations of 16 bits."
+        )
+    return replace(layout, activation_bits=8, promoted=True)
+
+
 def _e4m3_codes() -> NDArray[np.uint8]:
     """Return for each e4m3 code ≥ 0 the kernel's: five bits of exponent + 10, three of mantissa, never subnormal."""
     values = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -225,7 +244,7 @@ def by_pairs(held: NDArray[Any], layout: Layout4) -> NDArray[np.uint8]:
     padded = np.zeros((layout.blocks * BLOCK, layout.sides * layout.groups_in_slab), held.dtype)
     padded[: layout.n, : held.shape[1]] = held
     parts = padded.reshape(layout.blocks, 4, 2, 8, layout.sides, layout.groups_in_slab)
-    if held.dtype == _HELD["bfloat16"]:
+    if held.dtype == _HELD["bfloat16"] and not layout.promoted:
         parts = (parts.astype(np.float32) * _STORED_TIMES).astype(held.dtype)
     ordered = np.ascontiguousarray(parts.transpose(4, 0, 1, 3, 2, 5))
     return ordered.view(np.uint8).reshape(layout.sides, layout.blocks, 32, -1)
@@ -237,7 +256,7 @@ def from_pairs(scales: NDArray[np.uint8], layout: Layout4) -> NDArray[Any]:
     parts = held.reshape(layout.sides, layout.blocks, 4, 8, 2, layout.groups_in_slab).transpose(
         1, 2, 4, 3, 0, 5
     )
-    if layout.scales == "bfloat16":
+    if layout.scales == "bfloat16" and not layout.promoted:
         parts = (parts.astype(np.float32) / _STORED_TIMES).astype(held.dtype)
     padded = parts.reshape(layout.blocks * BLOCK, -1)
     assert layout.group is not None

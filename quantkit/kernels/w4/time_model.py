@@ -33,6 +33,10 @@ _INTEGERS: dict[tuple[str, str, bool], tuple[float, float]] = {
     ("int8", "none", False): (58.1, 0.0),
     ("int8", "uint8", False): (57.7, 9.0),
     ("int8", "none", True): (62.0, 0.0),
+    ("float8_e4m3fn", "none", False): (82.0, 0.0),
+    ("float8_e4m3fn", "bfloat16", False): (82.0, 4.0),
+    ("float8_e4m3fn", "float16", False): (82.0, 4.0),
+    ("float8_e4m3fn", "float32", False): (82.0, 2.0),
     ("int8", "uint8", True): (57.7, 13.4),
 }
 _FLOATS = {
@@ -42,7 +46,7 @@ _FLOATS = {
     ("float16", "e4m3"): (84.0, 2.6),
     ("float16", "e8m0"): (84.0, 10.2),
     ("float16", "none"): (84.0, 0.0),
-    ("float8_e4m3fn", "e8m0"): (56.0, 7.0),
+    ("float8_e4m3fn", "e8m0"): (77.0, 7.0),
 }
 _DEEP = 12.0  # more for each scale that may be below e4m3's normals
 _LOOP = 16  # of a step: waiting, releasing, counting
@@ -146,15 +150,19 @@ def few_cost(
     )  # fmt: skip
 
 
+def tiles_instructions(problem: W4Problem, tile: W4Tile) -> tuple[float, int]:
+    """Return what a warp of gemm_w4_sm90.cu executes for a stage, and how much of it multiplies matrices."""
+    promoted = tile.tile_n // 2 * tile.blocks_of_64 if problem.activations == "float8_e4m3fn" else 0
+    multiplications = tile.slabs * 4 * tile.blocks_of_64
+    decoded = tile.slabs * tile.blocks_of_64 * decoding_of(problem)
+    return decoded + multiplications + promoted + 2 * _LOOP, multiplications
+
+
 def _tiles(problem: W4Problem, tile: W4Tile, device: Device) -> W4Cost:
     clusters, whole = schedule_of(problem, tile, device.multiprocessors)
     count = tile.tiles(problem)
     waves = -(-count // clusters) if whole == count else count / clusters
-    promoted = tile.tile_n // 2 * tile.blocks_of_64 if problem.activations == "float8_e4m3fn" else 0
-    multiplications = tile.slabs * 4 * tile.blocks_of_64
-    instructions = (
-        tile.slabs * tile.blocks_of_64 * decoding_of(problem) + multiplications + promoted + 2 * _LOOP
-    )
+    instructions, multiplications = tiles_instructions(problem, tile)
     if problem.slab == 64:
         each = tile.tile_w * tile.tile_n * problem.k / _RATES[tile.tile_n]
     else:

@@ -15,7 +15,7 @@ from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE
 from quantkit.kernels.w4.mma_launch import SOURCE as MMA_SOURCE
 from quantkit.kernels.work import Work
 
-FORMATS = ("int4", "nvfp4", "mxfp4", "w4a8", "mxfp4-fp8")
+FORMATS = ("int4", "nvfp4", "mxfp4", "w4a8", "w4a8-fp8", "mxfp4-fp8")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -25,7 +25,9 @@ def test_every_gpu_has_a_configuration_and_a_time_that_its_ceilings_allow(form, 
         work = Work(m=m, n=4096, k=2880, format=form)
         found = best_family(work, gpu)
         if found is None:  # tensor cores before sm_89 have no e4m3
-            assert form == "mxfp4-fp8" and gpu.architecture in ("sm_80", "sm_86")
+            assert form.endswith("-fp8")
+            assert gpu.architecture in ("sm_80", "sm_86") or form == "w4a8-fp8"
+            assert gpu.architecture != "sm_90a"
             continue
         family, prediction = found
         assert prediction.time_us >= work.roofline(gpu)[0]

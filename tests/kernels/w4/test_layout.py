@@ -103,6 +103,39 @@ def test_unpacking_undoes_packing_for_e4m3_activations(n, k, spread, top, seed):
     assert spread > 11 or not packed.layout.deep or top < -106
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 150),
+    k=st.integers(1, 600),
+    group=st.sampled_from([128, 256, None]),
+    scale_type=st.sampled_from(["bfloat16", "float16", "float32"]),
+    seed=st.integers(0, 1000),
+)
+def test_unpacking_undoes_packing_of_integers_for_e4m3_activations(n, k, group, scale_type, seed):
+    w = weight(np.random.default_rng(seed), n, k, "int4", group, scale_type=scale_type, simple=False)
+    packed = pack4(w, activation_bits=8, activations="float8_e4m3fn")
+    codes, scales, zero = unpack4(packed)
+    np.testing.assert_array_equal(codes, code_bits(w.qvalue, w.spec.format))
+    np.testing.assert_array_equal(scales, w.qparams.scale.astype(np.float64).reshape(n, -1))
+    assert zero is None and packed.layout.activations == ("float8_e4m3fn",)
+    values = decoded4(packed, "float8_e4m3fn") * packed.channel_scale[:, None]
+    np.testing.assert_array_equal(values.astype(np.float32), dequantize(w))
+
+
+@pytest.mark.parametrize(
+    ("kind", "zeros", "complaint"),
+    [
+        (("int4", 64), False, "groups of 64 by e4m3, whose sums of 128 are added at once; use groups of 128"),
+        (("uint4", 128), True, "has zero points, which no product by e4m3 takes"),
+        (("nvfp4", 16), False, "only fp4_e2m1 with scales of e8m0"),
+    ],
+)
+def test_what_is_not_multiplied_by_e4m3_is_refused(kind, zeros, complaint):
+    w = weight(np.random.default_rng(0), 8, 256, *kind, zeros=zeros)
+    with pytest.raises(KernelError, match=complaint):
+        pack4(w, activation_bits=8, activations="float8_e4m3fn")
+
+
 def test_groups_of_zeros_do_not_spread_the_scales_of_e4m3():
     codes = np.ones((2, 96), np.float32)
     codes[:, 32:64] = 0

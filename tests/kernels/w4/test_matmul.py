@@ -141,6 +141,7 @@ def test_products_take_the_chosen_kernel_and_are_exact(cupy, m, kind, dtype, out
     [
         (("uint4", 64), None, np.float16),
         (("int4", 128), "int8", np.int8),
+        (("int4", 128), "float8_e4m3fn", ml_dtypes.float8_e4m3fn),
         (("mxfp4", 32), "float8_e4m3fn", ml_dtypes.float8_e4m3fn),
     ],
 )
@@ -156,7 +157,7 @@ def test_the_common_door_takes_weights_of_four_bits(cupy, kind, activations, dty
 
 
 @pytest.mark.parametrize("m", [3, 20])
-@pytest.mark.parametrize("form", ["int4", "nvfp4", "w4a8", "mxfp4-fp8"])
+@pytest.mark.parametrize("form", ["int4", "nvfp4", "w4a8", "w4a8-fp8", "mxfp4-fp8"])
 def test_what_benchmarks_prepare_is_what_their_oracle_says(cupy, form, m):
     work = Work(m=m, n=72, k=160, format=form, bias=True, relu=True)
     family, operands = W4Family(), exact_operands(work)
@@ -170,7 +171,7 @@ def test_the_door_refuses_activations_that_a_format_is_not_multiplied_by(cupy):
     rng = np.random.default_rng(0)
     for kind, activations, complaint in (
         (("nvfp4", 16), "float8_e4m3fn", "only fp4_e2m1 with scales of e8m0"),
-        (("int4", None), "float8_e4m3fn", "int4 is not multiplied by float8_e4m3fn; pass int8"),
+        (("int4", 32), "float8_e4m3fn", "groups of 32 by e4m3"),
         (("int4", 32), "int16", "activations 'int16'; one of bfloat16"),
     ):
         with pytest.raises(KernelError, match=complaint):

@@ -47,10 +47,10 @@ class Run:
         w = weight(
             rng, n, k, form, group, zeros=self.zeros, scale_type=self.scale_type, simple=not self.identity
         )
-        if self.activations == "float8_e4m3fn":
+        if self.activations == "float8_e4m3fn" and form == "mxfp4":
             scale = np.ldexp(np.float32(1), -rng.integers(0, self.spread + 1, w.qparams.scale.shape))
             w = QTensor(w.qvalue, QParams(scale.astype(np.float32)), w.spec)
-        packed = pack4(w, activation_bits=self.bits)
+        packed = pack4(w, activation_bits=self.bits, activations=self.activations)
         a = np.eye(m, k) if self.identity else small_integers(rng, (m, k), "BF16")
         if self.rising:
             a = np.where(np.arange(k) < 128, 448.0, np.where(np.arange(k) % 32 == 0, 1.125, 0.0)) * np.ones(
@@ -103,6 +103,10 @@ EIGHT_LARGE = Run(
     spread=0,
     rising=True,
 )
+# Of integers by e4m3: groups of 128, and two of them in K.
+SIGNED = Run(
+    tile=EIGHT.tile, kind=("int4", 128), shape=(13, 130, 300), activations="float8_e4m3fn", identity=True
+)
 BYTES = Run(tile=PIECES.tile, kind=("int4", 32), shape=(13, 130, 300), activations="int8")
 
 # name: (file, text, its replacement, what shows it, where it must be caught)
@@ -121,6 +125,12 @@ MUTATIONS = {
     "the step of a power of two": (DECODE, "index * 0x08080808u", "index * 0x04040404u", EIGHT_CODES, "every"),
     "subnormals taken for normals": (DECODE, "if (DEEP && index < 3)", "if (0)", EIGHT_DEEP, "every"),
     "the wrong subnormals": (DECODE, "0x06040200u", "0x06030200u", EIGHT_DEEP, "every"),
+    "magnitude without its sign's one": (DECODE, "code + (code >> 7 & 0x01010101u)", "code", SIGNED, "every"),
+    "signs of neighbours taken along": (DECODE, "& 0x87878787u", "& 0x8f8f8f8fu", SIGNED, "every"),
+    "the lower row shifted, not turned": (DECODE, "word << 4 | word >> 28", "word << 4", SIGNED, "every"),
+    "sums of both rows with one scale": (SOURCE, "sum_scale(raw[0][i], 1)", "sum_scale(raw[0][i], 0)", SIGNED, "every"),
+    "scales of the other row": (SOURCE, "scales[v / 2 % 2]", "scales[v % 2]", SIGNED, "every"),
+    "sums without their scales": (SOURCE, "if constexpr (SCALED_SUMS && ", "if constexpr (false && ", SIGNED, "every"),
     "no promotion": (SOURCE, "!PROMOTE || depth > 0", "true", EIGHT_LARGE, "every"),
     "promoted before the products end": (
         SOURCE, "        if constexpr (PROMOTE) {\n          wgmma_wait<0>();", "        if constexpr (PROMOTE) {",

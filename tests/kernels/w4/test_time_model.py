@@ -12,10 +12,10 @@ from quantkit.kernels.cublas import cublas_bf16_us
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.gpus import get_gpu
 from quantkit.kernels.w4.heuristics import w4_choose
-from quantkit.kernels.w4.launch import FEW_SOURCE, w4_few_launch_of
+from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
 from quantkit.kernels.w4.problem import W4Problem
 from quantkit.kernels.w4.tiles import W4Few, W4Tile
-from quantkit.kernels.w4.time_model import estimate_us, few_cost, few_instructions
+from quantkit.kernels.w4.time_model import estimate_us, few_cost, few_instructions, tiles_instructions
 
 from ..sass import listing, tools
 
@@ -124,3 +124,30 @@ def test_the_loop_has_as_many_instructions_as_the_model_says(form, options, m, t
     expected, multiplications = few_instructions(one, tile)
     assert len(products) == multiplications
     assert end - begin == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.skipif(
+    not is_available() or tools() is None, reason="NVRTC or its disassembler is not installed"
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"codes": "int4", "group": 128, "scales": "bfloat16"},
+        {"codes": "int4", "group": 128, "scales": "float32"},
+        {"codes": "fp4_e2m1", "group": 32, "scales": "e8m0"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_the_loop_of_products_with_e4m3_has_as_many_instructions_as_the_model_says(options, tmp_path_factory):
+    one = problem(8, 28672, 8192, "int4", activations="float8_e4m3fn", **options)
+    tile = w4_choose(one)
+    assert isinstance(tile, W4Tile)
+    launch = w4_launch_of(one, tile, EpilogueKind(row_scale="one", column_scale="each"), 132)
+    cache = tmp_path_factory.getbasetemp() / "w4-cubins"
+    lines = listing(compile_kernel(SOURCE, arch="sm_90a", defines=launch.defines, cache=cache).cubin)
+    products = [i for i, line in enumerate(lines) if "QGMMA" in line]
+    begin = max(i for i, line in enumerate(lines) if "TRYWAIT" in line and i < products[0])
+    end = next(i for i in range(products[-1], len(lines)) if " BRA " in lines[i])
+    expected, multiplications = tiles_instructions(one, tile)
+    assert len(products) == multiplications
+    assert end - begin == pytest.approx(expected, rel=0.03)

@@ -27,6 +27,10 @@
 // registers, which prmt looks up four at a time: nibbles 0 ... 3 of a word are magnitudes of the upper row, 4 ... 7 of the
 // lower one; bits 7 of its bytes are the upper row's signs, bits 3 the lower one's. DEEP: some s are below -5, whose
 // tables hold subnormals.
+//
+// Integers by A of e4m3 are e4m3's subnormals and first normals, q 2^-9, exactly: a sign and four bits. A word's bits 7
+// are signs of the upper row and bits 2 ... 0 below them q, or -1 - q: with the sign added that is the magnitude. Turned
+// by four bits it is the lower row's. Sums of 128 of K are multiplied by the scales.
 #pragma once
 
 #include "instructions.h"
@@ -57,7 +61,10 @@ constexpr int PLANES = EIGHT ? 2 : 1;           // 16 bytes that a lane has of a
 using Sum = Type::Accumulator;
 static_assert(INT8 ? CODES == CODES_INT4 && (SCALES == SCALES_NONE || SCALES == SCALES_U8) : SCALES != SCALES_U8,
               "whole scales are for integers times int8");
-static_assert(!FP8 || (CODES == CODES_E2M1 && SCALES == SCALES_E8M0 && GROUP == 32), "MXFP4 alone is exact as e4m3");
+// Integers by e4m3: scales multiply sums of 128 of K.
+constexpr bool SCALED_SUMS = FP8 && CODES == CODES_INT4;
+static_assert(!FP8 || SCALED_SUMS || (SCALES == SCALES_E8M0 && GROUP == 32), "of e2m1 MXFP4 alone is exact as e4m3");
+static_assert(!SCALED_SUMS || (!ZEROS && GROUP % SLAB == 0 && SCALES <= SCALES_F32), "one scale for 128 of K");
 
 // What a pair of rows g, g + 8 has of scales and zero points in a slab: [row][group], in bytes; zero points two to one.
 constexpr int SCALE_BYTES = SCALES == SCALES_NONE ? 0 : SCALES == SCALES_F32 ? 4 : SCALES >= SCALES_E4M3 ? 1 : 2;
@@ -83,7 +90,7 @@ QK_FUNCTION float unpacked(uint32_t pair) { return BF ? bf16_low(pair) : f16_low
 // Scales in A's type need no second part.
 constexpr bool SPLIT = SCALES == SCALES_F32 || SCALES == (BF ? SCALES_F16 : SCALES_BF16);
 // What sums of decoded weights are multiplied by: the power of two that decoding left out.
-constexpr float REBASE = EIGHT ? 1.0f : CODES == CODES_E2M1 ? (SCALES == SCALES_E8M0   ? 0.5f
+constexpr float REBASE = SCALED_SUMS ? 0x1p9f : EIGHT ? 1.0f : CODES == CODES_E2M1 ? (SCALES == SCALES_E8M0   ? 0.5f
                                                 : SCALES == SCALES_E4M3 ? 0x1p7f
                                                 : BF                    ? 1.0f
                                                                         : 0x1p14f)
@@ -127,7 +134,9 @@ QK_FUNCTION Factor magnitudes(uint32_t index) {
 QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
   Factor f{0, 0, 0};
   const bool lower = i >= GROUPS;  // row g + 8
-  if constexpr (FP8) {
+  if constexpr (SCALED_SUMS) {
+    // nothing: see `sum_scale`
+  } else if constexpr (FP8) {
     f = magnitudes(raw[i / 4] >> i % 4 * 8 & 0xff);
   } else if constexpr (INT8) {
     f.scale = SCALES == SCALES_NONE ? 1 : raw[i / 4] >> i % 4 * 8 & 0xff;
@@ -158,7 +167,7 @@ QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
 }
 // With the zero point, or 8.
 QK_FUNCTION void set_zero(Factor& f, uint32_t zero, int row) {
-  if (CODES != CODES_INT4) return;
+  if (CODES != CODES_INT4 || SCALED_SUMS) return;
   if (EIGHT) f.offset = (128 - zero * f.scale) * 0x01010101u;
   else if (BF && !ZEROS && !SPLIT) f.offset = multiply(f.scale, row == 0 ? both(0x8008) : both(0x8080));  // -8 S 2^-133
   else if (BF) f.offset = both(0x8000 + (row == 0 ? zero : zero * 16));
@@ -204,7 +213,10 @@ QK_FUNCTION void decode_bytes(uint32_t low, uint32_t high, const Factor& upper, 
   QK_UNROLL for (int r = 0; r < 4; r++) {
     const Factor& f = r % 2 ? lower : upper;
     const uint32_t word = r < 2 ? low : high;
-    if constexpr (FP8) {
+    if constexpr (SCALED_SUMS) {
+      const uint32_t code = (r % 2 ? word << 4 | word >> 28 : word) & 0x87878787u;
+      to[r] = code + (code >> 7 & 0x01010101u);
+    } else if constexpr (FP8) {
       const uint32_t selectors = word & 0x77777777u, signs = r % 2 ? word << 4 : word;
       to[r] = prmt(f.scale, f.rest, r % 2 ? selectors >> 16 : selectors) | (signs & 0x80808080u);
     } else {
@@ -212,6 +224,13 @@ QK_FUNCTION void decode_bytes(uint32_t low, uint32_t high, const Factor& upper, 
       to[r] = (codes * f.scale + f.offset) ^ 0x80808080u;
     }
   }
+}
+
+// What sums of a slab are multiplied by, in row g + 8 `row` of a pair.
+QK_FUNCTION float sum_scale(const uint32_t (&raw)[PAIR_WORDS + 1], int row) {
+  if constexpr (SCALES == SCALES_F32) return portable::bits_float(raw[row]);
+  else if constexpr (SCALES == SCALES_F16) return row ? f16_high(raw[0]) : f16_low(raw[0]);
+  else return row ? bf16_high(raw[0]) : bf16_low(raw[0]);
 }
 
 // What a lane has of instruction `depth` (0 … 3) of a slab, with the pair's scales and zero points there.
