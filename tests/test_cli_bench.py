@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import pytest
 
 from quantkit.bench import run as bench_run
 from quantkit.cli import main
 from quantkit.kernels import compile as compiling
 from quantkit.kernels import present
+from tests.bench.quantized import BUILDERS
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,14 @@ def test_a_roofline_is_drawn_beside_the_table(run: Run) -> None:
         ((*SHAPE, "--dry-run", "--emulate"), "bench: --dry-run and --emulate were given"),
         ((*SHAPE, "--plot", "a.bmp"), "a.bmp: a plot is written as one of"),
         ((*SHAPE, "--dim", "seq"), "--dim seq: write NAME=SIZE"),
+        ((*SHAPE, "--cache", "a.calib"), "--cache: is of a model, and --shapes were given instead"),
+        ((*SHAPE, "--data", "calib"), "--data: is of a model, and --shapes were given instead"),
+        ((*SHAPE, "--batch", "4"), "--batch: is of a model, and --shapes were given instead"),
+        ((*SHAPE, "--dim", "seq=4"), "--dim: is of a model, and --shapes were given instead"),
+        (("bench", "m.onnx", "--mean", "0.5"), "--mean: says how to read --data, and none were named"),
+        (("bench", "m.onnx", "--input", "a=b"), "--input: says how to read --data, and none were named"),
+        (("tune", "--shapes", "1x2x3", "--batch", "4"), "--batch: is of a model, and --shapes were given"),
+        (("kernels", "build", "--batch", "4"), "--batch: is of a model, and none was named; name one"),
         (("bench",), "holds no calibration cache"),
         (("bench", "gone.onnx"), "gone.onnx: no such file"),
         (("tune", "--shapes", "64x512x256"), "no GPU here (CUDA counts none); run this on a machine with"),
@@ -97,6 +107,10 @@ def test_a_roofline_is_drawn_beside_the_table(run: Run) -> None:
         (("kernels", "build", "--arch", ""), "--arch '': names nothing"),
         (("kernels", "build", "--format", "int5"), "int5: no format of a product"),
         (("kernels", "build", "--format", "int2"), "int2: no kernel multiplies it; choose of bf16"),
+        (
+            ("kernels", "build", "--format", "mxfp4-fp4", "--arch", "sm_90a"),
+            "mxfp4-fp4 on sm_90a: no kernel multiplies it; choose another --format or --arch",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(
@@ -107,6 +121,35 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     assert found.out == ""
     assert message in found.err
     assert found.err.count("\n") == 1
+
+
+def test_a_folder_for_vllm_asks_for_the_onnx_model(run: Run) -> None:
+    Path("net.vllm").mkdir()
+    Path("net.vllm/config.json").write_text("{}")
+    found = run("bench", "net.vllm")
+    assert (found.code, found.out) == (2, "")
+    assert (
+        "net.vllm: is a folder for vLLM, which holds no graph to take shapes from; give the ONNX" in found.err
+    )
+
+
+def test_a_table_of_totals_is_not_drawn_where_no_total_is_known(run: Run) -> None:
+    onnx.save(BUILDERS["int8_weights_alone"](), "w8a16.onnx")
+    found = run("bench", "w8a16.onnx", "--batch", "4")
+    assert found.code == 0
+    assert "µs for all products" not in found.out
+    assert "no kernel yet for w8a16 on sm_90a" in found.out
+
+
+@pytest.mark.skipif(not compiling.is_available(), reason="NVRTC is not installed")
+def test_formats_without_a_kernel_are_told_beside_what_was_built(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantkit.kernels.build.ROWS", (64,))
+    monkeypatch.setattr("quantkit.kernels.build.LAYERS", ((512, 512),))
+    words = ("kernels", "build", "--arch", "sm_80", "--format", "int8,mxfp4-fp4", "--cubins", "cubins")
+    assert run(*words).out.splitlines()[1] == "no kernel: mxfp4-fp4 on sm_80"
+    assert json.loads(run(*words, "--json").out)["missing"] == ["mxfp4-fp4 on sm_80"]
 
 
 @pytest.mark.skipif(not compiling.is_available(), reason="NVRTC is not installed")

@@ -134,7 +134,7 @@ class Benchmark:
         peers = dict.fromkeys(name for row in self.rows for name in row.peers)
         plain = [
             {k: v for k, v in row.to_dict().items() if k not in ("peers_us", "refused", "layers")}
-            | {"layers": " ".join(row.layers)}
+            | {"layers": ";".join(row.layers)}
             | {f"{name} us": row.peers[name].median_us if name in row.peers else None for name in peers}
             for row in self.rows
         ]

@@ -17,7 +17,7 @@ from quantkit.bench.result import Benchmark
 from quantkit.bench.row import BenchRow, relative_error
 from quantkit.cache import CalibrationCache, find_cache
 from quantkit.data import ImagePreprocessing, SampleSource, open_data
-from quantkit.errors import CacheError, KernelError, SpecError
+from quantkit.errors import CacheError, KernelError, ModelError, SpecError
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.graph.clean import NEWEST_OPSET
 from quantkit.kernels.cublas import cublas_bf16_us
@@ -196,6 +196,11 @@ def _of_model(
 
 def _opened(model: ModelLike) -> Graph:
     """The graph of a model, also of a file whose scales are of a type that came with a newer operator set (E8M0)."""
+    if isinstance(model, str | os.PathLike) and (Path(model) / "config.json").is_file():
+        raise ModelError(
+            f"{os.fspath(model)}: is a folder for vLLM, which holds no graph to take shapes from; "
+            "give the ONNX model that it was made of, and --format."
+        )
     if isinstance(model, str | os.PathLike) and os.path.isfile(model):
         try:
             raw = ir.load(model)

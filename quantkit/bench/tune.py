@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantkit.bench.cases import Case, cases_of_shapes
@@ -38,11 +38,15 @@ class TunedProduct:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What tuning a model's products found; it lies in the timing cache already."""
+    """What tuning a model's products found; it lies in the timing cache already.
+
+    untuned: why nothing was timed of the others, by their sizes and format, or by the nodes that are no products.
+    """
 
     model: str | None
     gpu: Gpu
     products: tuple[TunedProduct, ...]
+    untuned: Mapping[str, str] = field(default_factory=dict)
 
     def table(self) -> Table:
         """Return a row a product: the model's choice, the fastest, and what that gains."""
@@ -77,6 +81,7 @@ class Tuning:
                 }
                 for x in self.products
             ],
+            "untuned": dict(self.untuned),
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -121,6 +126,11 @@ def tune_model(
         for case in products.cases
         if (family := family_of(case.work, gpu)) is not None
     ]
+    untuned = {
+        _words(case): f"no kernel multiplies it on {gpu.architecture}"
+        for case in products.cases
+        if family_of(case.work, gpu) is None
+    }
     compile_ahead([(f, case.work, c) for case, f, configurations in jobs for c in configurations], gpu)
     watch = GpuStopwatch()
     found = []
@@ -128,10 +138,17 @@ def tune_model(
         tuned = tune_case(
             case, family, configurations, gpu, repeats=repeats, pause_s=pause_ms / 1e3, stopwatch=watch
         )
-        if tuned is not None:
+        if tuned is None:
+            untuned[_words(case)] = f"none of {len(configurations)} configurations runs"
+        else:
             found.append(tuned)
         on_product(index + 1, len(jobs))
-    return Tuning(model=name, gpu=gpu, products=tuple(found))
+    untuned |= {f"{left.op_type} {left.node}": left.reason for left in products.left}
+    return Tuning(model=name, gpu=gpu, products=tuple(found), untuned=untuned)
+
+
+def _words(case: Case) -> str:
+    return f"{case.work.m} × {case.work.n} × {case.work.k} {case.work.format}"
 
 
 def tune_case(

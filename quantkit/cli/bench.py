@@ -1,6 +1,6 @@
 """`quantkit bench`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +20,9 @@ Formats = Annotated[
     ),
 ]
 Batches = Annotated[
-    str, typer.Option("--batch", help="Samples at a time, several with commas.", show_default=True)
+    str | None, typer.Option("--batch", help="Samples at a time, several with commas (default: 1,64).")
 ]
+DEFAULT_BATCHES = "1,64"
 Dims = Annotated[
     list[str] | None,
     typer.Option(
@@ -42,7 +43,7 @@ def bench(
         ),
     ] = None,
     formats: Formats = None,
-    batch: Batches = "1,64",
+    batch: Batches = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="The calibration cache (default: the one *.calib here).")
     ] = None,
@@ -96,6 +97,13 @@ def bench(
         raise SpecError("bench: --json and --csv were given; choose one.")
     if dry_run and emulate:
         raise SpecError("bench: --dry-run and --emulate were given; choose one.")
+    batches, asked_sizes = numbers("--batch", batch or DEFAULT_BATCHES), sizes(dims)
+    reading: dict[str, object] = {"--mean": mean, "--std": std, "--size": image_size, "--layout": layout}
+    reading |= {"--image-preset": image_preset, "--input": inputs}
+    if shapes is not None:
+        about_models({"--cache": cache, "--data": data, "--batch": batch, "--dim": dims, **reading})
+    if data is None:
+        about_data(reading)
     if plot is not None:
         check_plot(plot)
         check_output(plot, inputs=[model, cache])
@@ -105,11 +113,11 @@ def bench(
             cache,
             shapes=None if shapes is None else parse_shapes(shapes),
             formats=None if formats is None else named("--format", formats),
-            batches=numbers("--batch", batch),
+            batches=batches,
             data=data,
             image=options.image_preprocessing(mean, std, image_size, layout, image_preset),
             mapping=options.mapping(inputs),
-            dims=sizes(dims),
+            dims=asked_sizes,
             device_model=device_model,
             dry_run=dry_run,
             emulate=emulate,
@@ -133,7 +141,7 @@ def _show(found: "Benchmark", plot: Path | None) -> None:
     if first:
         typer.echo(f"{first}\n")
     typer.echo(found.table().text())
-    if any(row.batch is not None for row in found.rows) and found.mode != "emulated":
+    if any(batch is not None for batch, _ in found.totals()) and found.mode != "emulated":
         typer.echo(f"\n{found.summary().text()}")
     refused = {(peer, reason): None for row in found.rows for peer, reason in row.refused.items()}
     lines = [note for note in notes if note]
@@ -152,6 +160,36 @@ def _by_reason(found: "Benchmark") -> dict[tuple[str, str], list[str]]:
     for left in found.left:
         groups.setdefault((left.op_type, left.reason), []).append(left.node)
     return groups
+
+
+def about_models(given: Mapping[str, object]) -> None:
+    """Refuse options of a model beside --shapes: what is not heeded must not look heeded.
+
+    Raises:
+        SpecError: one was given.
+    """
+    from quantkit.errors import SpecError
+
+    for option, value in given.items():
+        if value:
+            raise SpecError(
+                f"{option}: is of a model, and --shapes were given instead; leave one of them out."
+            )
+
+
+def about_data(given: Mapping[str, object]) -> None:
+    """Refuse options that say how data are read where none were named.
+
+    Raises:
+        SpecError: one was given.
+    """
+    from quantkit.errors import SpecError
+
+    for option, value in given.items():
+        if value:
+            raise SpecError(
+                f"{option}: says how to read --data, and none were named; name them, or leave it out."
+            )
 
 
 def parse_shapes(text: str) -> list[tuple[int, int, int]]:

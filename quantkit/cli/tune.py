@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.bench import Batches, Dims, Formats, named, numbers, parse_shapes, progress, sizes
+from quantkit.cli.bench import (
+    DEFAULT_BATCHES,
+    Batches,
+    Dims,
+    Formats,
+    about_models,
+    named,
+    numbers,
+    parse_shapes,
+    progress,
+    sizes,
+)
 
 
 def tune(
@@ -18,7 +29,7 @@ def tune(
         str | None, typer.Option("--shapes", help="MxNxK, several with commas, instead of a model.")
     ] = None,
     formats: Formats = None,
-    batch: Batches = "1,64",
+    batch: Batches = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="The calibration cache (default: the one *.calib here).")
     ] = None,
@@ -38,14 +49,17 @@ def tune(
     """
     from quantkit.bench.tune import tune_model
 
+    batches, asked_sizes = numbers("--batch", batch or DEFAULT_BATCHES), sizes(dims)
+    if shapes is not None:
+        about_models({"--cache": cache, "--batch": batch, "--dim": dims})
     with progress("tune", shown=not as_json) as on_product:
         found = tune_model(
             model,
             cache,
             shapes=None if shapes is None else parse_shapes(shapes),
             formats=None if formats is None else named("--format", formats),
-            batches=numbers("--batch", batch),
-            dims=sizes(dims),
+            batches=batches,
+            dims=asked_sizes,
             depth=depth,
             repeats=repeats,
             on_product=on_product,
@@ -54,3 +68,6 @@ def tune(
         options.print_json(found.to_dict())
     else:
         typer.echo(found.table().text())
+        lines = [f"not tuned: {what}, {reason}" for what, reason in found.untuned.items()]
+        if lines:
+            typer.echo("\n" + "\n".join(lines))

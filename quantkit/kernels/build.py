@@ -106,6 +106,17 @@ def jobs_of(works: Sequence[Work], archs: Sequence[str]) -> list[Job]:
     return list(dict.fromkeys(jobs))
 
 
+def untaken(works: Sequence[Work], archs: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the formats of works that no kernel multiplies on these architectures: (format, architecture)."""
+    one_of_each = {work.format: work for work in works}.values()
+    return [
+        (work.format, arch)
+        for arch in dict.fromkeys(archs)
+        for work in one_of_each
+        if not any(_chosen(work, gpu) for gpu in _gpus_of(arch))
+    ]
+
+
 def usual_works(formats: Sequence[str] | None = None) -> list[Work]:
     """Return the works that a build without a model covers: in the formats named, else in each that has a kernel.
 

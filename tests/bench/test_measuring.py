@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from quantkit.bench import measuring
+from quantkit.bench import measuring, tune
 from quantkit.bench.cases import Case, cases_of_shapes
 from quantkit.bench.measuring import measured
 from quantkit.bench.row import relative_error
@@ -86,6 +86,25 @@ def test_where_nothing_runs_nothing_is_remembered() -> None:
     family = FakeFamily(clock, [-1.0, -2.0])
     assert tune_case(case_of(), family, family.times_us, H200, repeats=2, pause_s=0, stopwatch=clock) is None
     assert family.remembered == {}
+
+
+def test_what_could_not_be_tuned_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    family = FakeFamily(clock, [-1.0, -2.0])
+    for name, stand_in in (
+        ("present_gpu", lambda: H200),
+        ("GpuStopwatch", lambda: clock),
+        ("compile_ahead", lambda chosen, gpu: None),
+        ("family_of", lambda work, gpu: family if work.format in family.formats else None),
+    ):
+        monkeypatch.setattr(tune, name, stand_in)
+    found = tune.tune_model(shapes=[(70, 40, 32)], formats=["int8", "int2"], repeats=2, pause_ms=0)
+    assert found.products == ()
+    assert found.untuned == {
+        "70 × 40 × 32 int2": "no kernel multiplies it on sm_90a",
+        "70 × 40 × 32 int8": "none of 2 configurations runs",
+    }
+    assert found.to_dict()["untuned"] == found.untuned
 
 
 def test_the_error_is_relative_and_infinite_where_something_is_not_finite() -> None:

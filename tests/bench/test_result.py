@@ -96,6 +96,17 @@ def test_totals_of_batches_and_formats_are_apart() -> None:
     }
 
 
+@pytest.mark.parametrize("suffix", [".svg", ".pdf", ".png"])
+def test_the_same_figures_give_the_same_picture(tmp_path: Path, suffix: str) -> None:
+    found = result(row(20.0, cuBLAS_bf16=50.0), row(30.0, form="fp8"))
+    pictures = []
+    for name in ("one", "two"):
+        save_roofline(found, tmp_path / f"{name}{suffix}")
+        pictures.append((tmp_path / f"{name}{suffix}").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert suffix == ".png" or b"Date" not in pictures[0]
+
+
 def test_a_sum_that_lacks_a_part_is_not_told() -> None:
     missing = replace(row(None), predicted_us=None, kernel="")
     assert result(row(1.0), missing, row(2.0, form="fp8")).totals().keys() == {(1, "fp8")}
@@ -133,7 +144,7 @@ def test_json_and_csv_hold_every_row_and_each_peer() -> None:
     rows = list(csv.DictReader(io.StringIO(found.csv())))
     assert [r["time_us"] for r in rows] == ["20.0", "30.0"]
     assert [r["Triton us"] for r in rows] == ["", "9.0"]
-    assert rows[0]["layers"] == "fc1 fc2"
+    assert rows[0]["layers"] == "fc1;fc2"
 
 
 def test_a_notebook_gets_an_html_table() -> None:
