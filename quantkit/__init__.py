@@ -16,39 +16,54 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quantkit.bench import Benchmark, bench_model
+    from quantkit.budget import BudgetResult, meet_budget
     from quantkit.cache import CalibrationCache
     from quantkit.data import ImagePreprocessing
     from quantkit.errors import QuantkitError
     from quantkit.evaluation import Evaluation
     from quantkit.exported import Exported
     from quantkit.exporting import export_model
-    from quantkit.pipeline import calibrate_model, evaluate_model
+    from quantkit.pipeline import calibrate_model, collect_grams, evaluate_model
+    from quantkit.planning import Request
+    from quantkit.sensitivity import Sensitivity, measure_sensitivity
 
 _HOMES = {
     "Benchmark": "quantkit.bench.result",
+    "BudgetResult": "quantkit.budget",
     "CalibrationCache": "quantkit.cache",
     "Evaluation": "quantkit.evaluation",
     "Exported": "quantkit.exported",
     "ImagePreprocessing": "quantkit.data",
     "QuantkitError": "quantkit.errors",
+    "Request": "quantkit.planning",
+    "Sensitivity": "quantkit.sensitivity",
     "bench_model": "quantkit.bench.run",
     "calibrate_model": "quantkit.pipeline",
+    "collect_grams": "quantkit.pipeline",
     "evaluate_model": "quantkit.pipeline",
     "export_model": "quantkit.exporting",
+    "measure_sensitivity": "quantkit.sensitivity",
+    "meet_budget": "quantkit.budget",
 }
 
 __all__ = [
     "Benchmark",
+    "BudgetResult",
     "CalibrationCache",
     "Evaluation",
     "Exported",
     "ImagePreprocessing",
     "QuantkitError",
+    "Request",
+    "Sensitivity",
     "__version__",
     "bench_model",
     "calibrate_model",
+    "collect_grams",
     "evaluate_model",
     "export_model",
+    "measure_sensitivity",
+    "meet_budget",
 ]
 
 

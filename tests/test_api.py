@@ -77,16 +77,22 @@ def part(module: str) -> str:
 def test_the_face_shows_what_it_promises() -> None:
     assert quantkit.__all__ == [
         "Benchmark",
+        "BudgetResult",
         "CalibrationCache",
         "Evaluation",
         "Exported",
         "ImagePreprocessing",
         "QuantkitError",
+        "Request",
+        "Sensitivity",
         "__version__",
         "bench_model",
         "calibrate_model",
+        "collect_grams",
         "evaluate_model",
         "export_model",
+        "measure_sensitivity",
+        "meet_budget",
     ]
     assert dir(quantkit) == sorted(quantkit.__all__)
 
