@@ -56,16 +56,18 @@ def write_grams(
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         digests = []
-        for (view, (groups, size)), (name, gram) in zip(sizes.items(), grams, strict=True):
-            assert (name, gram.groups, gram.size) == (view, groups, size), (
-                "matrices come in the order of their sizes"
-            )
+        expected = iter(sizes.items())
+        for view, gram in grams:
+            assert next(expected, None) == (view, (gram.groups, gram.size)), "in the order of their sizes"
             digest = hashlib.sha256()
             for part in _PARTS:
                 content = np.ascontiguousarray(gram.to_arrays()[part], _TYPES[part][1])
                 digest.update(content.data)
                 file.write(content.data)
             digests.append(digest.digest())
+            # Not to stand beside those of the next pass.
+            del gram, content
+        assert next(expected, None) is None, "as many as there are sizes"
         file.write(b"".join(digests))
 
 

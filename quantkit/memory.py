@@ -1,5 +1,7 @@
 """How many samples can be run at a time: what a model's tensors take, known before it runs."""
 
+import ctypes
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,6 +44,13 @@ def tensor_bytes(graph: Graph, sample: Sample, names: Sequence[str]) -> dict[str
 def fitting_batch(sample_bytes: int, memory: int) -> int:
     """Return how many samples of so many bytes fit into `memory`: at least 1, at most 32."""
     return max(1, min(_LARGEST_BATCH, memory // max(sample_bytes, 1)))
+
+
+def release() -> None:
+    """Give what was freed back to the system: glibc keeps hundreds of MiB of a session that has ended."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _bytes_of(value: ir.Value, otherwise: int) -> int:

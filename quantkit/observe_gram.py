@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from quantkit.data import SampleSource, batch_axes, batch_length, batches, fixed_batch_size, peek
-from quantkit.devices import device_of
+from quantkit.devices import Collects, Processors, device_of
 from quantkit.graph import Graph
 from quantkit.graph.linears import Linear
-from quantkit.memory import fitting_batch, tensor_bytes
+from quantkit.memory import fitting_batch, release, tensor_bytes
 from quantkit.runtime import Session
-from quantkit.statistics.gram import GramMatrix, gram_bytes
-from quantkit.statistics.patches import patches, same_pads
+from quantkit.statistics.gram import GramMatrix, gram_bytes, working_bytes
+from quantkit.statistics.patches import PATCHES_BYTES, patches, same_pads
 
 # Beside the matrices themselves, what is fetched of the model and cut into patches.
 DEFAULT_GRAM_MEMORY = 1 << 30
@@ -27,7 +27,8 @@ class GramWork:
         passes: the views of each run over the data.
         views: a linear operator of every view.
         file_bytes: of all matrices together.
-        memory_bytes: of the largest pass: its matrices, and its tensors of one batch.
+        memory_bytes: of the largest pass: its matrices, its tensors of one batch, and what one product takes. What
+            the runtime needs to run the model, its weights and its own tensors, comes on top.
         batch_size: samples run at a time.
     """
 
@@ -53,8 +54,8 @@ def divide_grams(
         source: the samples; the first tells how large tensors are.
         linears: of `find_linears`; those that read a tensor alike share a matrix.
         batch_size: samples to run at a time; None for as many as fit, at most 32.
-        max_memory: bytes for the matrices of a pass and its tensors; a matrix larger than that has a pass of its
-            own. None for 1 GiB.
+        max_memory: bytes for a pass, as `GramWork.memory_bytes` counts them; a matrix that needs more has a pass of
+            its own. None for 1 GiB.
 
     Raises:
         DataError: no samples.
@@ -65,19 +66,20 @@ def divide_grams(
     budget = max_memory or DEFAULT_GRAM_MEMORY
     first, _ = peek(source)
     sizes = tensor_bytes(graph, first, sorted({v.tensor for v in views.values()}))
-    # A quarter for tensors, of which a piece stands in memory twice more, as patches of float64.
+    # A quarter for tensors.
     largest = max(sizes.values(), default=1)
     size = fixed_batch_size(graph.inputs) or batch_size or fitting_batch(largest, budget // 4)
     passes: list[list[str]] = []
-    filled = most = 0
+    filled = working = most = 0
     for view, linear in views.items():
         needed = gram_bytes(linear.size, linear.groups) + size * sizes[linear.tensor]
-        if not passes or filled + needed > budget:
+        product = working_bytes(linear.size) + (0 if linear.window is None else PATCHES_BYTES)
+        if not passes or filled + needed + max(working, product) > budget:
             passes.append([])
-            filled = 0
+            filled = working = 0
         passes[-1].append(view)
-        filled += needed
-        most = max(most, filled)
+        filled, working = filled + needed, max(working, product)
+        most = max(most, filled + working)
     return GramWork(
         passes=passes,
         views=views,
@@ -112,29 +114,47 @@ def observe_grams(
         KernelError: device is "cuda", and there is no GPU or no CuPy.
     """
     place = device_of(device)
+    for part in work.passes:
+        grams = _collect(graph, source, work, part, place, on_samples)
+        release()
+        for view in part:
+            # What was taken is gone: the next pass needs the room.
+            yield view, grams.pop(view).result()
+
+
+def _collect(
+    graph: Graph,
+    source: SampleSource,
+    work: GramWork,
+    part: list[str],
+    place: Processors,
+    on_samples: Callable[[int], object],
+) -> dict[str, Collects]:
+    """One pass. A function, so that the session and the last batch are gone when its matrices are taken."""
     axes = batch_axes(graph.inputs)
     fed = {spec.name for spec in graph.inputs}
-    for part in work.passes:
-        grams = {view: place.gram(work.views[view].size, work.views[view].groups) for view in part}
-        readers: dict[str, list[str]] = {}
-        for view in part:
-            readers.setdefault(work.views[view].tensor, []).append(view)
-        fetched = [name for name in readers if name not in fed]
-        # As calibration runs it: with all optimizations.
-        session = Session(graph.model, outputs=fetched, provider=place.provider) if fetched else None
-        for batch in batches(source, graph.inputs, work.batch_size):
-            feeds = place.feeds(batch)
-            tensors = feeds if session is None else {**feeds, **place.run(session, feeds)}
-            for name, reading in readers.items():
-                tensor = tensors.pop(name)
-                array = place.array(tensor)
-                for view in reading:
-                    for rows in vectors(array, work.views[view], cut=place.patches):
-                        grams[view].observe(rows)
-                place.wait()
-            on_samples(batch_length(batch, axes))
-        for view, gram in grams.items():
-            yield view, gram.result()
+    grams = {view: place.gram(work.views[view].size, work.views[view].groups) for view in part}
+    readers: dict[str, list[str]] = {}
+    for view in part:
+        readers.setdefault(work.views[view].tensor, []).append(view)
+    fetched = [name for name in readers if name not in fed]
+    # As calibration runs it: with all optimizations.
+    session = Session(graph.model, outputs=fetched, provider=place.provider) if fetched else None
+    for batch in batches(source, graph.inputs, work.batch_size):
+        feeds = place.feeds(batch)
+        tensors = feeds if session is None else {**feeds, **place.run(session, feeds)}
+        for name, reading in readers.items():
+            _take(tensors.pop(name), [(work.views[view], grams[view]) for view in reading], place)
+        on_samples(batch_length(batch, axes))
+    return grams
+
+
+def _take(tensor: Any, reading: list[tuple[Linear, Collects]], place: Processors) -> None:
+    array = place.array(tensor)
+    for linear, gram in reading:
+        for rows in vectors(array, linear, cut=place.patches):
+            gram.observe(rows)
+    place.wait()
 
 
 def vectors(x: Any, linear: Linear, *, cut: Callable[..., Iterator[Any]] = patches) -> Iterator[Any]:

@@ -1,3 +1,4 @@
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,10 @@ from quantkit.calibrators.weight_layout import WeightLayout
 from quantkit.data import open_data
 from quantkit.graph import load_graph
 from quantkit.graph.linears import find_linears
-from quantkit.observe_gram import divide_grams, observe_grams, vectors
+from quantkit.observe_gram import DEFAULT_GRAM_MEMORY, divide_grams, observe_grams, vectors
 from quantkit.runtime import Session
 from quantkit.statistics import GramMatrix
-from tests.models import MODELS, TinyModel
+from tests.models import MODELS, TinyModel, model_of
 
 
 def grams_of(graph, feeds, **options):
@@ -75,6 +76,33 @@ def test_the_estimate_is_what_the_matrices_take():
     grams, work = grams_of(graph, tiny.feeds(2))
     assert work.file_bytes == sum(a.nbytes for g in grams.values() for a in g.to_arrays().values())
     assert work.memory_bytes > work.file_bytes
+
+
+@pytest.mark.parametrize("max_memory", [None, 12 << 20])
+def test_collecting_takes_no_more_memory_than_it_says(max_memory):
+    width, layers = 512, 4
+    rng = np.random.default_rng(0)
+    lines = [f"h{i + 1} = MatMul (h{i}, w{i})" for i in range(layers)]
+    graph = load_graph(
+        model_of(
+            f"(float[N,{width}] h0) => (float[N,{width}] h{layers}) {{ {chr(10).join(lines)} }}",
+            **{f"w{i}": rng.normal(size=(width, width)).astype(np.float32) / 16 for i in range(layers)},
+        )
+    )
+    feeds = [{"h0": rng.normal(size=(500, width)).astype(np.float32)} for _ in range(3)]
+    source = open_data(feeds, graph.inputs)
+    work = divide_grams(graph, source, find_linears(graph).values(), batch_size=1, max_memory=max_memory)
+    assert len(work.passes) == (1 if max_memory is None else 2)
+    assert work.memory_bytes <= (max_memory or DEFAULT_GRAM_MEMORY)
+    tracemalloc.start()
+    try:
+        sums = [gram.count for _, gram in observe_grams(graph, source, work)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sums == [1500] * layers
+    # Python's own objects are a few hundred kB; matrices alone take 8 MiB in one pass, 4 in two.
+    assert 0.5 * work.memory_bytes < peak <= work.memory_bytes + 2**19
 
 
 def test_samples_are_counted_in_every_pass():

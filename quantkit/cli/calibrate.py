@@ -138,7 +138,8 @@ def _estimate(work: "GramWork", path: Path) -> str:
     runs = options.count(len(work.passes), "run")
     return (
         f"gram: {len(work.views)} matri{'x' if len(work.views) == 1 else 'ces'}, "
-        f"{options.size(work.file_bytes)} in {path}, {options.size(work.memory_bytes)} of memory, {runs} over the data"
+        f"{options.size(work.file_bytes)} in {path}, "
+        f"{options.size(work.memory_bytes)} of memory beside the running model, {runs} over the data"
     )
 
 

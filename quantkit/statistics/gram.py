@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from quantkit.errors import CacheError, DataError
 
+# Elements of the vectors that are multiplied at a time.
+_PIECE = 1 << 19
+
 
 class GramMatrix:
     """Σ x xᵀ, Σ x and count of the vectors x that a linear operator multiplies with its weight.
@@ -81,12 +84,14 @@ class GramMatrix:
                 f"Gram matrix: vectors of shape {rows.shape} where ({self.groups}, any, {self.size}) belongs; "
                 "the channel axis must not vary between samples."
             )
-        # float64 before the product: float32 sums would depend on how the vectors were batched.
+        rows_at_once = _rows_at_once(self.size)
         for group, part in enumerate(cube):
-            x = part.astype(np.float64)
-            with np.errstate(invalid="ignore", over="ignore"):
-                self.products[group] += x.T @ x
-                self.sums[group] += x.sum(axis=0)
+            for start in range(0, len(part), rows_at_once):
+                # float64 before the product: float32 sums would depend on how the vectors were batched.
+                x = part[start : start + rows_at_once].astype(np.float64)
+                with np.errstate(invalid="ignore", over="ignore"):
+                    self.products[group] += x.T @ x
+                    self.sums[group] += x.sum(axis=0)
         self.count += cube.shape[1]
 
     def merge(self, other: "GramMatrix") -> "GramMatrix":
@@ -151,6 +156,16 @@ class GramMatrix:
 
     def __repr__(self) -> str:
         return f"GramMatrix(size={self.size}, groups={self.groups}, count={self.count})"
+
+
+def _rows_at_once(size: int) -> int:
+    """How many vectors are multiplied at a time: as float64 a quarter of the matrix, or 4 MiB where that is more."""
+    return max(_PIECE // max(size, 1), size // 4, 1)
+
+
+def working_bytes(size: int) -> int:
+    """Return the bytes that taking vectors in needs beside the matrix: a product, and the vectors as float64."""
+    return 8 * size * (size + _rows_at_once(size))
 
 
 def gram_bytes(size: int, groups: int = 1) -> int:

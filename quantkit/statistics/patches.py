@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Elements of a piece: a few of them stand in memory at a time.
-_PIECE = 1 << 21
+# Elements of a piece.
+_PIECE = 1 << 20
+# What a piece takes at most while it is cut: itself, and the padded input that it is cut from.
+PATCHES_BYTES = 2 * 4 * _PIECE
 
 
 def patches(
