@@ -15,7 +15,7 @@ from typing import Any
 
 from quantkit.errors import KernelError
 from quantkit.files import atomic_write
-from quantkit.kernels.caches import ROOT, make_cache
+from quantkit.kernels.caches import ROOT, is_whole, make_cache
 
 INCLUDE = Path(__file__).resolve().parent / "cuda" / "include"
 DEFAULT_CACHE = ROOT / "cubin"
@@ -97,13 +97,22 @@ def compile_kernel(
     text = source.read_bytes()
     cubin = cache / f"{source.stem}-{arch}-{_key(text, headers, options)}.cubin"
     log = cubin.with_suffix(".log")
-    if not cubin.exists() or not log.exists():
+    message = _said(log) if is_whole(cubin) else None
+    if message is None:
         data, message = _compile(source.name, text, headers, options)
         make_cache(cache)
         with atomic_write(cubin) as temporary:
             temporary.with_suffix(".log").write_text(message)
             temporary.write_bytes(data)
-    return _describe(cubin, arch, log.read_text())
+    return _describe(cubin, arch, message)
+
+
+def _said(log: Path) -> str | None:
+    """What the compiler said of a cubin that is there; None where that was lost."""
+    try:
+        return log.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _headers(folder: Path | None) -> list[Path]:

@@ -69,6 +69,11 @@ def pack_weight(
     Raises:
         KernelError: not a matrix, or a format, zero point or granularity that no kernel takes.
     """
+    if not isinstance(weight, QTensor):
+        kind = type(weight).__name__
+        raise KernelError(
+            f"weight: is a {kind}, not a QTensor; quantize it with quantkit.formats.quantize first."
+        )
     name = weight.spec.format.name
     found = _FORMATS.get(name)
     values, params = weight.qvalue, weight.qparams
@@ -186,6 +191,8 @@ def matmul(
     if isinstance(weight, PackedBlockWeight):
         chosen = tile if isinstance(tile, BlocksTile) else None
         return matmul_blocks(a, weight, epilogue=epilogue, out_dtype=out_dtype, out=out, tile=chosen)
+    if not isinstance(weight, PackedWeight):
+        raise KernelError(f"weight: is a {type(weight).__name__}; pass what pack_weight makes of it.")
     cupy = gpu.cupy()
     epilogue = epilogue or Epilogue()
     device = gpu.current()

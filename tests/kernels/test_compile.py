@@ -109,6 +109,26 @@ def test_a_cubin_is_compiled_once_and_anew_when_a_header_changes(tmp_path):
     assert second.read_bytes() != first.read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["cubin cut", "cubin empty", "cubin junk", "log gone", "log junk"])
+def test_what_was_damaged_in_the_cache_is_compiled_again(tmp_path, damage):
+    source = tmp_path / "k.cu"
+    source.write_text('extern "C" __global__ void k(int* p) { *p = 1; }\n')
+    first = compile_kernel(source, arch="sm_80", cache=tmp_path / "c")
+    whole, log = first.cubin.read_bytes(), first.cubin.with_suffix(".log")
+    if damage.startswith("cubin"):
+        first.cubin.write_bytes(
+            {"cubin cut": whole[:-1], "cubin empty": b"", "cubin junk": b"junk" * 99}[damage]
+        )
+    elif damage == "log gone":
+        log.unlink()
+    else:
+        log.write_bytes(b"\xff\xfe\x00")
+    second = compile_kernel(source, arch="sm_80", cache=tmp_path / "c")
+    assert (second.cubin, second.registers) == (first.cubin, first.registers)
+    assert first.cubin.read_bytes() == whole
+    assert "Compiling entry function 'k'" in log.read_text()
+
+
 def test_configuration_and_architecture_name_the_cubin(tmp_path):
     source = tmp_path / "k.cu"
     source.write_text('extern "C" __global__ void k(int* p) { *p = VALUE; }\n')

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from quantkit.errors import KernelError
-from quantkit.formats import INT8, QuantSpec
-from quantkit.kernels import device, matmul, quantize_activation
+from quantkit.formats import INT8, QuantSpec, qparams_from_range, quantize, range_of
+from quantkit.kernels import device, matmul, pack_weight, quantize_activation
 from quantkit.kernels.gemm import pack_codes
 from quantkit.kernels.gemm_checks import check_product
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
@@ -109,3 +109,17 @@ def test_without_a_gpu_the_door_says_so(monkeypatch):
             KernelError, match=r"^no GPU here \(cudaErrorInsufficientDriver: .*missing\); run"
         ):
             call()
+
+
+def test_what_was_not_quantized_or_packed_is_refused_with_the_step_that_is_missing():
+    floats = np.zeros((8, 32), np.float32)
+    spec = QuantSpec(format=INT8, axis=0)
+    quantized = quantize(floats, qparams_from_range(range_of(floats, spec), spec), spec)
+    for given in (floats, None):
+        with pytest.raises(
+            KernelError, match=r"not a QTensor; quantize it with quantkit\.formats\.quantize first"
+        ):
+            pack_weight(given)
+    for given in (floats, None, quantized):
+        with pytest.raises(KernelError, match=r"weight: is a \w+; pass what pack_weight makes of it\."):
+            matmul(floats, given)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from quantkit.errors import KernelError
 from quantkit.files import atomic_write
-from quantkit.kernels.caches import ROOT, make_cache
+from quantkit.kernels.caches import ROOT, is_whole, make_cache
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE.parent / "cuda" / "include"
@@ -72,7 +72,7 @@ def _built(
     while True:
         name = key()
         target = cache / f"{stem}-{name}.so"
-        if target.exists():
+        if is_whole(target):
             return target
         make_cache(cache)
         with suppress(_EditedError), atomic_write(target) as temporary:

@@ -53,6 +53,16 @@ def test_every_block_and_thread_knows_its_coordinates(compiler, tmp_path):
         np.testing.assert_array_equal(out, np.tensordot(weights, index, 1))
 
 
+@pytest.mark.parametrize("cut", [0, -1])
+def test_a_damaged_library_is_built_again(compiler, tmp_path, cut):
+    source = write(tmp_path, "data[threadIdx.x] = 1;")
+    built = build.build_kernel(source, cache=tmp_path / "cache", library=build.build_library())
+    whole = built.read_bytes()
+    built.write_bytes(whole[:cut])
+    assert build.build_kernel(source, cache=tmp_path / "cache", library=build.build_library()) == built
+    assert len(built.read_bytes()) == len(whole)
+
+
 def test_arguments_that_do_not_fit_their_parameters_are_refused(compiler):
     kernel = load(SOURCE, "widths")
     data = np.zeros(3584, np.uint8)
