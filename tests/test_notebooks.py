@@ -1,6 +1,7 @@
 """Every notebook is executed as a reader would, and stored as an author should."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -66,6 +67,21 @@ def test_the_quickstart_runs_and_shows_tables_and_a_picture(tmp_path: Path, kern
     for method in ("entropy", "minmax", "mse", "percentile"):
         assert method in tables[-1]
     assert {p: p.stat().st_mtime_ns for p in (ROOT / "notebooks").iterdir()} == before
+
+
+def test_four_bits_are_won_back_step_by_step(tmp_path: Path, kernels: None) -> None:
+    notebook = execute(ROOT / "notebooks" / "02_fewer_bits.ipynb", tmp_path)
+    # The cache, the methods, the layers, what was tried.
+    tables = [html for html in shown(notebook, "text/html") if html.startswith("<table>")]
+    assert len(tables) == 4
+    rows = re.findall(r"<tr>(.*?)</tr>", tables[1], re.S)[1:]
+    sqnr = [float(re.findall(r"<td.*?>(.*?)</td>", row, re.S)[2]) for row in rows]
+    # Each method is better than the one before, and INT8 best.
+    assert sqnr == sorted(sqnr)
+    assert sqnr[2] > sqnr[1] + 5
+    assert len(shown(notebook, "image/png")) == 1
+    assert "[[rule]]" in str(notebook.cells)
+    assert (tmp_path / "notebooks" / "mixed.onnx").exists()
 
 
 @each_notebook
