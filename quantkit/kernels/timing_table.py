@@ -90,12 +90,29 @@ class TimingTable:
             names = {f.name for f in fields(Key)}
             return cls(
                 {
-                    Key(**{n: row[n] for n in names}): Entry(**{n: row[n] for n in row.keys() - names})
+                    Key(**{n: row[n] for n in names}): _sound(
+                        Entry(**{n: row[n] for n in row.keys() - names})
+                    )
                     for row in data["entries"]
                 }
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _sound(entry: Entry) -> Entry:
+    """The entry, if kernels could be launched with it: configurations are counts and switches.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    counts = [*entry.configuration.values(), entry.m]
+    times = (entry.time_us, entry.q1_us, entry.q3_us)
+    if not all(isinstance(x, int) and x >= 0 for x in counts):
+        raise ValueError(f"configuration {dict(entry.configuration)} of m {entry.m}")
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in times) or entry.time_us <= 0:
+        raise ValueError(f"times {times}")
+    return entry
 
 
 def key_of(kernel: str, problem: Problem, kind: EpilogueKind) -> Key:

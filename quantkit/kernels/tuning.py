@@ -47,7 +47,7 @@ def tile_of(entry: Entry, problem: Problem) -> Tile | None:
         return None
     # Orders of tiles are tuned beyond what the heuristics enumerate.
     known = {_without_order(candidate) for candidate in candidates(problem)}
-    return tile if _without_order(tile) in known else None
+    return tile if tile.group > 0 and _without_order(tile) in known else None
 
 
 def _without_order(tile: Tile) -> tuple[Any, ...]:

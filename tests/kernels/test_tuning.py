@@ -109,6 +109,45 @@ def test_an_order_of_tiles_beyond_the_enumerated_ones_is_used() -> None:
     assert tuning.tile_of(entry, PROBLEM) == tile
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"configuration": {"tile_n": [64]}},
+        {"configuration": {"tile_n": "64"}},
+        {"configuration": {"group": -1}},
+        {"configuration": [1]},
+        {"time_us": "fast"},
+        {"time_us": float("nan")},
+        {"time_us": 0},
+        {"m": -64},
+    ],
+)
+def test_an_entry_that_no_kernel_could_be_launched_with_warns(cache: Path, damage: dict[str, object]) -> None:
+    path = remember(cache)
+    held = json.loads(path.read_text())
+    (row,) = held["entries"]
+    for name, value in damage.items():
+        row[name] = row[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(held))
+    tuning.forget()
+    with pytest.warns(UserWarning, match=r"no timing table can be read there.*tune again"):
+        assert found(cache) is None
+
+
+def test_a_file_of_nothing_but_brackets_warns(cache: Path) -> None:
+    path = remember(cache)
+    path.write_text("[" * 100_000)
+    tuning.forget()
+    with pytest.warns(UserWarning, match="no timing table can be read there"):
+        assert found(cache) is None
+
+
+def test_no_order_of_tiles_is_none() -> None:
+    tile = replace(choose(PROBLEM), group=0)
+    entry = Entry(configuration=asdict(tile), time_us=1, q1_us=1, q3_us=1, m=64, source="")
+    assert tuning.tile_of(entry, PROBLEM) is None
+
+
 def test_a_damaged_file_warns_and_stops_no_product(cache: Path) -> None:
     path = remember(cache)
     tuning.forget()
