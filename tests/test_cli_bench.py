@@ -72,6 +72,18 @@ def test_json_and_csv_are_alone_on_standard_output(run: Run) -> None:
     assert [row["m"] for row in rows] == ["64", "64"]
 
 
+def test_a_product_that_errs_by_more_than_rounding_ends_with_code_1(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"error": 0.5, "checked": "64 × 192 × 256"}
+    monkeypatch.setattr(bench_run, "_emulated", lambda case, family, prediction: told)
+    for option in ((), ("--json",), ("--csv",)):
+        found = run(*SHAPE, "--emulate", *option)
+        assert found.code == 1
+        assert found.err == "wrong: gemm_sm90 of 64x512x256 int8 errs by 5.0e-01 and 1 more; report this.\n"
+        assert "0.5" in found.out or "5.0e-01" in found.out
+
+
 def test_a_roofline_is_drawn_beside_the_table(run: Run) -> None:
     found = run(*SHAPE, "--plot", "roofline.svg")
     assert found.out.splitlines()[-1] == "roofline: roofline.svg"

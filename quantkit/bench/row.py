@@ -12,6 +12,8 @@ from quantkit.kernels.timing import Timing
 from quantkit.kernels.work import Work
 
 BASELINE = "cuBLAS bf16"
+# Rounding of sums and of D stays below: fp8's accumulator loses some 10⁻³. What errs more is no rounding.
+WRONG_FROM = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,11 @@ class BenchRow:
         return self.speedup(*(name for name in self.peers if name.startswith("cuBLASLt")))
 
     @property
+    def is_wrong(self) -> bool:
+        """Whether D errs by more than rounding explains."""
+        return self.error is not None and not self.error < WRONG_FROM
+
+    @property
     def name(self) -> str:
         """The first layer's name, and how many more there are."""
         more = len(self.layers) - 1
@@ -136,7 +143,8 @@ class BenchRow:
             "speedup_over_cublaslt_same_format": self.vs_same_format,
             "peers_us": {name: peer.median_us for name, peer in self.peers.items()},
             "refused": dict(self.refused),
-            "relative_error": self.error,
+            # JSON has no infinity.
+            "relative_error": "infinite" if self.error == math.inf else self.error,
             "checked": self.checked,
             "activations": self.origin,
         }

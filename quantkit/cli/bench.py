@@ -86,7 +86,7 @@ def bench(
     """Time every matrix product and convolution of a model on the GPU, beside cuBLAS, against the roofline.
 
     Without a GPU it says so, and shows which kernels and tiles would be chosen and how long they are modelled to
-    take.
+    take. Exit code 1: a product that was run errs by more than rounding.
     """
     from quantkit.bench.plot import check_plot, save_roofline
     from quantkit.bench.run import bench_model
@@ -134,6 +134,15 @@ def bench(
         typer.echo(found.csv(), nl=False)
     else:
         _show(found, plot)
+    wrong = [row for row in found.rows if row.is_wrong]
+    if wrong:
+        work, more = wrong[0].work, f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        typer.echo(
+            f"wrong: {wrong[0].kernel} of {work.m}x{work.n}x{work.k} {work.format} errs by {wrong[0].error:.1e}{more}; "
+            "report this.",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
 def _show(found: "Benchmark", plot: Path | None) -> None:

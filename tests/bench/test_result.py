@@ -107,6 +107,22 @@ def test_the_same_figures_give_the_same_picture(tmp_path: Path, suffix: str) -> 
     assert suffix == ".png" or b"Date" not in pictures[0]
 
 
+@pytest.mark.parametrize(
+    ("error", "told", "wrong"),
+    [(0.0, 0.0, False), (2e-3, 2e-3, False), (0.3, 0.3, True), (np.inf, "infinite", True)],
+)
+def test_more_than_rounding_is_wrong_and_an_infinite_error_is_json(
+    error: float, told: object, wrong: bool
+) -> None:
+    found = replace(row(20.0), error=error)
+    assert found.is_wrong == wrong
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["relative_error"] == told
+
+
+def test_what_was_not_compared_is_not_wrong() -> None:
+    assert not replace(row(20.0), error=None).is_wrong
+
+
 def test_a_sum_that_lacks_a_part_is_not_told() -> None:
     missing = replace(row(None), predicted_us=None, kernel="")
     assert result(row(1.0), missing, row(2.0, form="fp8")).totals().keys() == {(1, "fp8")}
