@@ -273,7 +273,7 @@ class Operands:
             f = Layout4(
                 n=self.n, k=self.k, activation_bits=8 if eight else 16, promoted=form == "w4a8-fp8", **plain
             )
-            codes = cupy.random.randint(0, 256, (f.slabs, f.blocks, 32 * f.slab), dtype=np.uint8)
+            codes = cupy.random.randint(0, 256, (f.planes, f.blocks, 2048), dtype=np.uint8)
             size = 2 if f.scales == "bfloat16" else 1
             shape = (f.sides, f.blocks, 32, 2 * f.groups_in_slab * size)
             if size == 2:

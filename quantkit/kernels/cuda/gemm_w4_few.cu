@@ -19,7 +19,7 @@ using namespace qk::w4;
 constexpr int WARPS = WARPS_W * WARPS_K, THREADS = 32 * (WARPS + 1);
 constexpr int TILE = WARPS_W * MI;       // groups of 16 rows of W
 constexpr int ROW = 128;                 // bytes of a slab's row of A
-constexpr int GROUP_BYTES = 512 * PLANES;  // codes of 16 rows of a slab
+constexpr int GROUP_BYTES = 512;         // codes of 16 rows and a plane, 64 of K
 constexpr int OWN = SLABS / WARPS_K;     // slabs of a stage that a warp multiplies
 static_assert(SLABS % WARPS_K == 0, "warps have the same number of slabs");
 
@@ -31,7 +31,7 @@ constexpr int SHARED_BY = SIDES == 1 ? OWN : SLABS / SIDES < OWN ? SLABS / SIDES
 constexpr bool FETCH_EARLY = WARPS <= 20;
 static_assert(GROUP_SLABS % SLABS == 0 || SLABS % GROUP_SLABS == 0, "stages and groups begin together");
 constexpr int CODES_AT = SLABS * TILE_N * ROW;
-constexpr int SCALES_AT = CODES_AT + SLABS * TILE * GROUP_BYTES;
+constexpr int SCALES_AT = CODES_AT + SLABS * PLANES * TILE * GROUP_BYTES;
 constexpr int SCALES_SIZE = TILE * 8 * PAIR_BYTES;
 constexpr int ZEROS_AT = SCALES_AT + SIDES * SCALES_SIZE;
 // Zero points are copied from an even group on: copies move 16 bytes.
@@ -42,14 +42,14 @@ QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^
 
 QK_CLUSTER_KERNEL(THREADS, 1, CLUSTER)
 gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros,
-            uint8_t* d, EPILOGUE_PARAMETERS, int slabs) {
+            uint8_t* d, EPILOGUE_PARAMETERS, int planes) {
   const uint32_t base = shared_base(), full = base + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
   const int tid = threadIdx.x, lane = tid % 32;
   const int warp = shuffle(tid / 32, 0);  // the compiler sees that a warp's threads agree
   const int groups = (n_size + 63) / 64 * 4, first = blockIdx.x * TILE;
   const int left = groups - first, count = left < 0 ? 0 : left < TILE ? left : TILE;
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
-  const int steps = (slabs + SLABS - 1) / SLABS, m0 = blockIdx.y * TILE_N;
+  const int slabs = (planes + PLANES - 1) / PLANES, steps = (slabs + SLABS - 1) / SLABS, m0 = blockIdx.y * TILE_N;
 
   if (tid == THREADS - 1) {
     prefetch_tensor_map(&map_a);
@@ -74,7 +74,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
       QK_ROLLED for (int step = 0; step < steps; step++) {
         const uint32_t stage = base + s * STAGE_BYTES, barrier = full + 8 * s;
         mbarrier_wait_ring(empty + 8 * s, parity);
-        mbarrier_arrive_expect(barrier, CODES_AT + count * (SLABS * GROUP_BYTES + SIDES * 8 * PAIR_BYTES) +
+        mbarrier_arrive_expect(barrier, CODES_AT + count * (SLABS * PLANES * GROUP_BYTES + SIDES * 8 * PAIR_BYTES) +
                                             (ZEROS ? SIDES * zero_groups * 8 * GROUPS : 0));
         QK_UNROLL for (int i = 0; i < SLABS; i++) {
           // Beyond K lie zeros of A: any codes and scales will do.
@@ -84,8 +84,12 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
           else if (i % CLUSTER == rank)
             tma_load_multicast(stage + i * TILE_N * ROW, &map_a, barrier, (1 << CLUSTER) - 1, {slab * SLAB, m0});
           if (CLUSTER > 1 && count == 0) continue;
-          bulk_load(stage + CODES_AT + i * TILE * GROUP_BYTES, codes + (int64_t(inside) * groups + first) * GROUP_BYTES,
-                    count * GROUP_BYTES, barrier);
+          QK_UNROLL for (int p = 0; p < PLANES; p++) {
+            const int plane = slab * PLANES + p;  // the last slab may have but one
+            bulk_load(stage + CODES_AT + (i * PLANES + p) * TILE * GROUP_BYTES,
+                      codes + (int64_t(plane < planes ? plane : planes - 1) * groups + first) * GROUP_BYTES,
+                      count * GROUP_BYTES, barrier);
+          }
           if (i % (SLABS / SIDES) == 0 && (SCALES != SCALES_NONE || ZEROS)) {
             const int number = i / (SLABS / SIDES);
             const int64_t side = inside / GROUP_SLABS;
@@ -120,7 +124,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
         QK_UNROLL for (int e = 0; e < 4; e++) sum[i][j][e] = 0;
     // Where this lane reads in a stage; the rest is known when it is compiled.
     const int group0 = along_w * MI, slab0 = along_k * OWN, side0 = SIDES > 1 ? slab0 / (SLABS / SIDES) : 0;
-    const uint32_t codes_at = CODES_AT + (slab0 * TILE + group0) * GROUP_BYTES + lane * 16;
+    const uint32_t codes_at = CODES_AT + (slab0 * PLANES * TILE + group0) * GROUP_BYTES + lane * 16;
     const uint32_t scales_at = SCALES_AT + side0 * SCALES_SIZE + (group0 * 8 + lane / 4) * PAIR_BYTES;
     const uint32_t zeros_at = ZEROS_AT + side0 * ZEROS_SIZE + (group0 * 8 + lane / 4 + first % 2 * 8) * GROUPS;
     const uint32_t a_at = slab0 * TILE_N * ROW + swizzled(lane % 8, lane / 8);
@@ -134,7 +138,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
         U32x4 words[MI][PLANES];
         QK_UNROLL for (int i = 0; i < MI; i++) {
           QK_UNROLL for (int plane = 0; plane < PLANES; plane++)
-            words[i][plane] = ld_shared<U32x4>(stage + codes_at + (o * TILE + i) * GROUP_BYTES + plane * 512);
+            words[i][plane] = ld_shared<U32x4>(stage + codes_at + ((o * PLANES + plane) * TILE + i) * GROUP_BYTES);
           if (o % SHARED_BY != 0) continue;
           load_pair(raw[i], stage + scales_at + side * SCALES_SIZE + i * 8 * PAIR_BYTES);
           if constexpr (ZEROS)

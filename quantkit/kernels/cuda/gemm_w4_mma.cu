@@ -29,7 +29,7 @@ constexpr int ROW = 128;                    // bytes of a slab's row of A
 constexpr int BLOCKS = TILE_W / 16;         // of 16 rows of W
 constexpr int MI = BLOCKS / WARPS_W;        // of those a warp has
 constexpr int WARP_A = TILE_A / WARPS_A, NI = WARP_A / 8;
-constexpr int BLOCK_BYTES = 512 * PLANES;   // codes of 16 rows of a slab
+constexpr int BLOCK_BYTES = 512;            // codes of 16 rows and a plane, 64 of K
 static_assert(TILE_W % 64 == 0, "rows of W are packed by 64");
 static_assert(BLOCKS % WARPS_W == 0 && TILE_A % (8 * WARPS_A) == 0, "a warp's piece is made of whole instructions");
 static_assert(NI == 1 || NI % 2 == 0, "ldmatrix brings two instructions' rows");
@@ -40,8 +40,8 @@ static_assert(TILE_A * 8 * SLABS % THREADS == 0, "threads copy as much of A as e
 constexpr int SIDES = GROUP_SLABS >= SLABS ? 1 : SLABS / GROUP_SLABS;
 static_assert(GROUP_SLABS % SLABS == 0 || SLABS % GROUP_SLABS == 0, "stages and groups begin together");
 constexpr int CODES_AT = SLABS * TILE_A * ROW;
-constexpr int CODES_SIZE = BLOCKS * BLOCK_BYTES;
-constexpr int SCALES_AT = CODES_AT + SLABS * CODES_SIZE;
+constexpr int PLANE_SIZE = BLOCKS * BLOCK_BYTES;
+constexpr int SCALES_AT = CODES_AT + SLABS * PLANES * PLANE_SIZE;
 constexpr int SCALES_SIZE = BLOCKS * 8 * PAIR_BYTES;
 constexpr int ZEROS_AT = SCALES_AT + SIDES * SCALES_SIZE;
 constexpr int ZEROS_SIZE = ZEROS ? BLOCKS * 8 * GROUPS : 0;
@@ -78,7 +78,7 @@ QK_TEMPLATE void copy(uint32_t to, const uint8_t* from, int valid, const uint8_t
 
 QK_KERNEL(THREADS, 1)
 gemm_w4_mma(const uint8_t* a, const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros, uint8_t* d,
-            EPILOGUE_PARAMETERS, U32x4* workspace, uint32_t* arrivals, int row_bytes, int64_t pitch, int slabs) {
+            EPILOGUE_PARAMETERS, U32x4* workspace, uint32_t* arrivals, int row_bytes, int64_t pitch, int planes) {
   const uint32_t base = shared_base();
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int warp_w = warp / WARPS_A, warp_a = warp % WARPS_A;
@@ -88,7 +88,7 @@ gemm_w4_mma(const uint8_t* a, const uint8_t* codes, const uint8_t* scales, const
   const int count = groups - first < BLOCKS ? groups - first : BLOCKS;  // of groups that this tile has
 
   // This block's steps along K.
-  const int all_steps = (slabs + SLABS - 1) / SLABS;
+  const int slabs = (planes + PLANES - 1) / PLANES, all_steps = (slabs + SLABS - 1) / SLABS;
   const int slices = SLICED ? gridDim.y : 1, slice = SLICED ? blockIdx.y : 0;
   const int first_step = static_cast<int>(int64_t(all_steps) * slice / slices);
   const int steps = static_cast<int>(int64_t(all_steps) * (slice + 1) / slices) - first_step;
@@ -106,8 +106,12 @@ gemm_w4_mma(const uint8_t* a, const uint8_t* codes, const uint8_t* scales, const
     QK_UNROLL for (int i = 0; i < SLABS; i++) {
       // Beyond K lie zeros of A: any codes will do, and rows of W beyond the last are not stored.
       const int slab = first_slab + i;
-      copy<CODES_SIZE>(stage + CODES_AT + i * CODES_SIZE, codes + (int64_t(slab) * groups + first) * BLOCK_BYTES,
-                       slab < slabs ? count * BLOCK_BYTES : 0, a);
+      QK_UNROLL for (int p = 0; p < PLANES; p++) {
+        const int plane = slab * PLANES + p;  // the last slab may have but one
+        copy<PLANE_SIZE>(stage + CODES_AT + (i * PLANES + p) * PLANE_SIZE,
+                         codes + (int64_t(plane) * groups + first) * BLOCK_BYTES,
+                         plane < planes ? count * BLOCK_BYTES : 0, a);
+      }
     }
     QK_UNROLL for (int i = 0; i < SIDES; i++) {
       const int slab = first_slab + i * (SLABS / SIDES);
@@ -129,7 +133,7 @@ gemm_w4_mma(const uint8_t* a, const uint8_t* codes, const uint8_t* scales, const
       const int group = warp_w * MI + i, pair = group * 8 + lane / 4;
       QK_UNROLL for (int plane = 0; plane < PLANES; plane++)
         held.words[i][plane] =
-            ld_shared<U32x4>(stage + CODES_AT + slab * CODES_SIZE + group * BLOCK_BYTES + plane * 512 + lane * 16);
+            ld_shared<U32x4>(stage + CODES_AT + (slab * PLANES + plane) * PLANE_SIZE + group * BLOCK_BYTES + lane * 16);
       load_pair(held.raw[i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES);
       if constexpr (ZEROS)
         QK_UNROLL for (int g = 0; g < GROUPS; g++)

@@ -36,8 +36,8 @@ constexpr int SIDES = GROUP_SLABS >= SLABS ? 1 : SLABS;  // of scales that a sta
 static_assert(GROUP_SLABS < 2 || GROUP_SLABS % SLABS == 0, "a stage's slabs share a group, or have their own");
 
 constexpr int CODES_AT = SLABS * TILE_N * ROW;
-constexpr int BLOCK_BYTES = 2048 * PLANES;  // of codes: 64 rows of a slab
-constexpr int SCALES_AT = CODES_AT + SLABS * BLOCKS * BLOCK_BYTES;
+constexpr int BLOCK_BYTES = 2048;  // of codes: 64 rows and a plane, 64 of K
+constexpr int SCALES_AT = CODES_AT + SLABS * PLANES * BLOCKS * BLOCK_BYTES;
 constexpr int SCALES_SIZE = BLOCKS * 32 * PAIR_BYTES;
 constexpr int ZEROS_AT = SCALES_AT + SIDES * SCALES_SIZE;
 constexpr int ZEROS_SIZE = ZEROS ? BLOCKS * 32 * GROUPS : 0;
@@ -103,13 +103,13 @@ QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^
 QK_CLUSTER_KERNEL(THREADS, 1, CLUSTER)
 gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT TensorMap map_d, const uint8_t* codes,
              const uint8_t* scales, const uint8_t* zeros, uint8_t* d, EPILOGUE_PARAMETERS, U32x4* partials,
-             uint32_t* arrivals, int slabs, int whole, int share, int extra) {
+             uint32_t* arrivals, int planes, int whole, int share, int extra) {
   const uint32_t base = shared_base(), buffers = base + STAGES * STAGE_BYTES;
   const uint32_t full = buffers + (TMA_STORE ? CONSUMERS * BUFFERS * BUFFER_BYTES : 0), empty = full + 8 * STAGES;
   const uint32_t flags = empty + 8 * STAGES;  // of each consumer and piece: whether it is the last to leave it
   const int tid = threadIdx.x;
   const int warpgroup = shuffle(tid / 128, 0);  // the compiler sees that a warp's threads agree
-  const int blocks = (n_size + 63) / 64, steps = (slabs + SLABS - 1) / SLABS;
+  const int slabs = (planes + PLANES - 1) / PLANES, blocks = (n_size + 63) / 64, steps = (slabs + SLABS - 1) / SLABS;
   const int rank = CLUSTER > 1 ? cluster_rank() : 0, cluster = blockIdx.x / CLUSTER;
   const int tiles_w = (blocks + BLOCKS * CLUSTER - 1) / (BLOCKS * CLUSTER), tiles_a = (m_size + TILE_N - 1) / TILE_N;
 
@@ -145,7 +145,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
         QK_ROLLED for (int step = segment.begin; step < segment.end; step++) {
           const uint32_t stage = base + s * STAGE_BYTES, barrier = full + 8 * s;
           mbarrier_wait_ring(empty + 8 * s, parity);
-          mbarrier_arrive_expect(barrier, CODES_AT + count * (SLABS * BLOCK_BYTES + SIDES * 32 * PAIR_BYTES +
+          mbarrier_arrive_expect(barrier, CODES_AT + count * (SLABS * PLANES * BLOCK_BYTES + SIDES * 32 * PAIR_BYTES +
                                                               (ZEROS ? SIDES * 32 * GROUPS : 0)));
           QK_UNROLL for (int i = 0; i < SLABS; i++) {
             // Beyond K lie zeros of A: any codes and scales will do.
@@ -158,8 +158,12 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
                                  {slab * SLAB, place.a * TILE_N + part});
             }
             if (CLUSTER > 1 && count == 0) continue;
-            bulk_load(stage + CODES_AT + i * BLOCKS * BLOCK_BYTES,
-                      codes + (int64_t(inside) * blocks + first) * BLOCK_BYTES, count * BLOCK_BYTES, barrier);
+            QK_UNROLL for (int p = 0; p < PLANES; p++) {
+              const int plane = slab * PLANES + p;  // the last slab may have but one
+              bulk_load(stage + CODES_AT + (i * PLANES + p) * BLOCKS * BLOCK_BYTES,
+                        codes + (int64_t(plane < planes ? plane : planes - 1) * blocks + first) * BLOCK_BYTES,
+                        count * BLOCK_BYTES, barrier);
+            }
             if (i < SIDES) {
               const int64_t side = (GROUP == 0 ? 0 : int64_t(inside / GROUP_SLABS) * blocks) + first;
               if (SCALES != SCALES_NONE)
@@ -247,8 +251,9 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
           const int block = consumer * MI + i, pair = block * 32 + warp * 8 + lane / 4;
           QK_UNROLL for (int slab = 0; slab < SLABS; slab++)
             QK_UNROLL for (int plane = 0; plane < PLANES; plane++)
-              words[slab][i][plane] = ld_shared<U32x4>(stage + CODES_AT + (slab * BLOCKS + block) * BLOCK_BYTES +
-                                                       (warp * PLANES + plane) * 512 + lane * 16);
+              words[slab][i][plane] =
+                  ld_shared<U32x4>(stage + CODES_AT + ((slab * PLANES + plane) * BLOCKS + block) * BLOCK_BYTES +
+                                   warp * 512 + lane * 16);
           QK_UNROLL for (int side = 0; side < SIDES; side++) {
             load_pair(raw[side][i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES);
             if constexpr (ZEROS)

@@ -51,6 +51,11 @@ class Layout4:
         return -(-self.k // self.slab)
 
     @property
+    def planes(self) -> int:
+        """Runs of 64 columns, of which a slab has one, or two."""
+        return -(-self.k // 64)
+
+    @property
     def blocks(self) -> int:
         """Blocks of rows."""
         return -(-self.n // BLOCK)
@@ -71,7 +76,7 @@ class Packed4:
     """A weight as the kernel reads it, on the host.
 
     Attributes:
-        codes: uint8 [slabs, blocks, 2048], or 4096 for activations of eight bits.
+        codes: uint8 [planes, blocks, 2048].
         scales: uint8 [sides, blocks, 32 pairs of rows, 2 rows · scales in a slab · bytes of one]; None without groups.
         zeros: uint8 [sides, blocks, 32, scales in a slab], the upper row's in the low nibble; None without.
         channel_scale: float32 [n], what the sums of a row are multiplied by.

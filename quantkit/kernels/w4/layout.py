@@ -1,8 +1,8 @@
 """How weights of four bits lie in memory: codes in the order of the kernels' registers, scales by pairs of rows.
 
-K is cut into slabs (as much as 128 bytes of activations hold: 64, or 128 where they have eight bits), rows into blocks
-of 64; both are filled up at the end. For each slab and block a thread of a warpgroup has 16 or 32 bytes: the codes that
-it multiplies, in the order in which it decodes them. All of it is a permutation and can be undone. Scales keep every
+K is cut into slabs (as much as 128 bytes of activations hold: 64, or 128 where they have eight bits) and these into
+planes of 64, rows into blocks of 64; planes and blocks are filled up at the end. For each plane and block a thread of a
+warpgroup has 16 bytes: the codes that it multiplies, in the order in which it decodes them. All of it is a permutation and can be undone. Scales keep every
 bit that they have, less a power of two for each row.
 """
 

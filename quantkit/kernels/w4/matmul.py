@@ -137,13 +137,13 @@ def matmul_w4(
             gpu.function_of(device, MMA_SOURCE, MMA_KERNEL, defines, whole.shared_bytes)
         held = workspace_of(device, stream.ptr, launch, workspace) if launch.arrivals else None
         pieces = (0, 0) if held is None else (held.partials.data.ptr, held.arrivals.data.ptr)
-        row = np.int32(k * a.dtype.itemsize), np.int64(pitch), np.int32(form.slabs)
+        row = np.int32(k * a.dtype.itemsize), np.int64(pitch), np.int32(form.planes)
         arguments: tuple[Any, ...] = (address(rows), *common, *map(np.uint64, pieces), *row)
         function(launch.grid, (launch.block,), arguments, shared_mem=launch.shared_bytes)
     elif isinstance(launch, W4FewLaunch):
         function = gpu.function_of(device, FEW_SOURCE, FEW_KERNEL, macros, launch.shared_bytes)
         map_a = gpu.tensor_map(rows.data.ptr, activations, (m, k), pitch, launch.box)
-        arguments = (map_a, *common, np.int32(form.slabs))
+        arguments = (map_a, *common, np.int32(form.planes))
         function(launch.grid, (launch.block,), arguments, shared_mem=launch.shared_bytes)
     else:
         function = gpu.function_of(device, SOURCE, KERNEL, macros, launch.shared_bytes)
@@ -156,7 +156,7 @@ def matmul_w4(
             None if launch.share == launch.extra == 0 else workspace_of(device, stream.ptr, launch, workspace)
         )
         pieces = (0, 0) if held is None else (held.partials.data.ptr, held.arrivals.data.ptr)
-        schedule = form.slabs, launch.whole, launch.share, launch.extra
+        schedule = form.planes, launch.whole, launch.share, launch.extra
         arguments = (map_a, map_d, *common, *map(np.uint64, pieces), *map(np.int32, schedule))
         function((launch.grid,), (launch.block,), arguments, shared_mem=launch.shared_bytes)
     if target is not out:

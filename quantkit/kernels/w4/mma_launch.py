@@ -36,9 +36,9 @@ def w4_mma_launch_of(problem: W4Problem, tile: W4MmaTile, kind: EpilogueKind) ->
 
     Its arguments are, in this order: A, the weight's codes, scales and zero points, D; row_scale, column_scale, bias,
     zero_point, weight_sum, residual, the epilogue's numbers, m, n; workspace, arrivals; the bytes of K in a row of A
-    (int32), from one row of A to the next (int64), slabs (int32). Rows of A start at multiples of 16 bytes, rows of D
-    follow each other. Where n is a multiple of 4, D starts at a multiple of 16 bytes and the vectors along n at
-    multiples of 8. kind: the epilogue's; its column scale must be `each`, that of the weight's rows.
+    (int32), from one row of A to the next (int64), planes of 64 of K (int32). Rows of A start at multiples of 16
+    bytes, rows of D follow each other. Where n is a multiple of 4, D starts at a multiple of 16 bytes and the vectors
+    along n at multiples of 8. kind: the epilogue's; its column scale must be `each`, that of the weight's rows.
     """
     tiles = tile.tiles(problem)
     sliced = tile.slices > 1

@@ -18,7 +18,7 @@ _E2M1_ROTATIONS = (
 
 
 def by_registers(nibbles: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
-    """Return codes [n, k], a byte each, as [slabs, blocks, bytes]: a warpgroup's threads one after the other."""
+    """Return codes [n, k], a byte each, as [planes, blocks, bytes]: a warpgroup's threads one after the other."""
     padded = np.zeros((layout.blocks * BLOCK, layout.slabs * layout.slab), np.uint8)
     if layout.codes != "fp4_e2m1" and not layout.zeros:
         padded[:] = 8  # zero, so that nothing but zeros lies beyond the ends
@@ -42,9 +42,8 @@ def _by_byte_registers(padded: NDArray[np.uint8], layout: Layout4) -> NDArray[np
     parts = padded.reshape(layout.blocks, 4, 2, 8, layout.slabs, 2, 2, 2, 4, 4)
     upper, lower = parts[:, :, 0], parts[:, :, 1]  # h = 0 and 1
     joined = _joined(upper, lower, layout)
-    return np.ascontiguousarray(joined.transpose(3, 0, 1, 4, 2, 7, 5, 6, 8)).reshape(
-        layout.slabs, layout.blocks, 4096
-    )
+    planes = np.ascontiguousarray(joined.transpose(3, 4, 0, 1, 2, 7, 5, 6, 8))
+    return planes.reshape(2 * layout.slabs, layout.blocks, 2048)[: layout.planes]
 
 
 def _joined(upper: NDArray[np.uint8], lower: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
@@ -111,8 +110,11 @@ def _of_selectors(joined: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray
 
 
 def _from_byte_registers(codes: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
-    joined = codes.reshape(layout.slabs, layout.blocks, 4, 2, 8, 4, 2, 2, 4).transpose(
-        1, 2, 4, 0, 3, 6, 7, 5, 8
+    # Of the last slab the second plane may be missing.
+    whole = np.zeros((2 * layout.slabs, *codes.shape[1:]), np.uint8)
+    whole[: layout.planes] = codes
+    joined = whole.reshape(layout.slabs, 2, layout.blocks, 4, 8, 4, 2, 2, 4).transpose(
+        2, 3, 4, 0, 1, 6, 7, 5, 8
     )
     upper, lower = _parted(joined, layout)
     return np.stack([upper, lower], axis=2).reshape(layout.blocks * BLOCK, -1)[: layout.n, : layout.k].copy()

@@ -64,7 +64,7 @@ def run_w4_mma(
         arrivals,
         np.int32(k * a.itemsize),
         np.int64(padded.shape[1]),
-        np.int32(form.slabs),
+        np.int32(form.planes),
         defines=launch.defines,
         grid=launch.grid,
         block=launch.block,

@@ -188,13 +188,22 @@ def test_packed_bytes_are_what_the_format_needs(kind, zeros):
         assert abs(pack4(w).size_bytes - needed - factors) <= 0.01 * needed
 
 
-def test_packed_bytes_for_activations_of_eight_bits_are_what_the_format_needs():
-    """K is filled up to slabs of 128, so the sides are whole ones."""
-    rng = np.random.default_rng(0)
-    for kind in (("int4", 128), ("uint4", 32), ("mxfp4", 32)):
-        w = weight(rng, 1024, 2944, *kind, zeros=kind[0] == "uint4", middling=True)
-        needed = size_bytes((1024, 2944), w.spec, scale_bytes=1)
-        assert abs(pack4(w, activation_bits=8).size_bytes - needed - 1024 * 4) <= 0.01 * needed
+@pytest.mark.parametrize(
+    ("kind", "activations"),
+    [
+        *((kind, "int8") for kind in (("int4", 128), ("uint4", 32), ("int4", None))),
+        *((kind, "float8_e4m3fn") for kind in (("mxfp4", 32), ("int4", 128), ("int4", None))),
+    ],
+)
+@pytest.mark.parametrize("k", [2880, 2944, 4096])
+def test_packed_bytes_for_activations_of_eight_bits_are_what_the_format_needs(kind, activations, k):
+    """Also where K ends in the middle of a slab of 128."""
+    w = weight(np.random.default_rng(0), 1024, k, *kind, zeros=kind[0] == "uint4", middling=True)
+    width = 2 if (kind, activations) == (("int4", 128), "float8_e4m3fn") else 1
+    needed = size_bytes((1024, k), w.spec, scale_bytes=4 if kind[1] is None else width)
+    factors = 0 if kind[1] is None else 1024 * 4
+    packed = pack4(w, activation_bits=8, activations=activations)
+    assert abs(packed.size_bytes - needed - factors) <= 0.01 * needed
 
 
 def test_scales_take_the_narrowest_type_that_holds_them():

@@ -85,10 +85,10 @@ MUTATIONS: dict[str, tuple[Path, str, str, Run, str]] = {
     "K tail without a limit": (SOURCE, "left < 16 ? left : 16", "16", ZEROS, "every"),
     "rows beyond the end are read": (SOURCE, "m0 + row >= m_size || left < 0", "left < 0", SLICED, "every"),
     "groups beyond the weight are read": (
-        SOURCE, "slab < slabs ? count * BLOCK_BYTES : 0", "slab < slabs ? CODES_SIZE : 0", ZEROS, "every"
+        SOURCE, "plane < planes ? count * BLOCK_BYTES : 0", "plane < planes ? PLANE_SIZE : 0", ZEROS, "every"
     ),
-    "slabs beyond the weight are read": (
-        SOURCE, "slab < slabs ? count * BLOCK_BYTES : 0", "count * BLOCK_BYTES", ZEROS, "every"
+    "planes beyond the weight are read": (
+        SOURCE, "plane < planes ? count * BLOCK_BYTES : 0", "count * BLOCK_BYTES", ZEROS, "every"
     ),
     "scales of a stage's first slab for all": (
         SOURCE, "const int64_t side = slab / GROUP_SLABS;", "const int64_t side = first_slab / GROUP_SLABS;",

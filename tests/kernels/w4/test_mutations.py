@@ -62,7 +62,7 @@ class Run:
 
 
 PIECES = Run(tile=W4Tile(tile_n=16, consumers=1, slabs=2, grain=4, stages=3))
-SHORT = Run(tile=PIECES.tile, shape=(13, 64, 64))
+SHORT = Run(tile=PIECES.tile, kind=("int4", 32), shape=(13, 64, 64))
 PAIR = Run(tile=W4Tile(tile_n=16, consumers=1, slabs=2, grain=2, stages=2, cluster=2))
 ZEROS = Run(tile=PIECES.tile, kind=("uint4", 32), zeros=True)
 CODES = Run(tile=PIECES.tile, shape=(32, 130, 96), kind=("int4", 32), identity=True)
@@ -106,6 +106,12 @@ EIGHT_LARGE = Run(
 # Of integers by e4m3: groups of 128, and two of them in K.
 SIGNED = Run(
     tile=EIGHT.tile, kind=("int4", 128), shape=(13, 130, 300), activations="float8_e4m3fn", identity=True
+)
+FEW_BYTES = Run(
+    tile=W4Few(tile_n=16, warps_w=3, slabs=1, stages=2),
+    kind=("int4", 64),
+    shape=(13, 130, 300),
+    activations="int8",
 )
 BYTES = Run(tile=PIECES.tile, kind=("int4", 32), shape=(13, 130, 300), activations="int8")
 
@@ -179,7 +185,15 @@ MUTATIONS = {
     "arrival releases nothing": (SOURCE, "atomic_add_acq_rel(counter, 1)", "atomic_add(counter, 1)", PIECES, "some"),
     "one piece too few added": (SOURCE, "block + p <= last ?", "block + p < last ?", PIECES, "every"),
     "codes beyond the last block": (SOURCE, "left < BLOCKS ? left : BLOCKS", "BLOCKS", PAIR, "every"),
-    "codes beyond the last slab": (SOURCE, "slab < slabs ? slab : slabs - 1", "slab", SHORT, "every"),
+    "scales beyond the last slab": (SOURCE, "slab < slabs ? slab : slabs - 1", "slab", SHORT, "every"),
+    "codes beyond the last plane": (SOURCE, "plane < planes ? plane : planes - 1", "plane", BYTES, "every"),
+    "codes of the first plane twice": (SOURCE, "plane = slab * PLANES + p;", "plane = slab * PLANES;", BYTES, "every"),
+    "planes of few rows one after the other": (
+        FEW_SOURCE, "((o * PLANES + plane) * TILE + i)", "((o * PLANES) * TILE + i)", FEW_BYTES, "every"
+    ),
+    "codes of few rows beyond the last plane": (
+        FEW_SOURCE, "plane < planes ? plane : planes - 1", "plane", FEW_BYTES, "every"
+    ),
     "release told to one block": (SOURCE, "if (lane < CLUSTER) {", "if (lane < 1) {", PAIR, "every"),
     "both fetch the same rows of A": (SOURCE, "place.a * TILE_N + part}", "place.a * TILE_N}", PAIR, "every"),
     "blocks leave without a word": (

@@ -126,7 +126,7 @@ def run_w4(
     if isinstance(tile, W4Few):
         few = w4_few_launch_of(problem, tile, kind)
         machine.launch(
-            source or FEW_SOURCE, FEW_KERNEL, map_of(few.box), *weights, d, *epilogue, np.int32(form.slabs),
+            source or FEW_SOURCE, FEW_KERNEL, map_of(few.box), *weights, d, *epilogue, np.int32(form.planes),
             defines=few.defines, grid=few.grid, block=few.block, cluster=few.cluster, shared_bytes=few.shared_bytes,
             multiprocessors=MULTIPROCESSORS,
         )  # fmt: skip
@@ -147,7 +147,7 @@ def run_w4(
         *epilogue,
         np.zeros(launch.partials_bytes, np.uint8),
         arrivals,
-        np.int32(form.slabs),
+        np.int32(form.planes),
         np.int32(launch.whole),
         np.int32(launch.share),
         np.int32(launch.extra),
