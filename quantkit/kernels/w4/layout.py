@@ -2,8 +2,8 @@
 
 K is cut into slabs (as much as 128 bytes of activations hold: 64, or 128 where they have eight bits) and these into
 planes of 64, rows into blocks of 64; planes and blocks are filled up at the end. For each plane and block a thread of a
-warpgroup has 16 bytes: the codes that it multiplies, in the order in which it decodes them. All of it is a permutation and can be undone. Scales keep every
-bit that they have, less a power of two for each row.
+warpgroup has 16 bytes: the codes that it multiplies, in the order in which it decodes them. All of it is a permutation
+and can be undone. Scales keep every bit that they have, less a power of two for each row.
 """
 
 import numpy as np
