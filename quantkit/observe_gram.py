@@ -27,7 +27,7 @@ class GramWork:
         passes: the views of each run over the data.
         views: a linear operator of every view.
         file_bytes: of all matrices together.
-        memory_bytes: of the largest pass: its matrices, its tensors of one batch, and what one product takes. What
+        memory_bytes: of the largest pass: its matrices, the tensors of a batch, and what one product takes. What
             the runtime needs to run the model, its weights and its own tensors, comes on top.
         batch_size: samples run at a time.
     """
@@ -69,6 +69,8 @@ def divide_grams(
     # A quarter for tensors.
     largest = max(sizes.values(), default=1)
     size = fixed_batch_size(graph.inputs) or batch_size or fitting_batch(largest, budget // 4)
+    # Of what is fed, the batch that runs and the next one.
+    fed = 2 * size * sum(array.nbytes for array in first.values())
     passes: list[list[str]] = []
     filled = working = most = 0
     for view, linear in views.items():
@@ -76,7 +78,7 @@ def divide_grams(
         product = working_bytes(linear.size) + (0 if linear.window is None else PATCHES_BYTES)
         if not passes or filled + needed + max(working, product) > budget:
             passes.append([])
-            filled = working = 0
+            filled, working = fed, 0
         passes[-1].append(view)
         filled, working = filled + needed, max(working, product)
         most = max(most, filled + working)

@@ -78,7 +78,7 @@ def test_the_estimate_is_what_the_matrices_take():
     assert work.memory_bytes > work.file_bytes
 
 
-@pytest.mark.parametrize("max_memory", [None, 12 << 20])
+@pytest.mark.parametrize("max_memory", [None, 16 << 20])
 def test_collecting_takes_no_more_memory_than_it_says(max_memory):
     width, layers = 512, 4
     rng = np.random.default_rng(0)
