@@ -68,6 +68,24 @@ MUTATIONS = {
         "every",
     ),
     "variance around zero": ("(value - mean) * (value - mean)", "value * value", "every"),
+    "no multiplier": (
+        "vector_chunk(multiplier, column, columns, factor);",
+        "QK_UNROLL for (float& f : factor) f = 1;",
+        "every",
+    ),
+    "the multiplier of the first columns": (
+        "vector_chunk(multiplier, column,",
+        "vector_chunk(multiplier, column % 64,",
+        "every",
+    ),
+    "bias after the multiplier": (
+        "y[i] = y[i] + factor[i];\n      }\n      if (MULTIPLY) {",
+        "if (!MULTIPLY) y[i] = y[i] + factor[i];\n      }\n      if (MULTIPLY) {",
+        "every",
+    ),
+    "norm without its weight": ("if (NORM_WEIGHT) {", "if (false) {", "every"),
+    "norm without epsilon": ("square_root(square + epsilon)", "square_root(square)", "every"),
+    "RMS around the mean": ("if (NORM == NORM_LAYER) mean =", "if (true) mean =", "every"),
     "elements beyond the row keep the mean": (
         "y[i] = is_column(VECTOR ? column : column + i) ? y[i] : 0.0f",
         "y[i] = y[i]",
@@ -88,6 +106,19 @@ def check(machine, source: Path) -> None:
     assert_equal(machine, bf16, TOKENS, norm=NORM, **run)
     for name in ("fp8-block", "mxfp8"):
         assert_equal(machine, low, QuantizeKind(x_type="float16", spec=ACTIVATION_SPECS[name]), **run)
+    # As it comes before a layer that was smoothed: a norm with all it has, then a factor for each column.
+    weight, bias, factor = (rng.standard_normal(1205).astype(np.float32) for _ in range(3))
+    small = (rng.standard_normal((3, 1205)) * 2.0**-7 + 2.0**-8).astype(ml_dtypes.bfloat16)
+    kind = QuantizeKind(
+        x_type="bfloat16",
+        spec=ACTIVATION_SPECS["fp8-block"],
+        norm="rms",
+        norm_weight=True,
+        norm_bias=True,
+        multiply=True,
+    )
+    rms = NormReference(kind="rms", weight=weight, bias=bias)
+    assert_equal(machine, small, kind, norm=rms, multiplier=factor, **run)
     fixed = QuantSpec(format=UINT8, symmetric=False)
     kind = QuantizeKind(x_type="float32", spec=fixed, zero_point=True)
     assert_equal(machine, x, kind, QParams(np.float32(0.25), np.uint8(3)), **run)
