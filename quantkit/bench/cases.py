@@ -15,7 +15,7 @@ from quantkit.cache import CalibrationCache
 from quantkit.data import SampleSource
 from quantkit.errors import SpecError
 from quantkit.graph import Graph, LeftAlone
-from quantkit.graph.clean import NEWEST_OPSET
+from quantkit.graph.clean import NEWEST_OPSET, quiet
 from quantkit.kernels.family import Operands
 from quantkit.kernels.work import FORMATS, Work, get_gemm_format
 
@@ -174,7 +174,8 @@ def stored(graph: Graph) -> tuple[Graph, bool]:
         return graph, False
     if graph.path is None:
         return graph, True
-    model = ir.load(graph.path)
+    with quiet():
+        model = ir.load(graph.path)
     model.graph.opset_imports[""] = min(model.graph.opset_imports.get("", NEWEST_OPSET), NEWEST_OPSET)
     for number, node in enumerate(model.graph):
         node.name = (
@@ -207,8 +208,9 @@ def _notes(captured: Captured) -> tuple[str, ...]:
             f"activations: captured from {captured.origin} ({_samples(captured.samples)}), repeated as needed",
         )
     if captured.histograms:
+        why = f" ({captured.failure.rstrip('.')})" if captured.failure else ""
         return (
-            "activations: drawn from the histograms of the calibration cache, for the model was not run on data",
+            f"activations: drawn from the histograms of the calibration cache, for the model was not run on data{why}",
         )
     return ("activations: random numbers; a calibration cache in this folder, or --data, brings real ones",)
 

@@ -1,6 +1,7 @@
 """What a model is run on, so that its products have shapes and real activations."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Captured:
         samples: how many were run together.
         origin: in words, where activations come from.
         histograms: of the calibration, by tensor, to draw from where there are no tensors.
+        failure: why the model could not be run on the input that there was; "" where it was, or there was none.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -50,6 +52,7 @@ class Captured:
     tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     origin: str = "random numbers"
     histograms: Mapping[str, FloatHistogram] = field(default_factory=dict)
+    failure: str = ""
 
 
 def capture(
@@ -68,7 +71,7 @@ def capture(
     Raises:
         DataError: without real input, a free dimension besides the batch has no size in `dims`; `dims` names one that
             there is not, or another size than `source` has.
-        ModelError: neither ONNX Runtime nor shape inference finds the shapes.
+        ModelError: neither ONNX Runtime nor shape inference finds the shapes; it cannot be run on `source`.
     """
     inputs = graph.inputs
     _check_dims(dims, inputs, graph.name)
@@ -88,27 +91,35 @@ def capture(
     # What is fed is not asked back: ONNX Runtime would hand out the memory of the batch, which is gone first.
     made = [name for name in wanted if name not in batch]
     tensors = {name: batch[name] for name in wanted if name in batch}
-    run = _run(graph, made, batch) if made else {}
-    if run is None:
+    try:
+        tensors |= _run(graph, made, batch) if made else {}
+    except ModelError as error:
+        if source is not None:
+            raise
         shapes = _inferred(graph, wanted, batch)
-        return Captured(shapes=shapes, samples=samples, histograms=histograms)
-    tensors |= run
+        failure = str(error) if found is not None else ""
+        return Captured(shapes=shapes, samples=samples, histograms=histograms, failure=failure)
     shapes = {name: tuple(array.shape) for name, array in tensors.items()}
     if found is None:
         return Captured(shapes=shapes, samples=samples, histograms=histograms)
     return Captured(shapes=shapes, samples=samples, tensors=tensors, origin=origin, histograms=histograms)
 
 
-def _run(graph: Graph, names: Sequence[str], batch: Sample) -> dict[str, NDArray[Any]] | None:
-    """Return the tensors of one run; None where ONNX Runtime can run it in no way."""
+def _run(graph: Graph, names: Sequence[str], batch: Sample) -> dict[str, NDArray[Any]]:
+    """Return the tensors of one run.
+
+    Raises:
+        ModelError: ONNX Runtime can run it in no way.
+    """
     try:
         return dict(Session(graph.model, outputs=names, optimize=False).run(batch))
-    except ModelError:
+    except ModelError as error:
         # It lacks kernels for four-bit floats, MX scales and TensorRT's operators: what they mean can be run.
-        try:
-            return dict(Session(decode(graph.model), outputs=names, optimize=False).run(batch))
-        except ModelError:
-            return None
+        with suppress(ModelError):
+            decoded = decode(graph.model)
+            if {str(value.name) for node in decoded.graph for value in node.outputs}.issuperset(names):
+                return dict(Session(decoded, outputs=names, optimize=False).run(batch))
+        raise error
 
 
 def _real(

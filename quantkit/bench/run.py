@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from quantkit.bench.cases import Case, Products, cases_of_model, cases_of_shapes
@@ -17,15 +18,16 @@ from quantkit.bench.result import Benchmark
 from quantkit.bench.row import BenchRow, relative_error
 from quantkit.cache import CalibrationCache, find_cache
 from quantkit.data import ImagePreprocessing, SampleSource, open_data
-from quantkit.errors import CacheError, KernelError, ModelError, SpecError
+from quantkit.errors import CacheError, KernelError, ModelError, QuantkitError, SpecError
 from quantkit.graph import Graph, ModelLike, load_graph
-from quantkit.graph.clean import NEWEST_OPSET
+from quantkit.graph.clean import NEWEST_OPSET, quiet
 from quantkit.kernels.cublas import cublas_bf16_us
 from quantkit.kernels.families import best_family
 from quantkit.kernels.family import Family, Prediction
 from quantkit.kernels.gpus import Gpu, get_gpu
 from quantkit.kernels.present import present_gpu, why_no_gpu
 from quantkit.kernels.work import Work
+from quantkit.runtime import Session, reason
 
 # What the emulator runs of a product: some seconds for a whole model.
 _EMULATED = {"m": 48, "n": 192, "k": 4096}
@@ -84,17 +86,17 @@ def bench_model(
         products, name = cases_of_shapes(shapes, formats or ("int8", "fp8")), None
     else:
         products, name = _of_model(model, cache, formats, batches, data, image, mapping, dims or {})
-    reason = None if dry_run or emulate else why_no_gpu()
-    gpu = asked if dry_run or emulate or reason else present_gpu()
+    no_gpu = None if dry_run or emulate else why_no_gpu()
+    gpu = asked if dry_run or emulate or no_gpu else present_gpu()
     notes = [*products.notes]
     done: list[BenchRow] = []
     chosen = [_choose(case, gpu) for case in products.cases]
     run: Callable[[Case, Family, Prediction], dict[str, Any]]
     if emulate:
         mode, run = "emulated", _emulated
-    elif dry_run or reason:
+    elif dry_run or no_gpu:
         mode, run = "predicted", _nothing
-        why = f"no GPU here ({reason})" if reason else "dry run"
+        why = f"no GPU here ({no_gpu})" if no_gpu else "dry run"
         notes.insert(0, f"{why}: what would run on {gpu.name.upper()}, by the model of time")
     else:
         mode = "measured"
@@ -190,8 +192,31 @@ def _of_model(
     source: SampleSource | None = None
     if data is not None:
         source = open_data(data, graph.inputs, image=image, mapping=mapping)
-    found = cases_of_model(graph, formats=formats, batches=batches, cache=held, source=source, dims=dims)
+    try:
+        found = cases_of_model(graph, formats=formats, batches=batches, cache=held, source=source, dims=dims)
+    except (QuantkitError, MemoryError):
+        raise
+    except Exception as error:
+        # A quantized file is read as it lies, which a damaged one does not survive: whose fault it is, ONNX says.
+        said = _why_invalid(graph)
+        if said is None:
+            raise
+        raise ModelError(
+            f"{graph.path or graph.name}: not a valid ONNX model ({said}); export it again."
+        ) from error
     return found, graph.name
+
+
+def _why_invalid(graph: Graph) -> str | None:
+    """What ONNX's checker says of a model, else ONNX Runtime, which knows operators of its own; None for nothing."""
+    try:
+        onnx.checker.check_model(
+            ir.to_proto(graph.model) if graph.path is None else str(graph.path), full_check=True
+        )
+        Session(graph.path or graph.model, optimize=False)
+    except Exception as error:
+        return reason(error.__cause__ or error)
+    return None
 
 
 def _opened(model: ModelLike) -> Graph:
@@ -203,7 +228,8 @@ def _opened(model: ModelLike) -> Graph:
         )
     if isinstance(model, str | os.PathLike) and os.path.isfile(model):
         try:
-            raw = ir.load(model)
+            with quiet():
+                raw = ir.load(model)
         except Exception:
             # `load_graph` says what is wrong with it.
             return load_graph(model)

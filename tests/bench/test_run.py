@@ -15,7 +15,7 @@ from quantkit.bench.feeding import fits
 from quantkit.bench.tune import tune_model
 from quantkit.cache import CalibrationCache
 from quantkit.data import InputSpec
-from quantkit.errors import CacheError, DataError, KernelError, SpecError, UnknownNameError
+from quantkit.errors import CacheError, DataError, KernelError, ModelError, SpecError, UnknownNameError
 from quantkit.kernels.emulator import find_compiler
 from tests.bench.quantized import BUILDERS, mxfp8_of_tensorrt
 from tests.models import MODELS
@@ -339,3 +339,53 @@ def test_what_does_not_fit_into_memory_names_the_product(
         KernelError, match=r"1x2x3 int8: does not fit into memory; give a smaller --batch or --shapes"
     ):
         quantkit.bench_model(shapes=[(1, 2, 3)], emulate=True)
+
+
+def test_a_damaged_quantized_file_is_refused_in_one_line_that_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lacking, other = BUILDERS["qdq_matmul"](), BUILDERS["matmul_nbits"]()
+    del lacking.graph.node[-1].input[1]
+    lacking.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("y", 1, ["N", 5, 6]))
+    onnx.save(lacking, "lacking.onnx")
+    other.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("y", 1, ["N", None]))
+    (n,) = (a for a in other.graph.node[0].attribute if a.name == "N")
+    n.i = 1000
+    onnx.save(other, "other.onnx")
+    for name, said in (("lacking", "has input size 1 not in range"), ("other", "does not match")):
+        with pytest.raises(ModelError, match=rf"^{name}\.onnx: not a valid ONNX model \(.*{said}"):
+            quantkit.bench_model(f"{name}.onnx")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_fault_of_our_own_is_no_fault_of_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: object, **options: object) -> None:
+        raise IndexError("ours")
+
+    monkeypatch.setattr(run, "cases_of_model", broken)
+    with pytest.raises(IndexError, match="ours"):
+        quantkit.bench_model("model.onnx")
+
+
+def fixed_length(folder: Path) -> Path:
+    """A model whose declared input is longer than it can be run on."""
+    ones = ",".join(["1"] * 32)
+    onnx.save(
+        onnx.parser.parse_model(
+            '<ir_version: 9, opset_import: ["" : 20]> g (float[batch,seq,8] x) => (float[batch,16,4] y) '
+            f"<float[8,4] w = {{{ones}}}, float[1,16,8] add = {{{','.join(['1'] * 128)}}}> "
+            "{ a = Add (x, add) y = MatMul (a, w) }"
+        ),
+        folder / "fixed.onnx",
+    )
+    return folder / "fixed.onnx"
+
+
+def test_data_that_the_model_cannot_be_run_on_are_refused_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("data.npy", np.ones((3, 5, 8), np.float32))
+    with pytest.raises(ModelError, match="fails when run on x"):
+        quantkit.bench_model(fixed_length(tmp_path), data="data.npy")
