@@ -315,7 +315,7 @@ def main() -> None:
                     lines.append(line)
                     loads.append(os.getloadavg()[0])
     lines.append(
-        f"The first {given.rows} rows of text, and 2,000 pictures; {CALIBRATED} of each kind to calibrate with. Seconds on "
+        f"The first {given.rows} rows of text, 2,000 pictures; {CALIBRATED} of each to calibrate with. Seconds on "
         f"{os.cpu_count()} cores, while the machine's load was {min(loads):.1f} to {max(loads):.1f}."
     )
     print(lines[-1])
