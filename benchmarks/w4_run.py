@@ -32,6 +32,7 @@ from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, deepest, w4
 from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
 from quantkit.kernels.w4.layout import Layout4, Packed4
 from quantkit.kernels.w4.matmul import PackedWeight4, Workspace4, matmul_w4, pack_weight4, upload4
+from quantkit.kernels.w4.scales import into_fields
 
 KIND = EpilogueKind(column_scale="each")
 FORMS = {
@@ -284,10 +285,11 @@ class Operands:
                 pairs += cupy.asarray(first, np.uint16)
                 scales = pairs.reshape(*shape[:-1], shape[-1] // 2).view(np.uint8)
             else:
-                low, high = {"e4m3": (40, 80), "uint8": (1, 17), "e8m0": (3, 15) if eight else (240, 255)}[
+                low, high = {"e4m3": (136, 176), "uint8": (1, 17), "e8m0": (3, 15) if eight else (240, 255)}[
                     f.scales
                 ]
-                scales = cupy.random.randint(low, high, shape, dtype=np.uint8)
+                drawn = np.random.default_rng(0).integers(low, high, shape, dtype=np.uint8)
+                scales = cupy.asarray(into_fields(drawn, f))
             zeros = (
                 cupy.random.randint(0, 256, (f.sides, f.blocks, 32, f.groups_in_slab), dtype=np.uint8)
                 if f.zeros

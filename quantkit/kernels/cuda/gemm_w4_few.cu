@@ -128,6 +128,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
     const uint32_t scales_at = SCALES_AT + side0 * SCALES_SIZE + (group0 * 8 + lane / 4) * PAIR_BYTES;
     const uint32_t zeros_at = ZEROS_AT + side0 * ZEROS_SIZE + (group0 * 8 + lane / 4 + first % 2 * 8) * GROUPS;
     const uint32_t a_at = slab0 * TILE_N * ROW + swizzled(lane % 8, lane / 8);
+    const uint32_t above = bits_above(planes);
     uint32_t parity = 0;
     QK_ROLLED for (int step = 0; step < steps; step++) {
       mbarrier_wait_ring(full + 8 * s, parity);
@@ -140,7 +141,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
           QK_UNROLL for (int plane = 0; plane < PLANES; plane++)
             words[i][plane] = ld_shared<U32x4>(stage + codes_at + ((o * PLANES + plane) * TILE + i) * GROUP_BYTES);
           if (o % SHARED_BY != 0) continue;
-          load_pair(raw[i], stage + scales_at + side * SCALES_SIZE + i * 8 * PAIR_BYTES);
+          load_pair(raw[i], stage + scales_at + side * SCALES_SIZE + i * 8 * PAIR_BYTES, above);
           if constexpr (ZEROS)
             QK_UNROLL for (int g = 0; g < GROUPS; g++)
               zero[i][g] = ld_shared<uint8_t>(stage + zeros_at + side * ZEROS_SIZE + i * 8 * GROUPS + g);

@@ -125,6 +125,7 @@ gemm_w4_mma(const uint8_t* a, const uint8_t* codes, const uint8_t* scales, const
     }
   };
 
+  const uint32_t above = bits_above(planes);
   Codes held;
   auto fetch_codes = [&](int step, int slab) {
     const uint32_t stage = base + step % STAGES * STAGE_BYTES;
@@ -134,7 +135,7 @@ gemm_w4_mma(const uint8_t* a, const uint8_t* codes, const uint8_t* scales, const
       QK_UNROLL for (int plane = 0; plane < PLANES; plane++)
         held.words[i][plane] =
             ld_shared<U32x4>(stage + CODES_AT + (slab * PLANES + plane) * PLANE_SIZE + group * BLOCK_BYTES + lane * 16);
-      load_pair(held.raw[i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES);
+      load_pair(held.raw[i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES, above);
       if constexpr (ZEROS)
         QK_UNROLL for (int g = 0; g < GROUPS; g++)
           held.zero[i][g] = ld_shared<uint8_t>(stage + ZEROS_AT + side * ZEROS_SIZE + pair * GROUPS + g);

@@ -197,6 +197,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
         QK_UNROLL for (int h = 0; h < 2; h++)
           columns[i][h] = epilogue::column_factors(output, n0 + i * 64 + down + 8 * h);
     };
+    const uint32_t above = bits_above(planes);
     int s = 0, buffer = 0;
     uint32_t parity = 0;
     int pieces[2] = {-1, -1};  // tiles of which a piece was left: where the share begins, and where it ends
@@ -255,7 +256,7 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
                   ld_shared<U32x4>(stage + CODES_AT + ((slab * PLANES + plane) * BLOCKS + block) * BLOCK_BYTES +
                                    warp * 512 + lane * 16);
           QK_UNROLL for (int side = 0; side < SIDES; side++) {
-            load_pair(raw[side][i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES);
+            load_pair(raw[side][i], stage + SCALES_AT + side * SCALES_SIZE + pair * PAIR_BYTES, above);
             if constexpr (ZEROS)
               QK_UNROLL for (int group = 0; group < GROUPS; group++)
                 zero[side][i][group] =

@@ -175,11 +175,11 @@ def promoted_scales(layout: Layout4) -> Layout4:
 
 
 def _e4m3_codes() -> NDArray[np.uint8]:
-    """Return for each e4m3 code ≥ 0 the kernel's: five bits of exponent + 10, three of mantissa, never subnormal."""
+    """Return for each e4m3 code ≥ 0 the kernel's: five bits of exponent + 22, three of mantissa, never subnormal."""
     values = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     mantissa, exponent = np.frexp(values)
     codes = np.zeros(256, np.uint8)
-    codes[1:0x7F] = ((exponent[1:] - 1 + 10) << 3 | (mantissa[1:] * 16).astype(np.int64) & 7).astype(np.uint8)
+    codes[1:0x7F] = ((exponent[1:] - 1 + 22) << 3 | (mantissa[1:] * 16).astype(np.int64) & 7).astype(np.uint8)
     return codes
 
 
@@ -226,7 +226,7 @@ def rebased_scales(
 def held_values(held: NDArray[Any], layout: Layout4) -> NDArray[np.float64]:
     """Return the values of scales as they are stored."""
     if layout.scales == "e4m3":
-        value = np.ldexp(1 + (held & 7) / 8, (held >> 3).astype(np.int64) - 10)
+        value = np.ldexp(1 + (held & 7) / 8, (held >> 3).astype(np.int64) - 22)
         return np.where(held == 0, 0.0, value)
     if layout.scales == "e8m0" and layout.activation_bits == 8:
         return np.ldexp(1.0, held.astype(np.int64) + _E4M3_LOWEST)
@@ -246,13 +246,44 @@ def by_pairs(held: NDArray[Any], layout: Layout4) -> NDArray[np.uint8]:
     parts = padded.reshape(layout.blocks, 4, 2, 8, layout.sides, layout.groups_in_slab)
     if held.dtype == _HELD["bfloat16"] and not layout.promoted:
         parts = (parts.astype(np.float32) * _STORED_TIMES).astype(held.dtype)
-    ordered = np.ascontiguousarray(parts.transpose(4, 0, 1, 3, 2, 5))
-    return ordered.view(np.uint8).reshape(layout.sides, layout.blocks, 32, -1)
+    ordered = np.ascontiguousarray(parts.transpose(4, 0, 1, 3, 2, 5)).view(np.uint8)
+    return into_fields(ordered, layout).reshape(layout.sides, layout.blocks, 32, -1)
+
+
+# Where scales of eight bits begin in a half of a word, for activations of 16 bits: their exponents then stand where
+# those of bf16 do.
+_FIELDS = {"e4m3": 4, "e8m0": 7}
+
+
+def into_fields(scales: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
+    """Return scales of eight bits as w4_decode.h takes them from a word; others, and those for e4m3, as they are.
+
+    Of four bytes the first and third go to their place in either half, and the others beside them: a turn by eight
+    bits brings those to the same place.
+    """
+    at = None if layout.activation_bits == 8 else _FIELDS.get(layout.scales)
+    if at is None:
+        return scales
+    four = scales.reshape(-1, 4).astype(np.uint32)
+    even, odd = ((four[:, i] | four[:, i + 2] << np.uint32(16)) << np.uint32(at) for i in (0, 1))
+    turned = odd << np.uint32(8) | odd >> np.uint32(24)
+    return (even | turned).view(np.uint8).reshape(scales.shape)
+
+
+def _from_fields(scales: NDArray[np.uint8], layout: Layout4) -> NDArray[np.uint8]:
+    """Undo `into_fields`."""
+    at = None if layout.activation_bits == 8 else _FIELDS.get(layout.scales)
+    if at is None:
+        return scales
+    word = np.ascontiguousarray(scales).view(np.uint32).reshape(-1)
+    turned = word >> np.uint32(8) | word << np.uint32(24)
+    four = [x >> np.uint32(at + half) & np.uint32(255) for half in (0, 16) for x in (word, turned)]
+    return np.stack(four, axis=-1).astype(np.uint8).reshape(scales.shape)
 
 
 def from_pairs(scales: NDArray[np.uint8], layout: Layout4) -> NDArray[Any]:
     """Undo `by_pairs`."""
-    held = scales.reshape(-1).view(_HELD.get(layout.scales, np.dtype(np.uint8)))
+    held = _from_fields(scales, layout).reshape(-1).view(_HELD.get(layout.scales, np.dtype(np.uint8)))
     parts = held.reshape(layout.sides, layout.blocks, 4, 8, 2, layout.groups_in_slab).transpose(
         1, 2, 4, 3, 0, 5
     )

@@ -40,11 +40,11 @@ _INTEGERS: dict[tuple[str, str, bool], tuple[float, float]] = {
     ("int8", "uint8", True): (57.7, 13.4),
 }
 _FLOATS = {
-    ("bfloat16", "e4m3"): (52.0, 2.6),
-    ("bfloat16", "e8m0"): (52.0, 3.1),
+    ("bfloat16", "e4m3"): (52.0, 2.1),
+    ("bfloat16", "e8m0"): (52.0, 2.6),
     ("bfloat16", "none"): (52.0, 0.0),
-    ("float16", "e4m3"): (84.0, 2.6),
-    ("float16", "e8m0"): (84.0, 10.2),
+    ("float16", "e4m3"): (84.0, 3.1),
+    ("float16", "e8m0"): (84.0, 11.7),
     ("float16", "none"): (84.0, 0.0),
     ("float8_e4m3fn", "e8m0"): (77.0, 7.0),
 }

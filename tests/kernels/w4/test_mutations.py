@@ -151,7 +151,7 @@ MUTATIONS = {
     ),
     "no shift for the upper codes": (DECODE, "near = r < 2 ? word : word >> 8;", "near = word;", CODES, "every"),
     "the third code's sign left behind": (DECODE, "(word >> 4 | word << 28)", "(word >> 4)", NVFP4, "every"),
-    "scales of the next group": (DECODE, "i % 2 ? 0x4341 : 0x4240", "i % 2 ? 0x4240 : 0x4341", NVFP4, "every"),
+    "scales of the next group": (DECODE, "return i % 2 ? word >> 8", "return i % 2 == 0 ? word >> 8", NVFP4, "every"),
     "scales read once too seldom": (
         FEW_SOURCE, "if (o % SHARED_BY != 0) continue;", "if (o != 0) continue;", FEW_GROUPS, "every"
     ),
@@ -210,8 +210,8 @@ MUTATIONS = {
     "both rows with the upper zero point": (DECODE, "zeros[group] >> 4", "zeros[group] & 15", ZEROS, "every"),
     "one scale for a slab": (DECODE, "GROUPS > 1 ? depth * GROUPS / 4 : 0", "0", ZEROS, "every"),
     "exponent of the fourth code": (DECODE, "(word >> 6 & both(0x0100))", "(word >> 5 & both(0x0100))", NVFP4, "every"),
-    "bias of e4m3": (DECODE, "both(0x7600)", "both(0x7580)", NVFP4, "every"),
-    "bias of e8m0": (DECODE, "two_of(raw[i / 4], i) * 128", "two_of(raw[i / 4], i) * 128 + both(0x80)", MXFP4, "every"),
+    "bits above e4m3": (DECODE, "both(0x7000) +", "both(0x6000) +", NVFP4, "every"),
+    "lowest bit of e8m0": (DECODE, "& both(0x7f80), i % 4", "& both(0x7f00), i % 4", MXFP4, "every"),
     "one half of K added": (FEW_SOURCE, "along_k > 0 ? 0 : WARPS_K - 1", "0", FEW, "every"),
     "sums over a ring that is still read": (
         FEW_SOURCE, "barrier_sync(1, 32 * WARPS);  // everyone", "// everyone", FEW, "some"

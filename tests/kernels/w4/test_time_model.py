@@ -73,7 +73,7 @@ def test_what_speed_ups_are_over_is_cublas_at_its_fastest():
     ("form", "m", "least"),
     [
         *(("int4", 1, 3.0), ("int4", 16, 3.0), ("int4", 32, 2.3)),
-        *(("mxfp4", 1, 3.0), ("mxfp4", 16, 2.7), ("nvfp4", 16, 2.7)),
+        *(("mxfp4", 8, 3.0), ("mxfp4", 16, 2.7), ("nvfp4", 1, 3.0), ("nvfp4", 16, 2.7)),
         *(("w4a8", 32, 3.0), ("w4a8", 64, 2.8)),
     ],
 )

@@ -42,7 +42,7 @@
 #define SCALES_BF16 1
 #define SCALES_F16 2
 #define SCALES_F32 3
-#define SCALES_E4M3 4  // as exponent + 3 (five bits) and mantissa: no subnormals
+#define SCALES_E4M3 4  // as exponent + 15 (five bits) and mantissa: no subnormals
 #define SCALES_E8M0 5  // less the row's largest, + 254
 #define SCALES_U8 6    // whole numbers, for A of int8
 #ifndef DEEP
@@ -102,8 +102,13 @@ constexpr float REBASE = SCALED_SUMS ? 0x1p9f : EIGHT ? 1.0f : CODES == CODES_E2
 // What codes of one row and group are decoded with; each in both halves. For e4m3: magnitudes 0 ... 3 and 4 ... 7.
 struct Factor { uint32_t scale, rest, offset; };
 
-// The scales of a pair of rows, from shared memory.
-QK_FUNCTION void load_pair(uint32_t (&raw)[PAIR_WORDS + 1], uint32_t at) {
+// The bits of bf16 above an e4m3 scale's. Were they known when it is compiled, they would be moved to a register for each
+// scale; nothing has fewer than no planes.
+QK_FUNCTION uint32_t bits_above(int planes) { return both(0x7000) + (planes >> 31); }
+
+// The scales of a pair of rows, from shared memory, and behind them what `bits_above` said.
+QK_FUNCTION void load_pair(uint32_t (&raw)[PAIR_WORDS + 1], uint32_t at, uint32_t above) {
+  raw[PAIR_WORDS] = above;
   if constexpr (PAIR_BYTES == 2) {
     raw[0] = ld_shared<uint16_t>(at);
   } else if constexpr (PAIR_WORDS == 1) {
@@ -116,8 +121,9 @@ QK_FUNCTION void load_pair(uint32_t (&raw)[PAIR_WORDS + 1], uint32_t at) {
     raw[0] = four.x, raw[1] = four.y, raw[PAIR_WORDS - 2] = four.z, raw[PAIR_WORDS - 1] = four.w;
   }
 }
-// Bytes 0 and 2 of a word, or 1 and 3, in its halves; a half of a word in both.
-QK_FUNCTION uint32_t two_of(uint32_t word, int i) { return prmt(word, 0, i % 2 ? 0x4341 : 0x4240); }
+// Scales of eight bits, four to a word: those of even numbers stand in its halves where the masks below take them, those
+// of odd numbers after a turn by eight bits. A half of a word in both.
+QK_FUNCTION uint32_t two_of(uint32_t word, int i) { return i % 2 ? word >> 8 | word << 24 : word; }
 QK_FUNCTION uint32_t half_of(uint32_t word, int half) { return half ? twice<1>(word) : twice<0>(word); }
 
 // The magnitudes of e2m1 times 2^(index - 8) as e4m3: from index 3 on the same bytes, eight more for each power of two.
@@ -143,13 +149,13 @@ QK_FUNCTION Factor factor_of(const uint32_t (&raw)[PAIR_WORDS + 1], int i) {
   } else if constexpr (SCALES == SCALES_NONE) {
     f.scale = !BF || CODES != CODES_INT4 ? (BF ? both(0x7e80) : ONE) : lower ? both(0x7c80) : both(0x7e80);  // 2^126
   } else if constexpr (SCALES == SCALES_E4M3) {
-    const uint32_t codes = two_of(raw[i / 4], i);
-    f.scale = half_of(BF ? codes * 16 + both(0x7600) : codes * 128 + both(0x3000), i % 4 / 2);
+    const uint32_t codes = two_of(raw[i / 4], i) & both(0x0ff0);
+    f.scale = half_of(BF ? codes | raw[PAIR_WORDS] : codes << 3, i % 4 / 2);
   } else if constexpr (SCALES == SCALES_E8M0) {
     if (BF) {
-      f.scale = half_of(two_of(raw[i / 4], i) * 128, i % 4 / 2);
+      f.scale = half_of(two_of(raw[i / 4], i) & both(0x7f80), i % 4 / 2);
     } else {
-      const int exponent = static_cast<int>(raw[i / 4] >> i % 4 * 8 & 0xff) - 224;
+      const int exponent = static_cast<int>(two_of(raw[i / 4], i) >> (7 + i % 4 / 2 * 16) & 0xff) - 224;
       f.scale = both(exponent < 0 ? 0 : exponent << 10);
     }
   } else if constexpr (!SPLIT) {
