@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,7 @@ def main() -> None:
         ]
         for name, table in zip(("text", "pictures"), tables, strict=True):
             if given.only in (None, name):
-                for line in (*table, ""):
+                for line in chain(table, [""]):
                     print(line, flush=True)
                     lines.append(line)
                     loads.append(os.getloadavg()[0])
