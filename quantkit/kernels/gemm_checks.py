@@ -32,6 +32,20 @@ def residual_type(residual: Any) -> str:
     return _RESIDUALS[str(residual.dtype)]
 
 
+def place_of(array: Any) -> int | None:
+    """Return the number of the GPU that an array lies on; None for one of NumPy, or of a library that is not CuPy."""
+    number = getattr(getattr(array, "device", None), "id", None)
+    return None if number is None else int(number)
+
+
+def described_place(array: Any) -> str:
+    """Return where an array lies, in words."""
+    number = place_of(array)
+    if number is not None:
+        return f"GPU {number}"
+    return "the CPU" if isinstance(array, np.ndarray | np.generic) else f"{type(array).__module__}'s side"
+
+
 def check_product(
     a: Any, weight: PackedWeight, epilogue: Epilogue, out_dtype: str, out: Any, device: int, arch: str
 ) -> None:
@@ -40,6 +54,10 @@ def check_product(
     Raises:
         KernelError: the first thing that does not fit.
     """
+    if not hasattr(a, "device"):
+        raise KernelError(
+            f"matmul: a: is a {type(a).__name__}, not an array on the GPU; make it one with cupy.asarray."
+        )
     if a.ndim < 1 or a.shape[-1] != weight.k:
         raise KernelError(f"matmul: a: {a.shape} does not end in the weight's k = {weight.k}.")
     m = int(np.prod(a.shape[:-1], dtype=np.int64))
@@ -59,8 +77,8 @@ def check_product(
     }
     complaints += [
         (
-            hasattr(array, "device") and int(array.device.id) != device,
-            f"{name} lies on GPU {getattr(getattr(array, 'device', None), 'id', '?')}, not on {device}; move it",
+            hasattr(array, "device") and place_of(array) != device,
+            f"{name} lies on {described_place(array)}, not on GPU {device}; move it with cupy.asarray",
         )
         for name, array in arrays.items()
     ]

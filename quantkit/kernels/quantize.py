@@ -18,6 +18,7 @@ from quantkit.formats.format import FP4_E2M1, INT8
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels import device as gpu
 from quantkit.kernels.compile import compile_kernel
+from quantkit.kernels.gemm_checks import described_place, place_of
 from quantkit.kernels.quantize_launch import (
     INPUTS,
     KERNEL,
@@ -90,6 +91,11 @@ def quantize_activation(
     Raises:
         KernelError: shapes, types or devices that do not fit, or a specification that no kernel knows.
     """
+    if not isinstance(spec, QuantSpec):
+        raise KernelError(
+            f"quantize_activation: spec: is a {type(spec).__name__}, not a QuantSpec; "
+            "QuantSpec(format=INT8, dynamic='token') is one."
+        )
     cupy = gpu.cupy()
     device = gpu.current()
     check_spec(spec)
@@ -190,12 +196,19 @@ def _check(
     multiplier: Any,
     device: int,
 ) -> None:
+    if not hasattr(x, "device"):
+        raise KernelError(
+            f"quantize_activation: x: is a {type(x).__name__}, not an array on the GPU; make it one with cupy.asarray."
+        )
     names = {*INPUTS, "uint16"}
     fixed = spec.dynamic is None
     complaints = [
         (str(x.dtype) not in names, f"x: {x.dtype}; use float32, float16 or bfloat16"),
         (x.ndim < 1, "x: a number, not a matrix; reshape it to (rows, columns)"),
-        (int(x.device.id) != device, f"x: lies on GPU {x.device.id}, the current one is {device}"),
+        (
+            place_of(x) != device,
+            f"x: lies on {described_place(x)}, not on GPU {device}; move it with cupy.asarray",
+        ),
         (fixed and scale is None, "a fixed scale is needed; give scale, or a spec with dynamic scales"),
         (not fixed and scale is not None, "scale given, and computed from x; leave one out"),
         (zero_point is not None and (not fixed or spec.format.kind == "float"), "no zero point is free here"),

@@ -65,7 +65,12 @@ def test_what_fits_is_let_through():
         ({"a": array((4, 32), np.float32)}, "pass int8 or uint8"),
         ({"weight": replace(WEIGHT, arch="sm_80")}, "packed for sm_80"),
         ({"a": np.broadcast_to(np.int8(0), (2**31 - 9, 32)).view(Array)}, "cut the product into parts"),
-        ({"a": array((4, 32), np.int8, device=1)}, "a lies on GPU 1, not on 0; move it"),
+        ({"a": array((4, 32), np.int8, device=1)}, "a lies on GPU 1, not on GPU 0; move it"),
+        ({"a": np.zeros((4, 32), np.int8)}, "a lies on the CPU, not on GPU 0; move it with cupy.asarray"),
+        ({"a": [[0] * 32] * 4}, "a: is a list, not an array on the GPU; make it one with cupy.asarray"),
+        ({"out": np.zeros((4, 8), np.uint16)}, "out lies on the CPU, not on GPU 0"),
+        ({"epilogue": Epilogue(bias=np.zeros(8, np.float32))}, "bias lies on the CPU, not on GPU 0"),
+        ({"epilogue": Epilogue(row_scale=np.float32(2))}, "row_scale lies on the CPU, not on GPU 0"),
         ({"out_dtype": "int4"}, "one of int32"),
         ({"out_dtype": "int32", "epilogue": Epilogue(bias=array(8))}, "plain sums of int8 only"),
         ({"out": array((4, 8), np.float32)}, "is not a contiguous"),
@@ -123,3 +128,27 @@ def test_what_was_not_quantized_or_packed_is_refused_with_the_step_that_is_missi
     for given in (floats, None, quantized):
         with pytest.raises(KernelError, match=r"weight: is a \w+; pass what pack_weight makes of it\."):
             matmul(floats, given)
+
+
+@pytest.mark.parametrize(
+    ("x", "spec", "says"),
+    [
+        (array((4, 32)), "int8", r"spec: is a str, not a QuantSpec; QuantSpec\(format=INT8"),
+        ([1.0], QuantSpec(format=INT8, dynamic="token"), r"x: is a list, not an array on the GPU"),
+        (
+            np.zeros((4, 32), np.float32),
+            QuantSpec(format=INT8, dynamic="token"),
+            r"x: lies on the CPU, not on GPU 0",
+        ),
+        (
+            array((4, 32), device=1),
+            QuantSpec(format=INT8, dynamic="token"),
+            r"x: lies on GPU 1, not on GPU 0",
+        ),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_with_the_mend(monkeypatch, x, spec, says):
+    here = SimpleNamespace(cuda=SimpleNamespace(Device=lambda: SimpleNamespace(id=0)))
+    monkeypatch.setattr(device, "cupy", lambda: here)
+    with pytest.raises(KernelError, match=rf"^quantize_activation: {says}"):
+        quantize_activation(x, spec)
