@@ -17,6 +17,7 @@ from quantkit.errors import SpecError
 from quantkit.graph import Graph, LeftAlone
 from quantkit.graph.clean import NEWEST_OPSET, quiet
 from quantkit.kernels.family import Operands
+from quantkit.kernels.gemm_checks import LARGEST_SIDE
 from quantkit.kernels.work import FORMATS, Work, get_gemm_format
 
 _QUANTIZED = frozenset(
@@ -27,8 +28,6 @@ _QUANTIZED = frozenset(
 # What a float model's layers are run in where nobody asks for others.
 AS_STORED = "as stored"
 DEFAULT_FORMATS = ("int8", "fp8")
-# Kernels count rows and columns in 32 bits.
-_SIDES = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ def cases_of_shapes(shapes: Sequence[tuple[int, int, int]], formats: Sequence[st
     """Return a case for every distinct shape (m, n, k) in every format, on random numbers.
 
     Raises:
-        SpecError: a size below 1, or of 2³¹ and more. UnknownNameError: no such format.
+        SpecError: a size below 1, or more than kernels count to. UnknownNameError: no such format.
     """
     names = _distinct(formats)
     for shape in shapes:
@@ -69,9 +68,9 @@ def cases_of_shapes(shapes: Sequence[tuple[int, int, int]], formats: Sequence[st
             raise SpecError(
                 f"shape {'x'.join(map(str, shape))}: three sizes from 1 up, M x N x K, are wanted."
             )
-        if max(shape) >= _SIDES:
+        if max(shape) > LARGEST_SIDE:
             raise SpecError(
-                f"shape {'x'.join(map(str, shape))}: kernels take sizes below 2^31; give smaller ones."
+                f"shape {'x'.join(map(str, shape))}: kernels count up to {LARGEST_SIDE:,}; give smaller sizes."
             )
     works = [Work(m=m, n=n, k=k, format=name) for m, n, k in dict.fromkeys(shapes) for name in names]
     found = tuple(
@@ -122,10 +121,10 @@ def cases_of_model(
         for form in names or ([None] if quantized else DEFAULT_FORMATS):
             for layer in layers:
                 gemm = layer.gemm(captured.shapes).at(batch, captured.samples)
-                if gemm.rows >= _SIDES:
+                if gemm.rows > LARGEST_SIDE:
                     raise SpecError(
-                        f"batch {batch}: {layer.node} has {gemm.rows:,} rows then, and kernels count to 2^31; "
-                        "give a smaller batch."
+                        f"batch {batch}: {layer.node} has {gemm.rows:,} rows then, and kernels count up to "
+                        f"{LARGEST_SIDE:,}; give a smaller batch."
                     )
                 work = Work(
                     m=gemm.rows,
