@@ -65,8 +65,13 @@ def _why_not(layer: Layer | None) -> str:
         return "its weight is computed"
     if not layer.activations.tensor:
         return "both inputs are constant"
+    if layer.window is not None:
+        shape, groups = layer.weights.shape, layer.window.groups
+        if len(shape) < 3:
+            return f"its weight of shape {shape} has no kernel"
+        if groups < 1 or shape[0] % groups:
+            return f"its {shape[0]} channels are not {groups} groups"
     if layer.window is not None and layer.window.groups > 1:
-        shape = layer.weights.shape
         narrow = shape[1] if layer.op_type == "ConvTranspose" else shape[0] // layer.window.groups
         if narrow == 1:
             return "depthwise: no product of matrices"

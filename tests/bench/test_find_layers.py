@@ -220,6 +220,25 @@ def test_a_weight_that_cannot_be_quantized_is_left_with_the_reason(weight: np.nd
     assert [x.reason for x in left] == [reason]
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups", "reason"),
+    [
+        ((6,), 1, r"its weight of shape (6,) has no kernel"),
+        ((6, 1, 3, 3), 4, "its 6 channels are not 4 groups"),
+        ((6, 1, 3, 3), 0, "its 6 channels are not 0 groups"),
+        ((0, 4, 3, 3), 1, "its weight is empty"),
+    ],
+)
+def test_a_convolution_that_is_none_is_left_with_the_reason(
+    shape: tuple[int, ...], groups: int, reason: str
+) -> None:
+    nodes = [node("Conv", "x w", "c", group=groups), node("MatMul", "c v", "y")]
+    file = model(nodes, [constant("w", scales(*shape)), constant("v", scales(9, 5))], ["N", 4, 9, 9])
+    layers, left = find_layers(ir.serde.deserialize_model(file))
+    assert [x.node for x in layers] == ["y"]
+    assert [x.reason for x in left] == [reason]
+
+
 def test_codes_between_integer_operators_are_read_as_the_values_that_they_stand_for() -> None:
     """What a QLinearMatMul writes is codes: their values are the next one's activations."""
     zero = constant("hz", np.uint8(7))
