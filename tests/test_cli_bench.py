@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -16,6 +16,8 @@ from quantkit.bench import run as bench_run
 from quantkit.cli import main
 from quantkit.kernels import compile as compiling
 from quantkit.kernels import present
+from quantkit.kernels.gpus import GPUS
+from quantkit.kernels.timing import Timing
 from tests.bench.quantized import BUILDERS
 
 
@@ -70,6 +72,38 @@ def test_json_and_csv_are_alone_on_standard_output(run: Run) -> None:
     assert told["mode"] == "predicted"
     rows = list(csv.DictReader(io.StringIO(run(*SHAPE, "--csv").out)))
     assert [row["m"] for row in rows] == ["64", "64"]
+
+
+def test_a_measured_table_says_where_it_was_measured_and_who_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing = Timing(median_us=20.0, q1_us=19.0, q3_us=22.0, runs=25)
+
+    def measured(gpu: object, **options: object) -> Callable[..., dict[str, object]]:
+        # Each row has a reason of its own, more than a screen has room for.
+        return lambda case, family, prediction: {
+            "timing": timing,
+            "peers": {"cuBLAS bf16": replace(timing, median_us=50.0)},
+            "refused": {"Humming": f"no {case.work.m}"},
+            "error": 0.0,
+        }
+
+    for name, stand_in in (
+        ("why_no_gpu", lambda: None),
+        ("present_gpu", lambda: GPUS["h200"]),
+        ("compile_ahead", lambda chosen, gpu: None),
+        ("facts", lambda: {"device": "NVIDIA H200", "nvrtc": "13.0", "torch": "2.11"}),
+        ("measured", measured),
+        ("missing_peers", list),
+    ):
+        monkeypatch.setattr(bench_run, name, stand_in)
+    shapes = ",".join(f"{m}x512x256" for m in range(1, 11))
+    lines = run("bench", "--shapes", shapes, "--format", "int8").out.splitlines()
+    assert lines[:2] == ["measured on NVIDIA H200: nvrtc 13.0, torch 2.11", ""]
+    assert lines[2].split("  ")[0] == "m × n × k"
+    assert [lines[4].split()[i] for i in (10, 11, 15)] == ["20", "1.5", "2.50"]
+    assert lines[-9] == "Humming refused 1 product (1 × 512 × 256 int8): no 1"
+    assert lines[-1] == "and 2 further reasons to refuse; --json has all"
 
 
 def test_a_product_that_errs_by_more_than_rounding_ends_with_code_1(

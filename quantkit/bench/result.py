@@ -133,7 +133,11 @@ class Benchmark:
         """Return the rows as CSV, one a product, peers in columns of their own."""
         peers = dict.fromkeys(name for row in self.rows for name in row.peers)
         plain = [
-            {k: v for k, v in row.to_dict().items() if k not in ("peers_us", "refused", "layers")}
+            {
+                k: v
+                for k, v in row.to_dict().items()
+                if k not in ("peers_us", "peers_quartiles_us", "refused", "layers")
+            }
             | {"layers": ";".join(row.layers)}
             | {f"{name} us": row.peers[name].median_us if name in row.peers else None for name in peers}
             for row in self.rows
@@ -161,6 +165,19 @@ class Benchmark:
                 ),
             ]
         return Table([title for title, _ in columns], zip(*(cells for _, cells in columns), strict=True))
+
+    def refusals(self) -> list[str]:
+        """Return a line for each reason that a peer had not to run: how many products, the first one, and why."""
+        grouped: dict[tuple[str, str], list[BenchRow]] = {}
+        for row in self.rows:
+            for peer, reason in row.refused.items():
+                grouped.setdefault((peer, reason), []).append(row)
+        return [
+            f"{peer} refused {len(rows)} product{'' if len(rows) == 1 else 's'} "
+            f"({rows[0].work.m} × {rows[0].work.n} × {rows[0].work.k} {rows[0].work.format}"
+            f"{' first' if len(rows) > 1 else ''}): {reason}"
+            for (peer, reason), rows in grouped.items()
+        ]
 
     def __str__(self) -> str:
         return self.table().text()

@@ -142,6 +142,7 @@ class BenchRow:
             "speedup_over_cublas_bf16": self.vs_bf16,
             "speedup_over_cublaslt_same_format": self.vs_same_format,
             "peers_us": {name: peer.median_us for name, peer in self.peers.items()},
+            "peers_quartiles_us": {name: [peer.q1_us, peer.q3_us] for name, peer in self.peers.items()},
             "refused": dict(self.refused),
             # JSON has no infinity.
             "relative_error": "infinite" if self.error == math.inf else self.error,

@@ -106,14 +106,14 @@ def bench_model(
             notes += [f"peers that are not installed: {', '.join(missing_peers())}"] * bool(missing_peers())
     for index, (case, found) in enumerate(zip(products.cases, chosen, strict=True)):
         try:
-            told = {} if found is None else run(case, *found)
+            ran = {} if found is None else run(case, *found)
         except MemoryError as error:
             work = case.work
             raise KernelError(
                 f"{work.m}x{work.n}x{work.k} {work.format}: does not fit into memory; "
                 "give a smaller --batch or --shapes."
             ) from error
-        done.append(_row(case, gpu, found, told))
+        done.append(_row(case, gpu, found, ran))
         on_product(index + 1, len(products.cases))
     if emulate:
         notes.insert(
@@ -127,6 +127,10 @@ def bench_model(
             c.work.format for c, f in zip(products.cases, chosen, strict=True) if f is None
         )
         notes.append(f"no kernel yet for {', '.join(formats_left)} on {gpu.architecture}")
+    told = facts() if mode == "measured" else {}
+    if told:
+        versions = ", ".join(f"{what} {version}" for what, version in told.items() if what != "device")
+        notes.insert(0, f"measured on {told['device']}: {versions}")
     return Benchmark(
         model=name,
         gpu=gpu,
@@ -134,7 +138,7 @@ def bench_model(
         rows=tuple(done),
         left=products.left,
         notes=tuple(notes),
-        facts=facts() if mode == "measured" else {},
+        facts=told,
     )
 
 

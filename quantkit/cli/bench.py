@@ -23,6 +23,8 @@ Batches = Annotated[
     str | None, typer.Option("--batch", help="Samples at a time, several with commas (default: 1,64).")
 ]
 DEFAULT_BATCHES = "1,64"
+# Reasons of peers that a screen has room for.
+_REFUSALS = 8
 Dims = Annotated[
     list[str] | None,
     typer.Option(
@@ -146,15 +148,15 @@ def bench(
 
 
 def _show(found: "Benchmark", plot: Path | None) -> None:
-    first, *notes = [*found.notes, ""] if found.mode == "predicted" else ["", *found.notes, ""]
-    if first:
-        typer.echo(f"{first}\n")
+    first, *notes = found.notes
+    typer.echo(f"{first}\n")
     typer.echo(found.table().text())
     if any(batch is not None for batch, _ in found.totals()) and found.mode != "emulated":
         typer.echo(f"\n{found.summary().text()}")
-    refused = {(peer, reason): None for row in found.rows for peer, reason in row.refused.items()}
-    lines = [note for note in notes if note]
-    lines += [f"{peer} refused: {reason}" for peer, reason in list(refused)[:8]]
+    refused = found.refusals()
+    lines = [*notes, *refused[:_REFUSALS]]
+    if len(refused) > _REFUSALS:
+        lines.append(f"and {len(refused) - _REFUSALS} further reasons to refuse; --json has all")
     for (op_type, reason), nodes in _by_reason(found).items():
         more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
         lines.append(f"not run: {op_type} {nodes[0]}{more}, {reason}")

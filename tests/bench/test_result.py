@@ -119,6 +119,14 @@ def test_more_than_rounding_is_wrong_and_an_infinite_error_is_json(
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["relative_error"] == told
 
 
+def test_refusals_say_how_many_products_and_which_first() -> None:
+    other = replace(row(30.0, form="fp8"), refused={"Humming": "no such shape", "nvmath": "K % 16"})
+    assert result(row(20.0), other).refusals() == [
+        "Humming refused 2 products (64 × 8192 × 8192 int8 first): no such shape",
+        "nvmath refused 1 product (64 × 8192 × 8192 fp8): K % 16",
+    ]
+
+
 def test_what_was_not_compared_is_not_wrong() -> None:
     assert not replace(row(20.0), error=None).is_wrong
 
@@ -155,6 +163,7 @@ def test_json_and_csv_hold_every_row_and_each_peer() -> None:
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert [r["time_us"] for r in told["rows"]] == [20.0, 30.0]
     assert told["rows"][0]["peers_us"] == {"cuBLAS bf16": 50.0}
+    assert told["rows"][0]["peers_quartiles_us"] == {"cuBLAS bf16": [49.0, 51.0]}
     assert told["rows"][0]["refused"] == {"Humming": "no such shape"}
     assert told["left"] == [{"node": "dw", "op_type": "Conv", "reason": "depthwise"}]
     rows = list(csv.DictReader(io.StringIO(found.csv())))
