@@ -2,18 +2,21 @@
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.kernels.blocks.heuristics import BlocksProblem, BlocksTile
 from quantkit.kernels.blocks.launch import KERNEL, SOURCE, launch_of
 from quantkit.kernels.blocks.layout import PackedBlocks, padded, stored_scales
-from quantkit.kernels.emulator import Mode, Swizzle, TensorMap, load
-from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
-
-_MULTIPROCESSORS = 4
-_SWIZZLES = {64: Swizzle.BYTES_64, 128: Swizzle.BYTES_128}
+from quantkit.kernels.emulated_operands import (
+    MULTIPROCESSORS,
+    empty_output,
+    epilogue_arguments,
+    kind_of,
+    map_of_output,
+    map_of_rows,
+)
+from quantkit.kernels.emulator import Mode, load
 
 
 def emulated_blocks(
@@ -34,26 +37,16 @@ def emulated_blocks(
     """
     m, k, n = len(a), weight.k, weight.n
     problem = BlocksProblem(m=m, n=n, k=k, block=weight.block, output=output)
-    kind = EpilogueKind(bias=bias is not None, activation="relu" if relu else "none")
-    launch = launch_of(problem, tile, kind, _MULTIPROCESSORS)
+    launch = launch_of(problem, tile, kind_of("none", "none", bias, relu), MULTIPROCESSORS)
     codes = [padded(np.ascontiguousarray(a).view(np.uint8)), weight.codes]
-    d: NDArray[Any] = np.empty((m, n), ml_dtypes.bfloat16 if output == "bfloat16" else output)
+    d = empty_output(m, n, output)
     boxes = launch.first_box, launch.second_box
     maps = [
-        TensorMap(
-            array=array,
-            box=box,
-            swizzle=Swizzle.BYTES_128,
-            shape=(len(array), k),
-            strides_bytes=array.strides,
-        )
+        map_of_rows(array, k, box)
         for array, box in zip(codes[::-1] if launch.swap else codes, boxes, strict=True)
     ]
-    stored = maps[0]
-    if launch.tma_store:
-        stored = TensorMap(array=d, box=launch.output_box, swizzle=_SWIZZLES[launch.output_swizzle])
+    stored = map_of_output(d, launch.output_box, launch.output_swizzle) if launch.tma_store else maps[0]
     scales = stored_scales(a_scale, weight.block)
-    unused = np.zeros(2, np.float32)
     load(SOURCE, KERNEL, launch.defines).launch(
         *maps,
         stored,
@@ -63,20 +56,12 @@ def emulated_blocks(
         np.int64(scales.shape[1]),
         weight.scales,
         np.int64(weight.scales.shape[1]),
-        unused,
-        unused,
-        unused if bias is None else bias,
-        unused,
-        unused,
-        unused,
-        EpilogueValues().packed(),
-        np.int32(m),
-        np.int32(n),
+        *epilogue_arguments(None, None, bias, m, n),
         grid=launch.grid,
         block=launch.block,
         cluster=launch.cluster,
         shared_bytes=launch.shared_bytes,
         mode=mode,
-        multiprocessors=_MULTIPROCESSORS,
+        multiprocessors=MULTIPROCESSORS,
     )
     return d

@@ -39,16 +39,6 @@ static_assert(STAGES >= 2, "one stage is filled while another is read");
 // ldmatrix reads a chunk of eight neighbouring rows at once: they must lie in banks of their own.
 QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^ (row & 7)) << 4); }
 
-// The tile that comes `index`-th: ORDER tiles along M, then the next along N, so that the blocks at work at one time
-// share as few rows of both operands as can be, and those stay in L2.
-struct Place { int m, n; };
-QK_FUNCTION Place place_of(int index, int tiles_m, int tiles_n) {
-  const int group = index / (ORDER * tiles_n), start = group * ORDER;
-  const int height = tiles_m - start < ORDER ? tiles_m - start : ORDER;
-  const int within = index - group * ORDER * tiles_n;
-  return {start + within % height, within / height};
-}
-
 // f(0), f(1) … f(N - 1) with numbers that the compiler knows: an instruction's choice of scales is part of it.
 template <int Value>
 struct Number { static constexpr int value = Value; };
@@ -102,8 +92,8 @@ gemm_blocks_sm120(const uint8_t* a, const uint8_t* b, const uint8_t* scales_a, c
   const uint32_t base = shared_base();
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
-  const Place place = place_of(blockIdx.x, (m_size + TILE_M - 1) / TILE_M, (n_size + TILE_N - 1) / TILE_N);
-  const int m0 = place.m * TILE_M, n0 = place.n * TILE_N;
+  const Place place = place_of<ORDER>(blockIdx.x, (m_size + TILE_M - 1) / TILE_M, (n_size + TILE_N - 1) / TILE_N);
+  const int m0 = place.first * TILE_M, n0 = place.second * TILE_N;
 
   // This block's steps along K.
   const int all_steps = (row_bytes + ROW - 1) / ROW;

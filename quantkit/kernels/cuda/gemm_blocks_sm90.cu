@@ -28,6 +28,7 @@
 //   others    wait for room    write into the first one's buffers    arrive on its `partials`
 //   first     wait for partials    add    finish and store    arrive on their `room`
 #include "epilogue.h"
+#include "tiles.h"
 
 using namespace qk;
 using namespace qk::epilogue;
@@ -83,15 +84,6 @@ static_assert(SWAP || !TMA_STORE || PIECE == WIDEST, "a stored row is whole");
 QK_FUNCTION uint64_t descriptor(uint32_t address) { return matrix_descriptor(address, 0, 1024, Swizzle::BYTES_128); }
 // What to add to a descriptor to move it on: its address counts 16 bytes and has room for all of shared memory.
 QK_FUNCTION uint64_t advance(int bytes) { return bytes >> 4; }
-
-// The tile that comes `index`-th: GROUP tiles along the first operand, then the next along the second.
-struct Place { int first, second; };
-QK_FUNCTION Place place_of(int index, int tiles_first, int tiles_second) {
-  const int group = index / (GROUP * tiles_second), start = group * GROUP;
-  const int height = tiles_first - start < GROUP ? tiles_first - start : GROUP;
-  const int within = index - group * GROUP * tiles_second;
-  return {start + within % height, within / height};
-}
 
 // Where a column's scale lies in its plane: the four that a thread needs for two neighbouring 8 x 8 pieces of the sums,
 // columns 2t, 2t + 1, 8 + 2t and 9 + 2t, follow each other.
@@ -172,7 +164,7 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
     if (shuffle(tid / 32, 0) == 0) {
       if (elect_one()) {
         QK_ROLLED for (int tile = cluster; tile < tiles; tile += clusters) {
-          const Place place = place_of(tile, tiles_first, tiles_second);
+          const Place place = place_of<GROUP>(tile, tiles_first, tiles_second);
           const int first = place.first * TILE_M, second = (place.second * CLUSTER + neighbour) * TILE_N;
           QK_ROLLED for (int step = 0; step < steps; step++) {
             const uint32_t stage = base + s * STAGE_BYTES;
@@ -200,7 +192,7 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
       constexpr int EACH = (ROWS + 32 * LOADERS - 1) / (32 * LOADERS);
       const int loader = tid - 32;
       QK_ROLLED for (int tile = cluster; tile < tiles; tile += clusters) {
-        const Place place = place_of(tile, tiles_first, tiles_second);
+        const Place place = place_of<GROUP>(tile, tiles_first, tiles_second);
         const int first = place.first * TILE_M, second = (place.second * CLUSTER + neighbour) * TILE_N;
         QK_ROLLED for (int start = first_step; start < first_step + steps; start += 4) {
           U32x4 held[EACH], of_band[BANDS];
@@ -265,7 +257,7 @@ gemm_blocks_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONST
     int s = 0, buffer = 0;
     uint32_t parity = 0, exchange = 0;
     QK_ROLLED for (int tile = cluster; tile < tiles; tile += clusters) {
-      const Place place = place_of(tile, tiles_first, tiles_second);
+      const Place place = place_of<GROUP>(tile, tiles_first, tiles_second);
       const int first = place.first * TILE_M + consumer * MI * 64;
       const int second = (place.second * CLUSTER + neighbour) * TILE_N;
 

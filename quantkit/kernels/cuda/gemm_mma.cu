@@ -21,6 +21,7 @@
 // workspace; the one that arrives last adds them up, always in the order of the slices, and finishes the tile.
 // Which block that is differs between runs; the result does not.
 #include "epilogue.h"
+#include "tiles.h"
 
 // WIDEN: not at all; by moving bits; by an instruction, where there is one (sm_89).
 #define MOVED 1
@@ -59,16 +60,6 @@ QK_FUNCTION uint32_t place_b(int row, int chunk) {
 
 // Column 0 ... 7 of instruction `q` of a pair, as one of the pair's sixteen columns.
 QK_FUNCTION int dealt(int column, int q) { return (column & 6) * 2 + q * 2 + (column & 1); }
-
-// The tile that comes `index`-th: GROUP tiles along M, then the next along N, so that the blocks at work at one time
-// share as few rows of both operands as can be, and those stay in L2.
-struct Place { int m, n; };
-QK_FUNCTION Place place_of(int index, int tiles_m, int tiles_n) {
-  const int group = index / (GROUP * tiles_n), start = group * GROUP;
-  const int height = tiles_m - start < GROUP ? tiles_m - start : GROUP;
-  const int within = index - group * GROUP * tiles_n;
-  return {start + within % height, within / height};
-}
 
 #if WIDEN
 // Four e4m3 codes to fp16, codes 0 1 in `low` and 2 3 in `high`. CONVERTED: by instruction. Else each comes out as 2^-8
@@ -112,29 +103,14 @@ QK_FUNCTION void multiply(Accumulator (&sum)[MI][NI][4], const Fragments& f) {
 #endif
 }
 
-// Four neighbours of a row of D, made of two pairs.
-template <int Bytes> struct Four;
-template <> struct Four<1> {
-  using Type = uint32_t;
-  QK_FUNCTION Type of(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
-};
-template <> struct Four<2> {
-  using Type = U32x2;
-  QK_FUNCTION Type of(uint32_t low, uint32_t high) { return {low, high}; }
-};
-template <> struct Four<4> {
-  using Type = U32x4;
-  QK_FUNCTION Type of(U32x2 low, U32x2 high) { return {low.x, low.y, high.x, high.y}; }
-};
-
 QK_KERNEL(THREADS, 1)
 gemm_mma(const uint8_t* a, const uint8_t* b, uint8_t* d, EPILOGUE_PARAMETERS, U32x4* workspace, uint32_t* arrivals,
          int row_bytes, int64_t pitch_a, int64_t pitch_b) {
   const uint32_t base = shared_base();
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int tiles_m = (m_size + TILE_M - 1) / TILE_M, tiles_n = (n_size + TILE_N - 1) / TILE_N;
-  const Place place = place_of(blockIdx.x, tiles_m, tiles_n);
-  const int m0 = place.m * TILE_M, n0 = place.n * TILE_N;
+  const Place place = place_of<GROUP>(blockIdx.x, tiles_m, tiles_n);
+  const int m0 = place.first * TILE_M, n0 = place.second * TILE_N;
 
   // This block's steps along K.
   const int all_steps = (row_bytes + ROW - 1) / ROW;

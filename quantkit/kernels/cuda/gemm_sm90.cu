@@ -29,6 +29,7 @@
 // are laid end to end along K and cut into one equal share a block. Where a share ends within a tile, its sums are left
 // in `pieces`; whoever arrives last at a tile adds its pieces in the order of K, so that every run gives the same bits.
 #include "epilogue.h"
+#include "tiles.h"
 
 #ifndef STREAM
 #define STREAM 0
@@ -88,16 +89,6 @@ static_assert(ROUND * ROUNDS == HELD, "partial sums are a whole number of rounds
 QK_FUNCTION uint64_t descriptor(uint32_t address) { return matrix_descriptor(address, 0, 1024, Swizzle::BYTES_128); }
 // What to add to a descriptor to move it on: its address counts 16 bytes and has room for all of shared memory.
 QK_FUNCTION uint64_t advance(int bytes) { return bytes >> 4; }
-
-// The tile that comes `index`-th: GROUP tiles along the first operand, then the next along the second, so that the
-// blocks at work at one time share as few rows of both as can be, and those stay in L2.
-struct Place { int first, second; };
-QK_FUNCTION Place place_of(int index, int tiles_first, int tiles_second) {
-  const int group = index / (GROUP * tiles_second), start = group * GROUP;
-  const int height = tiles_first - start < GROUP ? tiles_first - start : GROUP;
-  const int within = index - group * GROUP * tiles_second;
-  return {start + within % height, within / height};
-}
 
 // A tile and its steps of K: what a block does next. The producer and the consumers ask in the same way.
 struct Segment { int tile, begin, end; };
@@ -194,7 +185,7 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
       Schedule schedule = schedule_from(cluster, clusters);
       Segment segment;
       QK_ROLLED while (take(schedule, steps, segment)) {
-        const Place place = place_of(segment.tile, tiles_first, tiles_second);
+        const Place place = place_of<GROUP>(segment.tile, tiles_first, tiles_second);
         const int first = (place.first * CLUSTER + place_in_pair) * TILE_M, second = place.second * TILE_N;
         QK_ROLLED for (int step = segment.begin; step < segment.end; step++) {
           const uint32_t stage = base + s * STAGE_BYTES;
@@ -283,7 +274,7 @@ gemm_sm90(const QK_GRID_CONSTANT TensorMap map_first, const QK_GRID_CONSTANT Ten
         return pieces + slot * (VECTORS * 128 * CONSUMERS) + tid - 128;
       };
 #endif
-      const Place place = place_of(segment.tile, tiles_first, tiles_second);
+      const Place place = place_of<GROUP>(segment.tile, tiles_first, tiles_second);
       const int first = (place.first * CLUSTER + place_in_pair) * TILE_M + (PINGPONG ? 0 : consumer * MI * 64);
       const int second = place.second * TILE_N;
       // Consumer 0 goes first: its round r follows consumer 1's round r - 1.

@@ -50,16 +50,6 @@ constexpr int STAGE_BYTES = ZEROS_AT + SIDES * ZEROS_SIZE;
 // ldmatrix reads a chunk of eight neighbouring rows at once: they must lie in banks of their own.
 QK_FUNCTION uint32_t swizzled(int row, int chunk) { return row * ROW + ((chunk ^ (row & 7)) << 4); }
 
-// The tile that comes `index`-th: ORDER tiles along W, then the next along A, so that the blocks at work at one time
-// share as few rows of both operands as can be, and those stay in L2.
-struct Place { int w, a; };
-QK_FUNCTION Place place_of(int index, int tiles_w, int tiles_a) {
-  const int group = index / (ORDER * tiles_a), start = group * ORDER;
-  const int height = tiles_w - start < ORDER ? tiles_w - start : ORDER;
-  const int within = index - group * ORDER * tiles_a;
-  return {start + within % height, within / height};
-}
-
 // What a lane has of a slab of W, for each of its warp's groups of 16 rows.
 struct Codes {
   U32x4 words[MI][PLANES];
@@ -83,8 +73,8 @@ gemm_w4_mma(const uint8_t* a, const uint8_t* codes, const uint8_t* scales, const
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int warp_w = warp / WARPS_A, warp_a = warp % WARPS_A;
   const int groups = (n_size + 63) / 64 * 4;  // of 16 rows, of the whole of W
-  const Place place = place_of(blockIdx.x, (n_size + TILE_W - 1) / TILE_W, (m_size + TILE_A - 1) / TILE_A);
-  const int first = place.w * BLOCKS, m0 = place.a * TILE_A;
+  const Place place = place_of<ORDER>(blockIdx.x, (n_size + TILE_W - 1) / TILE_W, (m_size + TILE_A - 1) / TILE_A);
+  const int first = place.first * BLOCKS, m0 = place.second * TILE_A;
   const int count = groups - first < BLOCKS ? groups - first : BLOCKS;  // of groups that this tile has
 
   // This block's steps along K.

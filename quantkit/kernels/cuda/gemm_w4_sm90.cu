@@ -18,6 +18,7 @@
 // adds them in the order of K, so the result does not depend on who that is. With CLUSTER 2 two blocks take neighbouring
 // tiles along W together, fetch half of A's rows each and multicast them to both; "block" is a cluster then.
 #include "epilogue.h"
+#include "tiles.h"
 #include "w4_decode.h"
 
 using namespace qk;
@@ -80,16 +81,6 @@ QK_FUNCTION bool take(Schedule& s, Segment& segment) {
   return true;
 }
 
-// The tile that comes `index`-th: ORDER tiles along W, then the next along A, so that the blocks at work at one time
-// share as few rows of both as can be, and those stay in L2.
-struct Place { int w, a; };
-QK_FUNCTION Place place_of(int index, int tiles_w, int tiles_a) {
-  const int group = index / (ORDER * tiles_a), start = group * ORDER;
-  const int height = tiles_w - start < ORDER ? tiles_w - start : ORDER;
-  const int within = index - group * ORDER * tiles_a;
-  return {start + within % height, within / height};
-}
-
 // The words of a pair of elements: two of four bytes, or one.
 struct Words {
   QK_FUNCTION uint32_t first(uint32_t pair) { return pair; }
@@ -139,8 +130,8 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
       int s = 0;
       uint32_t parity = 1;  // the first round finds every stage empty
       QK_ROLLED while (take(schedule, segment)) {
-        const Place place = place_of(segment.tile, tiles_w, tiles_a);
-        const int first = (place.w * CLUSTER + rank) * BLOCKS, left = blocks - first;
+        const Place place = place_of<ORDER>(segment.tile, tiles_w, tiles_a);
+        const int first = (place.first * CLUSTER + rank) * BLOCKS, left = blocks - first;
         const int count = left < 0 ? 0 : left < BLOCKS ? left : BLOCKS;
         QK_ROLLED for (int step = segment.begin; step < segment.end; step++) {
           const uint32_t stage = base + s * STAGE_BYTES, barrier = full + 8 * s;
@@ -151,11 +142,11 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
             // Beyond K lie zeros of A: any codes and scales will do.
             const int slab = step * SLABS + i, inside = slab < slabs ? slab : slabs - 1;
             if (CLUSTER == 1) {
-              tma_load(stage + i * TILE_N * ROW, &map_a, barrier, {slab * SLAB, place.a * TILE_N});
+              tma_load(stage + i * TILE_N * ROW, &map_a, barrier, {slab * SLAB, place.second * TILE_N});
             } else {
               const int part = TILE_N / CLUSTER * rank;
               tma_load_multicast(stage + (i * TILE_N + part) * ROW, &map_a, barrier, (1 << CLUSTER) - 1,
-                                 {slab * SLAB, place.a * TILE_N + part});
+                                 {slab * SLAB, place.second * TILE_N + part});
             }
             if (CLUSTER > 1 && count == 0) continue;
             QK_UNROLL for (int p = 0; p < PLANES; p++) {
@@ -229,8 +220,8 @@ gemm_w4_sm90(const QK_GRID_CONSTANT TensorMap map_a, const QK_GRID_CONSTANT Tens
         segment.tile = told == 0 ? pieces[0] : pieces[1];
         if (segment.tile < 0 || !ld_shared<uint32_t>(flags + 8 * consumer + 4 * told)) continue;
       }
-      const Place place = place_of(segment.tile, tiles_w, tiles_a);
-      const int m0 = place.a * TILE_N, n0 = ((place.w * CLUSTER + rank) * BLOCKS + consumer * MI) * 64;
+      const Place place = place_of<ORDER>(segment.tile, tiles_w, tiles_a);
+      const int m0 = place.second * TILE_N, n0 = ((place.first * CLUSTER + rank) * BLOCKS + consumer * MI) * 64;
       if (FETCH_EARLY) fetch_columns(n0);
       constexpr int VECTORS = MI * (TILE_N / 8);  // of a thread's sums
       const int first_unit = (segment.tile - whole) * steps;

@@ -2,17 +2,19 @@
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.kernels.emulated_operands import (
+    MULTIPROCESSORS,
+    empty_output,
+    epilogue_arguments,
+    kind_of,
+)
 from quantkit.kernels.emulator import Mode, load
-from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
 from quantkit.kernels.mx.heuristics import MxProblem, MxTile
 from quantkit.kernels.mx.launch import KERNEL, SOURCE, mx_launch_of
 from quantkit.kernels.mx.layout import PackedMx, row_bytes, row_scales
-
-_MULTIPROCESSORS = 4
 
 
 def emulated_mx(
@@ -32,28 +34,17 @@ def emulated_mx(
     """
     problem = MxProblem(m=a.rows, n=weight.rows, k=weight.k, format=weight.format, output=output)
     factor = "none" if weight.global_scale is None else "one"
-    kind = EpilogueKind(
-        row_scale=factor, column_scale=factor, bias=bias is not None, activation="relu" if relu else "none"
-    )
-    launch = mx_launch_of(problem, tile, kind)
-    d: NDArray[Any] = np.empty((problem.m, problem.n), ml_dtypes.bfloat16 if output == "bfloat16" else output)
-    unused = np.zeros(4, np.float32)
-    factors = [
-        unused if operand.global_scale is None else np.array([operand.global_scale], np.float32)
+    launch = mx_launch_of(problem, tile, kind_of(factor, factor, bias, relu))
+    d = empty_output(problem.m, problem.n, output)
+    of_a, of_weight = (
+        None if operand.global_scale is None else np.array([operand.global_scale], np.float32)
         for operand in (a, weight)
-    ]
+    )
     operands = a.codes, weight.codes, a.scales, weight.scales
     load(SOURCE, KERNEL, launch.defines).launch(
         *operands,
         d,
-        *factors,
-        unused if bias is None else bias,
-        unused,
-        unused,
-        unused,
-        EpilogueValues().packed(),
-        np.int32(problem.m),
-        np.int32(problem.n),
+        *epilogue_arguments(of_a, of_weight, bias, problem.m, problem.n),
         np.zeros(max(launch.partials_bytes, 16), np.uint8),
         np.zeros(max(launch.arrivals, 4), np.uint32),
         np.int32(row_bytes(weight.format, weight.k)),
@@ -63,6 +54,6 @@ def emulated_mx(
         block=launch.block,
         shared_bytes=launch.shared_bytes,
         mode=mode,
-        multiprocessors=_MULTIPROCESSORS,
+        multiprocessors=MULTIPROCESSORS,
     )
     return d

@@ -2,12 +2,21 @@
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.kernels.emulator import Mode, Swizzle, TensorMap, load
-from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
+from quantkit.kernels.emulated_operands import (
+    MULTIPROCESSORS,
+    UNUSED,
+    empty_output,
+    epilogue_arguments,
+    granularity,
+    kind_of,
+    map_of_output,
+    map_of_rows,
+    pitched,
+)
+from quantkit.kernels.emulator import Mode, load
 from quantkit.kernels.w4.launch import (
     FEW_KERNEL,
     FEW_SOURCE,
@@ -23,8 +32,6 @@ from quantkit.kernels.w4.mma_launch import SOURCE as MMA_SOURCE
 from quantkit.kernels.w4.mma_launch import w4_mma_launch_of
 from quantkit.kernels.w4.problem import W4Problem
 from quantkit.kernels.w4.tiles import W4Few, W4Tile
-
-_MULTIPROCESSORS = 4
 
 
 def emulated_w4(
@@ -45,31 +52,11 @@ def emulated_w4(
     """
     m, k = a.shape
     form = packed.layout
-    kind = EpilogueKind(
-        row_scale="none" if row_scale is None else "one" if row_scale.size == 1 else "each",
-        column_scale="each",
-        bias=bias is not None,
-        activation="relu" if relu else "none",
-    )
-    row = 16 // a.itemsize  # rows start at multiples of 16 bytes
-    padded = np.zeros((m, -(-k // row) * row), a.dtype)
-    padded[:, :k] = a
-    d: NDArray[Any] = np.empty(
-        (m, form.n), ml_dtypes.bfloat16 if problem.output == "bfloat16" else problem.output
-    )
-    unused = np.zeros(16, np.float32)
-    weights = [unused if part is None else part for part in (packed.codes, packed.scales, packed.zeros)]
-    epilogue = (
-        unused if row_scale is None else np.ascontiguousarray(row_scale, np.float32).reshape(-1),
-        packed.channel_scale, unused if bias is None else bias, unused, unused, unused,
-        EpilogueValues().packed(), np.int32(m), np.int32(form.n),
-    )  # fmt: skip
-
-    def map_of(box: tuple[int, int]) -> TensorMap:
-        return TensorMap(
-            array=padded, box=box, swizzle=Swizzle.BYTES_128, shape=(m, k), strides_bytes=padded.strides
-        )
-
+    kind = kind_of(granularity(row_scale), "each", bias, relu)
+    padded = pitched(a)
+    d = empty_output(m, form.n, problem.output)
+    weights = [UNUSED if part is None else part for part in (packed.codes, packed.scales, packed.zeros)]
+    epilogue = epilogue_arguments(row_scale, packed.channel_scale, bias, m, form.n)
     if isinstance(tile, W4MmaTile):
         universal = w4_mma_launch_of(problem, tile, kind)
         load(MMA_SOURCE, MMA_KERNEL, universal.defines).launch(
@@ -86,13 +73,13 @@ def emulated_w4(
             block=universal.block,
             shared_bytes=universal.shared_bytes,
             mode=mode,
-            multiprocessors=_MULTIPROCESSORS,
+            multiprocessors=MULTIPROCESSORS,
         )
         return d
     if isinstance(tile, W4Few):
         few = w4_few_launch_of(problem, tile, kind)
         load(FEW_SOURCE, FEW_KERNEL, few.defines).launch(
-            map_of(few.box),
+            map_of_rows(padded, k, few.box),
             *weights,
             d,
             *epilogue,
@@ -102,14 +89,12 @@ def emulated_w4(
             cluster=few.cluster,
             shared_bytes=few.shared_bytes,
             mode=mode,
-            multiprocessors=_MULTIPROCESSORS,
+            multiprocessors=MULTIPROCESSORS,
         )
         return d
-    launch = w4_launch_of(problem, tile, kind, _MULTIPROCESSORS)
-    map_a = map_of(launch.box)
-    stored = (
-        TensorMap(array=d, box=launch.output_box, swizzle=Swizzle.BYTES_128) if launch.tma_store else map_a
-    )
+    launch = w4_launch_of(problem, tile, kind, MULTIPROCESSORS)
+    map_a = map_of_rows(padded, k, launch.box)
+    stored = map_of_output(d, launch.output_box) if launch.tma_store else map_a
     load(SOURCE, KERNEL, launch.defines).launch(
         map_a,
         stored,
@@ -127,6 +112,6 @@ def emulated_w4(
         cluster=launch.cluster,
         shared_bytes=launch.shared_bytes,
         mode=mode,
-        multiprocessors=_MULTIPROCESSORS,
+        multiprocessors=MULTIPROCESSORS,
     )
     return d

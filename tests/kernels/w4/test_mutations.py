@@ -195,7 +195,7 @@ MUTATIONS = {
         FEW_SOURCE, "plane < planes ? plane : planes - 1", "plane", FEW_BYTES, "every"
     ),
     "release told to one block": (SOURCE, "if (lane < CLUSTER) {", "if (lane < 1) {", PAIR, "every"),
-    "both fetch the same rows of A": (SOURCE, "place.a * TILE_N + part}", "place.a * TILE_N}", PAIR, "every"),
+    "both fetch the same rows of A": (SOURCE, "place.second * TILE_N + part}", "place.second * TILE_N}", PAIR, "every"),
     "blocks leave without a word": (
         SOURCE, "if (CLUSTER > 1) {  // no block leaves", "if (0) {  // no block leaves", PAIR, "some"
     ),

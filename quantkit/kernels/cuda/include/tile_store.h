@@ -6,6 +6,7 @@
 #pragma once
 
 #include "epilogue.h"
+#include "tiles.h"
 
 namespace qk {
 namespace tile {
@@ -57,21 +58,6 @@ QK_TEMPLATE void put(uint32_t base, int row, int column, Sum sum) {
   memcpy(&bits, &sum, 4);
   st_shared(base + place<Columns>(row, column), bits);
 }
-
-// Four neighbours of a row of D, made of two pairs.
-template <int Bytes> struct Four;
-template <> struct Four<1> {
-  using Type = uint32_t;
-  QK_FUNCTION Type of(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
-};
-template <> struct Four<2> {
-  using Type = U32x2;
-  QK_FUNCTION Type of(uint32_t low, uint32_t high) { return {low, high}; }
-};
-template <> struct Four<4> {
-  using Type = U32x4;
-  QK_FUNCTION Type of(U32x2 low, U32x2 high) { return {low.x, low.y, high.x, high.y}; }
-};
 
 // What a thread does with the pieces: columns 4 (thread % (Columns / 4)) … + 3 of every Threads / (Columns / 4)-th row.
 // Vector: n_size is a multiple of four, so that all four columns lie inside D, or none.
