@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from quantkit.kernels import present
 from quantkit.kernels.gpus import GPUS
 from quantkit.kernels.timing import Timing
 from tests.bench.quantized import BUILDERS
+from tests.conftest import DigitsExample
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,28 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     assert found.out == ""
     assert message in found.err
     assert found.err.count("\n") == 1
+
+
+def test_a_picture_that_is_read_is_not_drawn_over(run: Run, digits: DigitsExample) -> None:
+    picture = sorted(digits.calib.iterdir())[0]
+    Path("calib").mkdir()
+    shutil.copy(digits.model, "model.onnx")
+    for name in ("calib/a.png", "b.png"):
+        shutil.copy(picture, name)
+    assert run("calibrate", "model.onnx", "--data", "calib").code == 0
+    before = picture.read_bytes()
+    for words in (
+        ("bench", "--plot", "calib/a.png"),
+        ("bench", "model.onnx", "--data", "calib", "--plot", "calib/a.png"),
+        ("bench", "model.onnx", "--data", "b.png", "--plot", "b.png"),
+    ):
+        found = run(*words)
+        assert (found.code, found.out) == (2, "")
+        assert f"{words[-1]}: is an input here and would be lost" in found.err
+    assert Path("calib/a.png").read_bytes() == Path("b.png").read_bytes() == before
+    # Another picture that is there is replaced, as a plot drawn before.
+    assert run("bench", "model.onnx", "--data", "calib", "--plot", "b.png", "--batch", "1").code == 0
+    assert Path("b.png").read_bytes() != before
 
 
 def test_a_folder_for_vllm_asks_for_the_onnx_model(run: Run) -> None:

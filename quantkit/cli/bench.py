@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,8 +93,10 @@ def bench(
     """
     from quantkit.bench.plot import check_plot, save_roofline
     from quantkit.bench.run import bench_model
+    from quantkit.data import data_files
     from quantkit.errors import SpecError
     from quantkit.files import check_output
+    from quantkit.model_files import model_files
 
     if as_json and as_csv:
         raise SpecError("bench: --json and --csv were given; choose one.")
@@ -108,7 +111,9 @@ def bench(
         about_data(reading)
     if plot is not None:
         check_plot(plot)
-        check_output(plot, inputs=[model, cache])
+        read = data or _data_of(cache)
+        inputs_read = chain(model_files(model) if model else (), data_files(read) if read else (), [cache])
+        check_output(plot, inputs=inputs_read)
     with progress("bench", shown=not (as_json or as_csv)) as on_product, options.before_writing():
         found = bench_model(
             model,
@@ -145,6 +150,19 @@ def bench(
             err=True,
         )
         raise typer.Exit(1)
+
+
+def _data_of(cache: Path | None) -> Path | None:
+    """What the cache in use was made from, where it is a path: it is read again, and must not be written over."""
+    from quantkit.cache import CalibrationCache, find_cache
+    from quantkit.errors import CacheError
+
+    try:
+        path = CalibrationCache.load(cache or find_cache(".")).data.get("path")
+    except CacheError:
+        # Without a cache nothing is read; one that is named and damaged is refused when its turn comes.
+        return None
+    return Path(path) if isinstance(path, str) else None
 
 
 def _show(found: "Benchmark", plot: Path | None) -> None:
