@@ -4,20 +4,29 @@ A mutation is one textual change of a kernel that is exact as it stands: what st
 whether it is caught in 'every' mode of the emulator or shows in 'some' only.
 """
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from quantkit.kernels.compile import INCLUDE
 from quantkit.kernels.emulator import EmulatorError, Mode
 
 from .backends import EmulatorBackend
 
+TILES = INCLUDE / "tiles.h"
+
 
 def mutated(source: Path, change: tuple[str, str], folder: Path) -> Path:
-    text = source.read_text()
-    assert text.count(change[0]) >= 1, f"{source.name} no longer has {change[0]!r}"
-    path = folder / source.name
-    path.write_text(text.replace(change[0], change[1], 1))
-    return path
+    """A copy of a kernel with the change in it, or in the header of tiles beside it, which its compiler finds first."""
+    before, after = change
+    texts = {path: path.read_text() for path in (source, TILES)}
+    file = next((path for path, text in texts.items() if before in text), None)
+    assert file is not None, f"{source.name} no longer has {before!r}"
+    texts[file] = texts[file].replace(before, after, 1)
+    for path, text in texts.items():
+        # Builds are kept by what the source says: a word of its own keeps this one from an undamaged one's place.
+        (folder / path.name).write_text(f"// change {zlib.crc32((before + after).encode()):08x}\n{text}")
+    return folder / source.name
 
 
 def outcomes(check: Callable[[EmulatorBackend], None]) -> dict[Mode, str]:

@@ -216,7 +216,6 @@ KERNEL_MUTATIONS: Mapping[str, tuple[str, str, str, str, str]] = {
         "every",
         "",
     ),
-    "order of tiles beyond its group": ("ring", "within / height", "within / GROUP", "every", ""),
     # ---- clusters
     "multicast to one block": ("pair", "(1 << CLUSTER) - 1", "1", "every", ""),
     "multicast of the same half": ("pair", "{k, second + part}", "{k, second}", "every", ""),
@@ -452,6 +451,7 @@ KERNEL_MUTATIONS: Mapping[str, tuple[str, str, str, str, str]] = {
 }
 
 HEADER_MUTATIONS: Mapping[str, tuple[str, str, str, str, str, str]] = {
+    "order of tiles beyond its group": ("ring", "tiles.h", "within / height", "within / Height", "every", ""),
     "row scale of the next row": (
         "ring",
         "epilogue.h",
@@ -583,7 +583,7 @@ class Damaged:
 
 def damaged(folder: Path, file: Path, before: str, after: str) -> Path:
     """A copy of the kernel and its own headers with one change; the kernel's path."""
-    for path in (SOURCE, INCLUDE / "epilogue.h", INCLUDE / "staging.h"):
+    for path in (SOURCE, *(INCLUDE / name for name in ("epilogue.h", "staging.h", "tiles.h"))):
         text = path.read_text()
         if path == file:
             assert before in text, f"{path.name} no longer has {before!r}"

@@ -15,7 +15,7 @@ from quantkit.kernels.w4.mma_launch import SOURCE
 from quantkit.kernels.w4.reference import w4_reference
 
 from ..layouts import small_integers
-from ..mutations import assert_caught, outcomes
+from ..mutations import TILES, assert_caught, outcomes
 from .mma import run_w4_mma
 from .weights import DTYPES, weight
 
@@ -108,7 +108,7 @@ MUTATIONS: dict[str, tuple[Path, str, str, Run, str]] = {
     "rows of W in the other half": (SOURCE, "lane / 4 + e / 2 * 8", "lane / 4 + (1 - e / 2) * 8", ZEROS, "every"),
     "powers of two not taken back": (SOURCE, "return rebased(x);", "return x;", SLICED, "every"),
     "tiles in another order": (
-        SOURCE, "start + within % height, within / height", "start + within / height, within % height", SLICED, "every"
+        TILES, "start + within % height, within / height", "start + within / height, within % height", SLICED, "every"
     ),
     "sums not released": (STORE, "atomic_add_acq_rel(arrivals", "atomic_add(arrivals", SLICED, "some"),
     "one slice too few is waited for": (
@@ -125,7 +125,7 @@ MUTATIONS: dict[str, tuple[Path, str, str, Run, str]] = {
 def damaged(name: str, folder: Path) -> Path:
     """The kernel with one change in it, or in the header beside it, which its compiler finds first."""
     file, before, after, _, _ = MUTATIONS[name]
-    texts = {path: path.read_text() for path in (SOURCE, STORE)}
+    texts = {path: path.read_text() for path in (SOURCE, STORE, TILES)}
     assert texts[file].count(before) >= 1, f"{file.name} no longer has {before!r}"
     texts[file] = texts[file].replace(before, after, 1)
     for path, text in texts.items():
