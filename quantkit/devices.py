@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -158,6 +159,25 @@ class Gpu(Processors):
         from quantkit.kernels.gram import DeviceGram
 
         return DeviceGram(size, groups)
+
+
+def array_module(device: str) -> ModuleType:
+    """Return what searches over arrays work with: NumPy for "cpu", CuPy for "cuda".
+
+    Raises:
+        UnknownNameError: there is no such device.
+        KernelError: device is "cuda", and there is no GPU or no CuPy.
+    """
+    if device == "cpu":
+        return np
+    if device != "cuda":
+        raise UnknownNameError(f"--device {device}: there are cpu and cuda.")
+    from quantkit.kernels.device import cupy
+    from quantkit.kernels.statistics import require_gpu
+
+    require_gpu("--device cuda")
+    found: ModuleType = cupy()
+    return found
 
 
 def device_of(name: str) -> Processors:

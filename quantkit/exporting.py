@@ -70,6 +70,7 @@ def export_model(
     embeddings: bool = False,
     head: bool = True,
     high_precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+    device: str = "cpu",
     plan: Plan | str | os.PathLike[str] | None = None,
     plan_out: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -105,6 +106,7 @@ def export_model(
         embeddings: quantize look-up tables too, where the target can.
         head: quantize the last linear layer too.
         high_precision: the type of what is not quantized.
+        device: "cpu", or "cuda" to search on a GPU (awq, gptq, output); the result is the same.
         plan: a plan, or the path of one, to obey: nothing is solved, and what says how to is refused.
         plan_out: where to save the plan, as `plan` reads it.
         out: the file to write; None for `<stem>.<preset>[.<target> unless tensorrt].onnx` in the current folder.
@@ -152,6 +154,7 @@ def export_model(
         embeddings=embeddings,
         head=head,
         scale_dtype=HIGH_PRECISION[high_precision].numpy() if high_precision != "fp32" else None,
+        device=device,
     )
     if found is None:
         _check_early(request, emitter.target, held, model)

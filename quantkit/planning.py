@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from quantkit.cache import IMPORTED, CalibrationCache
+from quantkit.devices import array_module
 from quantkit.diagnose import clipping_warnings
 from quantkit.errors import CacheError, PlanError, SpecError
 from quantkit.formats import E8M0
@@ -50,6 +51,7 @@ class Request:
         embeddings: quantize look-up tables too, where the target can.
         head: quantize the last linear layer too.
         scale_dtype: the float type of the file's scales, where floats are cast.
+        device: "cuda" has awq, gptq and output search on a GPU.
     """
 
     preset: str | None = "int8"
@@ -69,6 +71,7 @@ class Request:
     embeddings: bool = False
     head: bool = True
     scale_dtype: np.dtype | None = None
+    device: str = "cpu"
 
     def resolved(self) -> Preset | None:
         """Return the preset with its options.
@@ -210,6 +213,7 @@ def plan_model(
         grams=_open_grams(grams, held, graph),
         missing=f"it needs Gram matrices, and there are none; run `{_how_to_collect(held, graph)}` first.",
         unclipped=never_clipped(graph, histograms),
+        xp=array_module(request.device),
     )
     solved = solve_nodes(
         graph,

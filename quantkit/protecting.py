@@ -5,6 +5,7 @@ The edits are kept as names and one number a channel, so that a plan can carry t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -39,12 +40,14 @@ class Evidence:
         grams: Gram matrices by view; None where none were collected.
         missing: what to say where they are needed and were not collected.
         unclipped: outputs of Clips that never reached their upper limit.
+        xp: NumPy, or CuPy: what searches over Gram matrices work with.
     """
 
     channels: Mapping[str, ChannelStats] = field(default_factory=dict)
     grams: Mapping[str, GramMatrix] | None = None
     missing: str = "no Gram matrices were given; collect them with `quantkit calibrate --collect gram`."
     unclipped: tuple[str, ...] = ()
+    xp: ModuleType = np
 
     def needed_grams(self, what: str) -> Mapping[str, GramMatrix]:
         """Return the Gram matrices.
@@ -179,6 +182,7 @@ def protect(
                     least_gain=_GPTQ_LEAST_GAIN if before_gptq else 0.0,
                     keep=keep,
                     rescaled=rescaled,
+                    xp=evidence.xp,
                 )
     if not rescaled.scales:
         return Protected(graph=graph, edits=None, rescaled=rescaled, linears=linears, evidence=evidence)

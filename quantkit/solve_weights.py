@@ -118,7 +118,11 @@ def _solve_weight(
             others=whole[1:],
         )
         rounded = round_weight(
-            replace(layer, w=w), settings.weight_method, correct_bias=settings.correct_bias, scale_dtype=dtype
+            replace(layer, w=w),
+            settings.weight_method,
+            correct_bias=settings.correct_bias,
+            scale_dtype=dtype,
+            xp=protected.evidence.xp,
         )
         qparams = rounded.qtensor.qparams
         # What goes to its nearest code is made of the weight whenever it is needed.

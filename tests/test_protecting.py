@@ -11,15 +11,17 @@ import pytest
 
 import quantkit
 from quantkit.cache import CalibrationCache
-from quantkit.errors import CacheError, PlanError
+from quantkit.errors import CacheError, PlanError, QuantkitError
 from quantkit.exported import Exported
 from quantkit.gram_file import GramFile
 from quantkit.graph import load_graph
 from quantkit.graph.linears import find_linears
+from quantkit.kernels.statistics import why_no_gpu
 from quantkit.pipeline import collect_grams
 from quantkit.plan_file import load_plan
 from quantkit.protecting import edited
 from quantkit.runtime import Session
+from tests.calibrators.array_module import Module
 from tests.models import MODELS, Feed, model_of
 from tests.plans import NOTHING, sqnr_db
 
@@ -234,10 +236,49 @@ def test_a_plan_file_makes_the_same_file_of_the_given_model(llama: Collected, me
     assert plan.edits is not None and plan.fingerprint != load_graph(llama.path).fingerprint
 
 
-def test_the_same_cache_gives_the_same_bytes(llama: Collected) -> None:
-    options = {"preset": "w4a8", "group": 16, "method": "equalize+awq+gptq+bias", "target": "tensorrt"}
-    first, second = llama.export("a.onnx", **options), llama.export("b.onnx", **options)
-    assert first.path.read_bytes() == second.path.read_bytes()
+@pytest.mark.parametrize(
+    ("preset", "method"),
+    [
+        ("int4", "mse"),
+        ("int4", "weighted"),
+        ("int4", "output"),
+        ("int4", "awq"),
+        ("int4", "gptq"),
+        ("int4", "awq+gptq"),
+        ("int8", "smoothquant"),
+        ("int8", "equalize+bias"),
+        ("w4a8", "equalize+awq+gptq+minmax+bias"),
+    ],
+)
+def test_the_same_cache_gives_the_same_bytes(llama: Collected, preset: str, method: str) -> None:
+    group = 16 if preset in ("int4", "w4a8") else None
+    first, second = (
+        llama.export(name, preset=preset, group=group, method=method, folds="insert").path.read_bytes()
+        for name in ("a.onnx", "b.onnx")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "awq+gptq+bias"])
+def test_searches_on_a_gpu_give_the_same_bytes(
+    llama: Collected, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"preset": "int4", "group": 16, "method": method}
+    here = llama.export("here.onnx", **options)
+    asked = []
+    monkeypatch.setattr("quantkit.planning.array_module", lambda device: asked.append(device) or Module())
+    there = llama.export("there.onnx", device="cuda", **options)
+    assert asked == ["cuda"]
+    assert here.path.read_bytes() == there.path.read_bytes()
+
+
+@pytest.mark.parametrize(("device", "says"), [("cuda", "--device cuda"), ("tpu", "there are cpu and cuda")])
+def test_a_device_that_is_not_there_is_refused(llama: Collected, device: str, says: str) -> None:
+    if why_no_gpu() is None and device == "cuda":
+        pytest.skip("there is a GPU")
+    with pytest.raises(QuantkitError, match=says):
+        llama.export("none.onnx", preset="int4", group=16, method="gptq", device=device)
+    assert not (llama.path.parent / "none.onnx").exists()
 
 
 def test_a_plan_of_another_model_is_refused(llama: Collected, tmp_path: Path) -> None:

@@ -157,6 +157,9 @@ def export(
         str,
         typer.Option("--high-precision", metavar="fp32|fp16|bf16", help="The type of what is not quantized."),
     ] = "fp32",
+    device: Annotated[
+        str, typer.Option("--device", help="cuda: awq, gptq and output search on a GPU, by CuPy.")
+    ] = "cpu",
     budget: Annotated[
         str | None,
         typer.Option(
@@ -266,6 +269,7 @@ def export(
             exclude=tuple(exclude or ()),
             embeddings=embeddings,
             head=head,
+            device=device,
         )
         export_within(
             budget,
@@ -309,6 +313,7 @@ def export(
             exclude=exclude or (),
             embeddings=embeddings,
             head=head,
+            device=device,
             high_precision=_high_precision(high_precision),
             plan=plan,
             plan_out=plan_out,
