@@ -8,6 +8,7 @@ that stopped it. Whatever ends a run, what was found until then is kept.
 
 import json
 import os
+import signal
 import subprocess
 import time
 import traceback
@@ -119,12 +120,13 @@ def supervise(
     deaths = 0
     while True:
         before = len(journal.lines())
-        process = subprocess.Popen(command)
+        # A group of its own, so that what it started ends with it.
+        process = subprocess.Popen(command, process_group=0)
         try:
             reason = _watch(process, journal, deadline + grace_s, silence_s, on_news)
         finally:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         stopped = journal.open_job()
         if stopped is not None:
