@@ -109,8 +109,7 @@ def cases_of_model(
     names: list[str | None] = [*_distinct(formats or ())]
     graph, quantized = stored(graph)
     layers, left = find_layers(graph.model, graph.name)
-    tensors = [t for layer in layers for t in (layer.activations.tensor, layer.weights.tensor) if t]
-    captured = capture(graph, tensors, cache=cache, source=source, dims=dims)
+    captured = capture(graph, [_read(layer) for layer in layers], cache=cache, source=source, dims=dims)
     # Products that differ in what happens to their sums alone are run once, as the first of them.
     grouped: dict[tuple[int, str, Work], list[tuple[Layer, int]]] = {}
     empty = [layer for layer in layers if _is_empty(layer, captured)]
@@ -159,9 +158,13 @@ def _distinct(formats: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(get_gemm_format(name).name for name in formats))
 
 
+def _read(layer: Layer) -> list[str]:
+    """The computed tensors that a layer reads."""
+    return [tensor for tensor in (layer.activations.tensor, layer.weights.tensor) if tensor]
+
+
 def _is_empty(layer: Layer, captured: Captured) -> bool:
-    read = [t for t in (layer.activations.tensor, layer.weights.tensor) if t]
-    return any(0 in captured.shapes[t] for t in read) or layer.gemm(captured.shapes).rows < 1
+    return any(0 in captured.shapes[t] for t in _read(layer)) or layer.gemm(captured.shapes).rows < 1
 
 
 def stored(graph: Graph) -> tuple[Graph, bool]:

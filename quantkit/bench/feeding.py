@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
+from quantkit.bench.fetching import PART_BYTES, Fetched, shapes_of
 from quantkit.cache import CalibrationCache
 from quantkit.data import (
     InputSpec,
@@ -26,12 +28,10 @@ from quantkit.data import (
 from quantkit.decode import decode
 from quantkit.errors import DataError, ModelError
 from quantkit.graph import Graph
-from quantkit.runtime import Session
 from quantkit.statistics import FloatHistogram
 
-# Samples of the batch that activations are taken from, and what its tensors may take of memory.
+# Samples of the batch that activations are taken from, where their tensors are no larger together than a part.
 _SAMPLES = 8
-_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Captured:
 
 def capture(
     graph: Graph,
-    names: Sequence[str],
+    together: Sequence[Sequence[str]],
     *,
     cache: CalibrationCache | None,
     source: SampleSource | None,
@@ -66,7 +66,11 @@ def capture(
     """Run the model on one batch and return the tensors of these names, with their shapes.
 
     The batch is of `source`, else of the data that `cache` was made from, else the sample it keeps; with none of
-    them, or where `dims` gives another size than they have, the input is made up, for the shapes alone.
+    them, or where `dims` gives another size than they have, the input is made up, for the shapes alone. Where the
+    tensors of a whole batch are large, it is one sample. Contents are fetched when they are asked for.
+
+    Args:
+        together: the names that each layer reads.
 
     Raises:
         DataError: without real input, a free dimension besides the batch has no size in `dims`; `dims` names one that
@@ -86,40 +90,52 @@ def capture(
             )
         found = None
     batch, origin = found if found is not None else (_made_up(inputs, dims, graph.name), "")
-    samples = batch_length(batch, batch_axes(inputs))
-    wanted = list(dict.fromkeys(names))
-    # What is fed is not asked back: ONNX Runtime would hand out the memory of the batch, which is gone first.
-    made = [name for name in wanted if name not in batch]
-    tensors = {name: batch[name] for name in wanted if name in batch}
+    axes = batch_axes(inputs)
+    wanted = list(dict.fromkeys(name for names in together for name in names))
     try:
-        tensors |= _run(graph, made, batch) if made else {}
+        model, shapes = _run(graph, wanted, batch)
+        several = batch_length(batch, axes) > 1 and fixed_batch_size(inputs) is None
+        if several and 4 * sum(map(prod, shapes.values())) > PART_BYTES:
+            batch = {name: _first(array, axes[name]) for name, array in batch.items()}
+            model, shapes = _run(graph, wanted, batch)
     except ModelError as error:
         if source is not None:
             raise
         shapes = _inferred(graph, wanted, batch)
         failure = str(error) if found is not None else ""
-        return Captured(shapes=shapes, samples=samples, histograms=histograms, failure=failure)
-    shapes = {name: tuple(array.shape) for name, array in tensors.items()}
+        return Captured(
+            shapes=shapes, samples=batch_length(batch, axes), histograms=histograms, failure=failure
+        )
+    samples = batch_length(batch, axes)
     if found is None:
         return Captured(shapes=shapes, samples=samples, histograms=histograms)
+    tensors = Fetched(model, batch, together, shapes)
     return Captured(shapes=shapes, samples=samples, tensors=tensors, origin=origin, histograms=histograms)
 
 
-def _run(graph: Graph, names: Sequence[str], batch: Sample) -> dict[str, NDArray[Any]]:
-    """Return the tensors of one run.
+def _run(graph: Graph, names: Sequence[str], batch: Sample) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+    """Return the model as ONNX Runtime runs it, and the shapes that these tensors have then.
 
     Raises:
         ModelError: ONNX Runtime can run it in no way.
     """
+    # What is fed is not asked back: ONNX Runtime would hand out the memory of the batch, which is gone first.
+    made = [name for name in names if name not in batch]
+    fed = {name: tuple(batch[name].shape) for name in names if name in batch}
     try:
-        return dict(Session(graph.model, outputs=names, optimize=False).run(batch))
+        return graph.model, fed | shapes_of(graph.model, made, batch)
     except ModelError as error:
         # It lacks kernels for four-bit floats, MX scales and TensorRT's operators: what they mean can be run.
         with suppress(ModelError):
             decoded = decode(graph.model)
-            if {str(value.name) for node in decoded.graph for value in node.outputs}.issuperset(names):
-                return dict(Session(decoded, outputs=names, optimize=False).run(batch))
+            if {str(value.name) for node in decoded.graph for value in node.outputs}.issuperset(made):
+                return decoded, fed | shapes_of(decoded, made, batch)
         raise error
+
+
+def _first(array: NDArray[Any], axis: int | None) -> NDArray[Any]:
+    """The first sample of a batch, as a batch of one."""
+    return array if axis is None else np.ascontiguousarray(np.take(array, [0], axis))
 
 
 def _real(

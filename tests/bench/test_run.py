@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import quantkit
-from quantkit.bench import feeding, run
+from quantkit.bench import fetching, run
 from quantkit.bench.feeding import fits
 from quantkit.bench.tune import tune_model
 from quantkit.cache import CalibrationCache
@@ -213,13 +213,15 @@ def test_what_a_model_is_fed_is_not_asked_back(folder: Path, monkeypatch: pytest
     """ONNX Runtime hands out an input's own memory, which is gone when the batch is."""
     asked: list[list[str]] = []
 
-    class Recorded(feeding.Session):
+    class Recorded(fetching.Session):
         def __init__(self, model: Any, *, outputs: list[str], **options: Any) -> None:
             asked.append(outputs)
             super().__init__(model, outputs=outputs, **options)
 
-    monkeypatch.setattr(feeding, "Session", Recorded)
-    quantkit.bench_model("model.onnx", batches=[1], formats=["int8"])
+    monkeypatch.setattr(fetching, "Session", Recorded)
+    monkeypatch.setattr(run, "_emulated", lambda case, family, prediction: {"origin": case.operands().origin})
+    found = quantkit.bench_model("model.onnx", batches=[1], formats=["int8"], emulate=True)
+    assert {row.origin for row in found.rows} == {"calib"}
     assert asked and not any("input" in names for names in asked)
 
 
