@@ -1,4 +1,4 @@
-// D[m, n] = A[m, k] @ W[n, k].T for few rows of A (8 to 32 at a time): W of four bits is read once, as fast as memory
+// D[m, n] = A[m, k] @ W[n, k].T for few rows of A (8 to 64 at a time): W of four bits is read once, as fast as memory
 // gives it. For Hopper.
 //
 //   producer warp: bulk copies and TMA  ->  ring of STAGES in shared memory  ->  consumer warps: decode, mma.sync

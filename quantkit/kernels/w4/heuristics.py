@@ -26,10 +26,11 @@ __all__ = [
     "w4_rank",
 ]
 
-FEW_ROWS = 32  # of A, that gemm_w4_few.cu takes
+FEW_ROWS = 64  # of A, that gemm_w4_few.cu takes
 # Warps of a block of gemm_w4_few.cu where each has one group of rows and up to 16 rows of A, or more of either: 64
-# registers a thread, or twice that.
+# registers a thread, or twice that. More than 32 rows of A leave registers for one group, more than 48 for fewer warps.
 _WARPS, _WARPS_OF_MORE, _NARROW = 28, 14, 16
+_WARPS_OF_MOST, _WIDE, _WIDEST = 12, 32, 48
 
 
 def few_tiles(problem: W4Problem, multiprocessors: int) -> Iterator[W4Few]:
@@ -40,7 +41,10 @@ def few_tiles(problem: W4Problem, multiprocessors: int) -> Iterator[W4Few]:
     least = max(1, -(-share // _WARPS_OF_MORE))
     for groups in (least, 2 * least):
         warps_w = -(-share // groups)
+        if groups > 1 and tile_n > _WIDE:
+            continue
         room = _WARPS if groups == 1 and tile_n <= _NARROW else _WARPS_OF_MORE
+        room = room if tile_n <= _WIDEST else _WARPS_OF_MOST
         for warps_k in (16, 8, 4, 2, 1):
             if warps_w * warps_k > max(room, warps_w):
                 continue

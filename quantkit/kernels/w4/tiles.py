@@ -78,7 +78,7 @@ class W4Few:
     """A configuration of gemm_w4_few.cu, whose head says what each part does.
 
     Attributes:
-        tile_n: rows of A in a tile, 8, 16, 24 or 32.
+        tile_n: rows of A in a tile, a multiple of 8, 64 at most.
         warps_w, groups: warps side by side along W, and groups of 16 rows that each has. warps_k: sets that share K.
         slabs: of 128 bytes of K of A in a stage. stages: of the ring. cluster: blocks that fetch rows of A for each
             other.

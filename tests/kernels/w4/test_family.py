@@ -45,7 +45,7 @@ def test_few_rows_and_many_have_kernels_of_their_own_on_hopper():
         return found[1].kernel
 
     assert kernel(32, "int4") == kernel(1, "w4a8") == "gemm_w4_few"
-    assert kernel(33, "int4") == kernel(1, "mxfp4-fp8") == "gemm_w4_sm90"
+    assert kernel(65, "int4") == kernel(1, "mxfp4-fp8") == "gemm_w4_sm90"
 
 
 def test_groups_that_are_no_power_of_two_have_no_kernel():

@@ -121,7 +121,7 @@ def small_codes(m: int, k: int, dtype: Any) -> np.ndarray:
     [
         (1, ("int4", 128), ml_dtypes.bfloat16, "bfloat16"),
         (16, ("nvfp4", 16), np.float16, "float16"),
-        (40, ("mxfp4", 32), ml_dtypes.bfloat16, "float32"),
+        (70, ("mxfp4", 32), ml_dtypes.bfloat16, "float32"),
         (5, ("int4", 128), np.int8, "bfloat16"),
         (70, ("int4", None), np.int8, "float32"),
     ],
@@ -131,7 +131,7 @@ def test_products_take_the_chosen_kernel_and_are_exact(cupy, m, kind, dtype, out
     bits = 8 * np.dtype(dtype).itemsize
     a = small_codes(m, 400, dtype)
     d = matmul_w4(cupy.asarray(a), pack_weight4(w, activation_bits=bits), out_dtype=output)
-    assert cupy.launched[-1][0] == ("gemm_w4_few" if m <= 32 else "gemm_w4_sm90")
+    assert cupy.launched[-1][0] == ("gemm_w4_few" if m <= 64 else "gemm_w4_sm90")
     np.testing.assert_array_equal(d, w4_reference(a, pack4(w, activation_bits=bits), output=output))
 
 
