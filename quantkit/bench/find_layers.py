@@ -12,7 +12,6 @@ from quantkit.bench.layers import Layer, Window
 from quantkit.bench.reading import Operand, constant_of, read_codes, read_operand
 from quantkit.errors import ModelError
 from quantkit.formats.matmul_nbits import MatMulNBits, from_matmul_nbits
-from quantkit.formats.quantize import dequantize
 from quantkit.graph import LeftAlone
 
 _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
@@ -202,7 +201,15 @@ def _of_bits(node: ir.Node) -> Layer | None:
         )
     )
     element = {8: "int8", 4: "int4", 2: "int2"}.get(bits, "")
-    held = Operand(codes=dequantize(weight), element=element, block_size=size)
+    params = weight.qparams
+    held = Operand(
+        codes=weight.qvalue,
+        element=element,
+        scale=params.scale,
+        zero_point=params.zero_point,
+        axis=1,
+        block_size=size,
+    )
     return Layer(
         node=_name(node),
         op_type=node.op_type,

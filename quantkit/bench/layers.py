@@ -187,6 +187,26 @@ class Layer:
             return None
         return w.codes if n_axis == 0 else np.ascontiguousarray(w.codes.T), w.scale.reshape(-1)
 
+    def block_matrix(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Return the stored codes [n, k] of a matrix in blocks along K, and their scales [n, blocks].
+
+        None where they are not stored so, or with zero points that are not the middle of unsigned codes.
+        """
+        w = self.weights
+        if w.codes is None or w.scale is None or not w.block_size or self.window is not None:
+            return None
+        n_axis = 0 if self.n_first != w.transposed else 1
+        if w.codes.ndim != 2 or w.scale.ndim != 2 or (w.axis or 0) % 2 == n_axis:
+            return None
+        # Four bits without a sign: 0 … 15 around 8.
+        middle = 8 if w.codes.dtype.name == "uint4" else 0
+        if middle and w.zero_point is None:
+            return None
+        if w.zero_point is not None and np.any(w.zero_point.astype(np.float32) != middle):
+            return None
+        codes = w.codes.astype(np.float32) - middle
+        return (codes, w.scale) if n_axis == 0 else (np.ascontiguousarray(codes.T), w.scale.T)
+
     def activation_rows(self, x: NDArray[Any], limit: int) -> NDArray[np.float32]:
         """Return at most `limit` rows [rows, k] of its first group or head, spread over what `x` holds."""
         x = self.activations.values(x)

@@ -40,6 +40,8 @@ _WEIGHTS = {
     "nvfp4-fp4": "nvfp4",
 }
 _ACTIVATIONS = {"int8": INT8, "e4m3": FP8_E4M3, "e2m1": FP4_E2M1}
+# Whose scales are small whole multiples of one number a row, as files have none.
+_TWO_LEVELS = ("w4a8",)
 # Formats whose activations have scales in blocks, and the preset that says which.
 _IN_BLOCKS = {"fp8-block": "fp8-block", "mxfp8": "mxfp8", "mxfp4-fp4": "mxfp4", "nvfp4-fp4": "nvfp4"}
 
@@ -63,8 +65,11 @@ def operands_of(work: Work, layer: Layer, captured: Captured) -> Operands:
     stored = layer.format == work.format
     weight: QTensor | NDArray[Any]
     codes = layer.code_matrix() if stored else None
+    blocks = _held_in_blocks(layer, work) if stored else None
     if codes is not None:
         weight = _held(*codes)
+    elif blocks is not None:
+        weight = blocks
     elif layer.is_constant or real:
         weight = _quantized(layer.weight_matrix(captured.tensors), work)
     else:
@@ -257,7 +262,7 @@ def _quantized(weight: NDArray[np.float32], work: Work) -> QTensor | NDArray[Any
 
 def _held_scale(scale: NDArray[np.float32], work: Work) -> NDArray[np.float32]:
     """Return scales that the format can hold: of int4 by int8, small whole multiples of one number a row."""
-    return two_levels(scale) if work.format == "w4a8" else scale
+    return two_levels(scale) if work.format in _TWO_LEVELS else scale
 
 
 def _weight_spec(work: Work) -> QuantSpec:
@@ -276,6 +281,34 @@ def _held(codes: NDArray[Any], scale: NDArray[np.float32]) -> QTensor:
     held = scale.reshape(()) if scale.size == 1 else scale
     zero = np.zeros(held.shape, fmt.dtype) if fmt.kind == "integer" else None
     return QTensor(codes, QParams(held, zero), spec)
+
+
+def _held_in_blocks(layer: Layer, work: Work) -> QTensor | None:
+    """A weight in blocks as the file holds it; None where kernels would not take it so."""
+    found = layer.block_matrix()
+    if found is None or work.format in _TWO_LEVELS:
+        return None
+    (codes, scale), spec = found, _weight_spec(work)
+    shared = None
+    if spec.block_shape is not None:
+        height = spec.block_shape[0]
+        tiles = scale[::height]
+        if not np.array_equal(np.repeat(tiles, height, axis=0)[: len(scale)], scale):
+            return None
+        scale = tiles
+    elif spec.block_size != layer.weights.block_size:
+        return None
+    if spec.has_global_scale:
+        shared = layer.weights.global_scale
+        if shared is None:
+            return None
+        shared = shared.astype(np.float32).reshape(())
+        scale = (scale / shared).astype(ml_dtypes.float8_e4m3fn)
+    elif FORMATS[work.format].scale_bits == 16:
+        scale = scale.astype(ml_dtypes.bfloat16)
+    scale = np.ascontiguousarray(scale.astype(np.float32))
+    zero = np.zeros(scale.shape, spec.format.dtype) if spec.format.kind == "integer" else None
+    return QTensor(codes.astype(spec.format.dtype), QParams(scale, zero, shared), spec)
 
 
 def _random(rows: int, k: int) -> NDArray[np.float32]:

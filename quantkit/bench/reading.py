@@ -42,7 +42,7 @@ class Operand:
         element: the element type of the codes (int8, e4m3 …), "bf16" where it is not quantized; NumPy's name for one
             that no kernel knows.
         scale, zero_point: of the codes; None where it is not quantized, or computed as the model runs.
-        axis, block_size: as DequantizeLinear has them.
+        axis, block_size: as DequantizeLinear has them. global_scale: what all scales were multiplied by (NVFP4).
         transposed: the codes lie with their last two axes exchanged.
         coded: of a computed tensor that holds codes itself, as between QLinearConvs: their scale and zero point.
     """
@@ -54,6 +54,7 @@ class Operand:
     zero_point: NDArray[Any] | None = None
     axis: int | None = None
     block_size: int | None = None
+    global_scale: NDArray[np.float32] | None = None
     transposed: bool = False
     coded: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 
@@ -193,6 +194,7 @@ def _dequantized(node: ir.Node) -> Operand:
             zero_point=zeros,
             axis=1 if axis is None else axis.as_int(),
             block_size=None if block is None else block.as_int() or None,
+            global_scale=_global_scale(scale),
         )
     source = codes.producer()
     if source is None or source.op_type not in _QUANTIZERS:
@@ -221,6 +223,12 @@ def _scales(value: ir.Value) -> NDArray[np.float32] | None:
         return constant.astype(np.float32)
     operand = read_operand(value)
     return operand.floats() if operand.codes is not None else None
+
+
+def _global_scale(value: ir.Value) -> NDArray[np.float32] | None:
+    """What scales that are stored quantized are multiplied by."""
+    operand = read_operand(value) if constant_of(value) is None else Operand()
+    return operand.scale if operand.scale is not None and operand.scale.size == 1 else None
 
 
 def _cast_and_scaled(node: ir.Node) -> Operand | None:

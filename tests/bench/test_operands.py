@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from quantkit.bench.feeding import Captured
 from quantkit.bench.find_layers import find_layers
 from quantkit.bench.operands import cropped, drawn, exact_operands, operands_of, random_operands, taken
+from quantkit.bench.reading import Operand
 from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.kernels.dense_family import DenseFamily
 from quantkit.kernels.families import FAMILIES
@@ -41,6 +42,52 @@ def test_a_quantized_files_codes_and_scales_are_used_as_they_are() -> None:
     np.testing.assert_array_equal(found.scale, [np.float32(0.03)])
     np.testing.assert_array_equal(found.activations, np.clip(np.rint(x[0] / np.float32(0.03)), -128, 127))
     assert found.origin == "calib/"
+
+
+IN_BLOCKS = (
+    "int4_in_blocks",
+    "matmul_nbits",
+    "nvfp4_with_quantized_scales",
+    "mxfp4_of_a_newer_operator_set",
+    "fp8_in_squares",
+    "mxfp8_weights_of_tensorrt",
+)
+
+
+@pytest.mark.parametrize("name", IN_BLOCKS)
+def test_weights_in_blocks_are_taken_as_they_lie_in_the_file(name: str) -> None:
+    layer = layer_of(name)
+    want = layer.weight_matrix({})
+    n, k = want.shape
+    group = layer.weights.block_size if layer.format == "int4" else None
+    work = Work(m=3, n=n, k=k, format=layer.format, group=group)
+    held = operands_of(work, layer, Captured(shapes={}, samples=1)).weight
+    assert isinstance(held, QTensor)
+    codes, _ = layer.block_matrix()
+    np.testing.assert_array_equal(held.qvalue.astype(np.float32), codes)
+    # Kernels hold the scales of int4's groups in 16 bits.
+    np.testing.assert_allclose(dequantize(held), want, rtol=2**-8 if layer.format == "int4" else 0)
+
+
+def test_a_float_layer_of_a_quantized_file_has_its_float_weight() -> None:
+    layer = replace(layer_of("qdq_matmul"), activations=Operand(tensor="x"))
+    layer = replace(layer, weights=Operand(codes=RNG.standard_normal((16, 6)).astype(np.float32)))
+    assert layer.format == "bf16"
+    work = Work(m=3, n=6, k=16, format="bf16")
+    weight = operands_of(work, layer, Captured(shapes={}, samples=1)).weight
+    np.testing.assert_array_equal(weight, layer.weights.codes.T.astype(ml_dtypes.bfloat16))
+
+
+def test_zero_points_of_their_own_and_blocks_of_another_size_are_quantized_anew() -> None:
+    layer = layer_of("matmul_nbits")
+    work = Work(m=3, n=6, k=32, format="int4", group=16)
+    zero = np.full_like(layer.weights.zero_point, 7)
+    lopsided = replace(layer, weights=replace(layer.weights, zero_point=zero))
+    assert lopsided.block_matrix() is None
+    held = operands_of(work, lopsided, Captured(shapes={}, samples=1)).weight
+    np.testing.assert_allclose(dequantize(held), lopsided.weight_matrix({}), atol=0.015)
+    other = operands_of(replace(work, group=32), layer, Captured(shapes={}, samples=1)).weight
+    assert other.qparams.scale.shape == (6, 1)
 
 
 def test_another_format_than_the_files_is_quantized_anew() -> None:
