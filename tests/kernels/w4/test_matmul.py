@@ -1,7 +1,6 @@
 """matmul_w4 from the door to the launch, on arrays that only look like CuPy's: the emulator is the GPU."""
 
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +10,6 @@ import pytest
 from quantkit.bench.operands import exact_operands
 from quantkit.errors import KernelError
 from quantkit.kernels import device as gpu
-from quantkit.kernels.emulator import Swizzle, TensorMap, load
 from quantkit.kernels.epilogue import EpilogueKind
 from quantkit.kernels.gemm import matmul, pack_weight
 from quantkit.kernels.gemm_operands import Epilogue
@@ -29,87 +27,22 @@ from quantkit.kernels.w4.problem import W4Problem
 from quantkit.kernels.w4.reference import w4_reference
 from quantkit.kernels.work import Work
 
+from ..fake_cupy import MULTIPROCESSORS, FakeCupy, install
 from .weights import weight
-
-MULTIPROCESSORS = 4
-
-
-class Array(np.ndarray):
-    """A NumPy array with an address and a device where CuPy has them."""
-
-    @property
-    def data(self):  # type: ignore[override]
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-    @property
-    def device(self):  # type: ignore[override]
-        return SimpleNamespace(id=0)
-
-
-class FakeCupy:
-    """What the launcher uses of CuPy; remembers what lies where, and launches on the emulator."""
-
-    def __init__(self) -> None:
-        self.capturing = False
-        stream = SimpleNamespace(ptr=0, is_capturing=lambda: self.capturing)
-        self.cuda = SimpleNamespace(Device=lambda: SimpleNamespace(id=0), get_current_stream=lambda: stream)
-        self.memory: dict[int, np.ndarray] = {}
-        self.launched: list[tuple[str, dict[str, Any]]] = []
-
-    def asarray(self, values: Any) -> Array:
-        # At multiples of 16 bytes, as every allocation on a GPU.
-        whole = np.ascontiguousarray(values)
-        room = np.empty(whole.nbytes + 16, np.uint8)
-        start = -room.ctypes.data % 16
-        array = room[start : start + whole.nbytes].view(whole.dtype).reshape(whole.shape)
-        array[...] = whole
-        self.memory[array.ctypes.data] = array
-        return array.view(Array)
-
-    def empty(self, shape: Any, dtype: Any) -> Array:
-        return self.asarray(np.full(shape, 0x55, np.uint8 if dtype == np.uint8 else dtype))
-
-    def zeros(self, shape: Any, dtype: Any) -> Array:
-        return self.asarray(np.zeros(shape, dtype))
-
-    def scalar(self, device: int, value: float, dtype: str = "float32") -> Array:
-        return self.asarray(np.array([value], dtype))
-
-    def tensor_map(self, address: int, kind: str, shape: Any, pitch: int, box: Any) -> TensorMap:
-        dtype = np.dtype(getattr(ml_dtypes, kind, kind))
-        held = self.memory[address]
-        return TensorMap(
-            array=held if held.dtype == dtype else held.view(dtype), box=box, swizzle=Swizzle.BYTES_128,
-            shape=shape, strides_bytes=(pitch, dtype.itemsize),
-        )  # fmt: skip
-
-    def function_of(self, device: int, source: Any, name: str, defines: Any, shared_bytes: int):
-        def launch(grid, block, arguments, shared_mem):
-            assert shared_mem == shared_bytes
-            self.launched.append((name, dict(defines)))
-            held = [self.memory[int(a)] if isinstance(a, np.uint64) and int(a) else a for a in arguments]
-            load(source, name, dict(defines)).launch(
-                *held, grid=grid, block=block[0], shared_bytes=shared_mem, cluster=dict(defines).get("CLUSTER", 1),
-                multiprocessors=MULTIPROCESSORS,
-            )  # fmt: skip
-
-        return launch
 
 
 @pytest.fixture
 def cupy(monkeypatch, compiler) -> FakeCupy:
-    fake = FakeCupy()
-    monkeypatch.setattr(gpu, "cupy", lambda: fake)
-    monkeypatch.setattr(gpu, "scalar", fake.scalar)
-    monkeypatch.setattr(gpu, "tensor_map", fake.tensor_map)
-    monkeypatch.setattr(gpu, "function_of", fake.function_of)
-    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90a")
-    monkeypatch.setattr(gpu, "multiprocessors", lambda device: MULTIPROCESSORS)
+    fake = install(monkeypatch, "sm_90a")
     monkeypatch.setattr(operands, "_workspaces", {})
     # No GPU, nothing timed on it.
     monkeypatch.setattr(choice.tuning, "best_entry", lambda key, device: None)
     choice.configuration_of.cache_clear()
     return fake
+
+
+def assert_same(found: Any, want: np.ndarray) -> None:
+    np.testing.assert_array_equal(FakeCupy.asnumpy(found), want)
 
 
 def small_codes(m: int, k: int, dtype: Any) -> np.ndarray:
@@ -131,8 +64,8 @@ def test_products_take_the_chosen_kernel_and_are_exact(cupy, m, kind, dtype, out
     bits = 8 * np.dtype(dtype).itemsize
     a = small_codes(m, 400, dtype)
     d = matmul_w4(cupy.asarray(a), pack_weight4(w, activation_bits=bits), out_dtype=output)
-    assert cupy.launched[-1][0] == ("gemm_w4_few" if m <= 64 else "gemm_w4_sm90")
-    np.testing.assert_array_equal(d, w4_reference(a, pack4(w, activation_bits=bits), output=output))
+    assert cupy.launches[-1][0] == ("gemm_w4_few" if m <= 64 else "gemm_w4_sm90")
+    assert_same(d, w4_reference(a, pack4(w, activation_bits=bits), output=output))
 
 
 @pytest.mark.parametrize("m", [5, 40])
@@ -153,7 +86,7 @@ def test_the_common_door_takes_weights_of_four_bits(cupy, kind, activations, dty
     packed = pack_weight(w, activations=activations)
     d = matmul(cupy.asarray(carried), packed, out_dtype="float32", epilogue=Epilogue(row_scale=0.5))
     want = w4_reference(a, pack4(w, activation_bits=bits), row_scale=np.float32([0.5]), output="float32")
-    np.testing.assert_array_equal(d, want)
+    assert_same(d, want)
 
 
 @pytest.mark.parametrize("m", [3, 20])
@@ -164,7 +97,7 @@ def test_what_benchmarks_prepare_is_what_their_oracle_says(cupy, form, m):
     h200 = get_gpu("h200")
     tile = family.predict(work, replace(h200, multiprocessors=MULTIPROCESSORS)).configuration
     d = family.prepare(work, operands, tile)()
-    np.testing.assert_array_equal(d.view(ml_dtypes.bfloat16), family.reference(work, operands))
+    assert_same(d.view(ml_dtypes.bfloat16), family.reference(work, operands))
 
 
 def test_the_door_refuses_activations_that_a_format_is_not_multiplied_by(cupy):
@@ -191,7 +124,7 @@ def test_what_was_timed_fastest_is_launched(cupy, monkeypatch):
     )
     matmul_w4(cupy.asarray(a), packed, out_dtype="float32")
     kind = EpilogueKind(column_scale="each")
-    assert cupy.launched[-1][1] == w4_few_launch_of(problem, slowest, kind).defines
+    assert cupy.launches[-1][1] == w4_few_launch_of(problem, slowest, kind).defines
 
 
 def test_the_epilogue_reaches_the_kernel(cupy):
@@ -207,7 +140,7 @@ def test_the_epilogue_reaches_the_kernel(cupy):
     )
     d = matmul_w4(cupy.asarray(a.reshape(2, 3, 130)), pack_weight4(w), epilogue=epilogue, out_dtype="float32")
     want = w4_reference(a, pack4(w), row_scale=row, bias=bias, activation="relu", output="float32") + 1
-    np.testing.assert_array_equal(d, want.reshape(2, 3, 72))
+    assert_same(d, want.reshape(2, 3, 72))
 
 
 def test_a_captured_call_cuts_tiles_only_with_a_workspace_of_its_own(cupy):
@@ -215,16 +148,18 @@ def test_a_captured_call_cuts_tiles_only_with_a_workspace_of_its_own(cupy):
     a, packed = cupy.asarray(small_codes(20, 900, np.float16)), pack_weight4(w)
     want = w4_reference(np.asarray(a), pack4(w), output="float32")
     tile = W4Tile(tile_n=32, consumers=1, slabs=2, grain=2, stages=2)
+    matmul_w4(a, packed, out_dtype="float32", tile=tile)  # a capture can load no kernel
+    operands._workspaces.clear()
     cupy.capturing = True
-    np.testing.assert_array_equal(matmul_w4(a, packed, out_dtype="float32", tile=tile), want)
+    assert_same(matmul_w4(a, packed, out_dtype="float32", tile=tile), want)
     assert not operands._workspaces
     own = Workspace4(1 << 20, 64)
-    np.testing.assert_array_equal(matmul_w4(a, packed, out_dtype="float32", tile=tile, workspace=own), want)
-    assert not own.arrivals.any() and not operands._workspaces
+    assert_same(matmul_w4(a, packed, out_dtype="float32", tile=tile, workspace=own), want)
+    assert not cupy.asnumpy(own.arrivals).any() and not operands._workspaces
     with pytest.raises(KernelError, match="this product takes"):
         matmul_w4(a, packed, out_dtype="float32", tile=tile, workspace=Workspace4(16, 1))
     cupy.capturing = False
-    np.testing.assert_array_equal(matmul_w4(a, packed, out_dtype="float32", tile=tile), want)
+    assert_same(matmul_w4(a, packed, out_dtype="float32", tile=tile), want)
     assert operands._workspaces
 
 
@@ -264,15 +199,15 @@ def test_other_architectures_take_the_universal_kernel(cupy, monkeypatch, m, kin
     bits = 8 * np.dtype(dtype).itemsize
     a, packed = small_codes(m, 16000, dtype), pack_weight4(w, activation_bits=bits)
     want = w4_reference(a, pack4(w, activation_bits=bits), output=output)
-    np.testing.assert_array_equal(matmul_w4(cupy.asarray(a), packed, out_dtype=output), want)
-    name, defines = cupy.launched[-1]
+    assert_same(matmul_w4(cupy.asarray(a), packed, out_dtype=output), want)
+    name, defines, _ = cupy.launches[-1]
     assert (name, defines["SLICED"]) == ("gemm_w4_mma", 1) and operands._workspaces
     cupy.capturing = True
-    np.testing.assert_array_equal(matmul_w4(cupy.asarray(a), packed, out_dtype=output), want)
-    assert cupy.launched[-1][1]["SLICED"] == 0
+    assert_same(matmul_w4(cupy.asarray(a), packed, out_dtype=output), want)
+    assert cupy.launches[-1][1]["SLICED"] == 0
     own = Workspace4(1 << 20, 64)
-    np.testing.assert_array_equal(matmul_w4(cupy.asarray(a), packed, out_dtype=output, workspace=own), want)
-    assert cupy.launched[-1][1]["SLICED"] == 1 and not own.arrivals.any()
+    assert_same(matmul_w4(cupy.asarray(a), packed, out_dtype=output, workspace=own), want)
+    assert cupy.launches[-1][1]["SLICED"] == 1 and not cupy.asnumpy(own.arrivals).any()
 
 
 def test_hopper_takes_the_universal_kernel_where_it_is_asked_to(cupy):
@@ -280,5 +215,5 @@ def test_hopper_takes_the_universal_kernel_where_it_is_asked_to(cupy):
     a = small_codes(6, 130, np.float16)
     tile = W4MmaTile(tile_w=64, tile_a=8, warps_w=4, slabs=2)
     d = matmul_w4(cupy.asarray(a), pack_weight4(w), out_dtype="float32", tile=tile)
-    assert cupy.launched[-1][0] == "gemm_w4_mma"
-    np.testing.assert_array_equal(d, w4_reference(a, pack4(w), output="float32"))
+    assert cupy.launches[-1][0] == "gemm_w4_mma"
+    assert_same(d, w4_reference(a, pack4(w), output="float32"))
