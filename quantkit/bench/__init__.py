@@ -1,9 +1,10 @@
 """Benchmarks: every product of matrices in a model, on the GPU that is here, beside what others have.
 
 cases ─────────▶ choose ───────▶ run on operands ──▶ rows
-find_layers.py   kernels/        measuring.py        result.py
-feeding.py       families.py     peers.py            plot.py
-operands.py                      or the emulator
+opening.py       kernels/        measuring.py        result.py
+find_layers.py   families.py     peers.py            plot.py
+feeding.py                       or the emulator
+operands.py                      on what cropping.py leaves
 """
 
 from quantkit.bench.result import Benchmark

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.bench.cases import Case
-from quantkit.bench.operands import taken
+from quantkit.bench.cropping import taken
 from quantkit.bench.peers import facts_of_peers, peers_of
 from quantkit.bench.row import relative_error
 from quantkit.errors import KernelError

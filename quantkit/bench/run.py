@@ -3,31 +3,26 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import onnx
-import onnx_ir as ir
-
-from quantkit.bench.cases import Case, Products, cases_of_model, cases_of_shapes
-from quantkit.bench.feeding import fits
+from quantkit.bench.cases import Case, cases_of_shapes
+from quantkit.bench.cropping import cropped
 from quantkit.bench.measuring import compile_ahead, facts, measured
-from quantkit.bench.operands import cropped, random_operands
+from quantkit.bench.opening import products_of
+from quantkit.bench.operands import random_operands
 from quantkit.bench.peers import missing_peers
 from quantkit.bench.result import Benchmark
 from quantkit.bench.row import BenchRow, relative_error
-from quantkit.cache import CalibrationCache, find_cache
-from quantkit.data import ImagePreprocessing, SampleSource, open_data
-from quantkit.errors import CacheError, KernelError, ModelError, QuantkitError, SpecError
-from quantkit.graph import Graph, ModelLike, load_graph
-from quantkit.graph.clean import NEWEST_OPSET, quiet
+from quantkit.cache import CalibrationCache
+from quantkit.data import ImagePreprocessing
+from quantkit.errors import KernelError, SpecError
+from quantkit.graph import ModelLike
 from quantkit.kernels.cublas import cublas_bf16_us
 from quantkit.kernels.families import best_family
 from quantkit.kernels.family import Family, Prediction
 from quantkit.kernels.gpus import Gpu, get_gpu
 from quantkit.kernels.present import present_gpu, why_no_gpu
 from quantkit.kernels.work import Work
-from quantkit.runtime import Session, reason
 
 # What the emulator runs of a product: some seconds for a whole model.
 _EMULATED = {"m": 48, "n": 192, "k": 4096}
@@ -85,7 +80,16 @@ def bench_model(
     if shapes is not None:
         products, name = cases_of_shapes(shapes, formats or ("int8", "fp8")), None
     else:
-        products, name = _of_model(model, cache, formats, batches, data, image, mapping, dims or {})
+        products, name = products_of(
+            model,
+            cache,
+            formats=formats,
+            batches=batches,
+            data=data,
+            image=image,
+            mapping=mapping,
+            dims=dims,
+        )
     no_gpu = None if dry_run or emulate else why_no_gpu()
     gpu = asked if dry_run or emulate or no_gpu else present_gpu()
     notes = [*products.notes]
@@ -142,18 +146,6 @@ def bench_model(
     )
 
 
-def products_of(
-    model: ModelLike | None,
-    cache: CalibrationCache | str | os.PathLike[str] | None,
-    *,
-    formats: Sequence[str] | None,
-    batches: Sequence[int],
-    dims: Mapping[str, int] | None = None,
-) -> tuple[Products, str]:
-    """Return the products of a model, as `bench_model` runs them, and its name."""
-    return _of_model(model, cache, formats, batches, None, None, None, dims or {})
-
-
 def chosen_sources(
     cases: Sequence[Case], chosen: Sequence[tuple[Family, Prediction] | None], gpu: Gpu
 ) -> list[tuple[Family, Any, Any]]:
@@ -163,103 +155,6 @@ def chosen_sources(
         for case, found in zip(cases, chosen, strict=True)
         if found is not None
     ]
-
-
-def _of_model(
-    model: ModelLike | None,
-    cache: CalibrationCache | str | os.PathLike[str] | None,
-    formats: Sequence[str] | None,
-    batches: Sequence[int],
-    data: object,
-    image: ImagePreprocessing | None,
-    mapping: Mapping[str, str] | None,
-    dims: Mapping[str, int],
-) -> tuple[Products, str]:
-    if min(batches, default=0) < 1:
-        raise SpecError(f"batch {', '.join(map(str, batches))}: give sizes from 1 up.")
-    held = CalibrationCache.load(cache) if isinstance(cache, str | os.PathLike) else cache
-    if model is None:
-        path = None if held is not None else find_cache(".")
-        held = held or CalibrationCache.load(path or "")
-        model = held.find_model(path or "cache")
-        graph = load_graph(model)
-        held.check_model(graph.fingerprint, str(graph.path or graph.name))
-    else:
-        graph = _opened(model)
-        if held is None:
-            held = _cache_here(graph)
-        elif not _serves(held, graph):
-            raise CacheError(
-                f"{cache if isinstance(cache, str | os.PathLike) else 'cache'}: is of the model {held.model.name}, "
-                f"whose inputs {graph.name} does not have; name the cache of its float model, or leave --cache out."
-            )
-    source: SampleSource | None = None
-    if data is not None:
-        source = open_data(data, graph.inputs, image=image, mapping=mapping)
-    try:
-        found = cases_of_model(graph, formats=formats, batches=batches, cache=held, source=source, dims=dims)
-    except (QuantkitError, MemoryError):
-        raise
-    except Exception as error:
-        # A quantized file is read as it lies, which a damaged one does not survive: whose fault it is, ONNX says.
-        said = _why_invalid(graph)
-        if said is None:
-            raise
-        raise ModelError(
-            f"{graph.path or graph.name}: not a valid ONNX model ({said}); export it again."
-        ) from error
-    return found, graph.name
-
-
-def _why_invalid(graph: Graph) -> str | None:
-    """What ONNX's checker says of a model, else ONNX Runtime, which knows operators of its own; None for nothing."""
-    try:
-        onnx.checker.check_model(
-            ir.to_proto(graph.model) if graph.path is None else str(graph.path), full_check=True
-        )
-        Session(graph.path or graph.model, optimize=False)
-    except Exception as error:
-        return reason(error.__cause__ or error)
-    return None
-
-
-def _opened(model: ModelLike) -> Graph:
-    """The graph of a model, also of a file whose scales are of a type that came with a newer operator set (E8M0)."""
-    if isinstance(model, str | os.PathLike) and (Path(model) / "config.json").is_file():
-        raise ModelError(
-            f"{os.fspath(model)}: is a folder for vLLM, which holds no graph to take shapes from; "
-            "give the ONNX model that it was made of, and --format."
-        )
-    if isinstance(model, str | os.PathLike) and os.path.isfile(model):
-        try:
-            with quiet():
-                raw = ir.load(model)
-        except Exception:
-            # `load_graph` says what is wrong with it.
-            return load_graph(model)
-        if raw.graph.opset_imports.get("", 0) == NEWEST_OPSET + 1 and any(
-            value.dtype == ir.DataType.FLOAT8E8M0 for value in raw.graph.initializers.values()
-        ):
-            # Nothing but these scales is of that operator set, and they are read here, not run.
-            raw.graph.opset_imports[""] = NEWEST_OPSET
-            path = Path(model)
-            return Graph(load_graph(raw).model, path.stem, path)
-    return load_graph(model)
-
-
-def _cache_here(graph: Graph) -> CalibrationCache | None:
-    """The cache of this folder, if it is of a model with these inputs: the float one of a quantized file."""
-    try:
-        held = CalibrationCache.load(find_cache("."))
-    except CacheError:
-        # Real activations are a gift: without a cache, or with several, they are drawn otherwise, and that is told.
-        return None
-    return held if _serves(held, graph) else None
-
-
-def _serves(held: CalibrationCache, graph: Graph) -> bool:
-    """Whether a cache is of this model, or of one with the same inputs, as a quantized file's float model is."""
-    return held.model.fingerprint == graph.fingerprint or fits(held.probe, graph.inputs)
 
 
 def _choose(case: Case, gpu: Gpu) -> tuple[Family, Prediction] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit.bench.cases import Case, cases_of_shapes
 from quantkit.bench.measuring import compile_ahead
-from quantkit.bench.run import products_of
+from quantkit.bench.opening import products_of
 from quantkit.cache import CalibrationCache
 from quantkit.errors import SpecError
 from quantkit.graph import ModelLike

@@ -37,7 +37,7 @@ def build(
     as_json: options.AsJson = False,
 ) -> None:
     """Compile kernels for GPU architectures into the cache, on any machine with NVRTC."""
-    from quantkit.bench.run import products_of
+    from quantkit.bench.opening import products_of
     from quantkit.errors import KernelError, SpecError
     from quantkit.kernels.build import build_all, jobs_of, untaken, usual_works
     from quantkit.kernels.compile import DEFAULT_CACHE

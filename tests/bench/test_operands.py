@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantkit.bench.cropping import cropped, taken
 from quantkit.bench.feeding import Captured
 from quantkit.bench.find_layers import find_layers
-from quantkit.bench.operands import cropped, drawn, exact_operands, operands_of, random_operands, taken
+from quantkit.bench.operands import drawn, exact_operands, operands_of, random_operands
 from quantkit.bench.reading import Operand
 from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.kernels.dense_family import DenseFamily

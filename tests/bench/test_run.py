@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import quantkit
-from quantkit.bench import fetching, run
+from quantkit.bench import fetching, opening, run
 from quantkit.bench.feeding import fits
 from quantkit.bench.tune import tune_model
 from quantkit.cache import CalibrationCache
@@ -366,7 +366,7 @@ def test_a_fault_of_our_own_is_no_fault_of_the_model(folder: Path, monkeypatch: 
     def broken(*given: object, **options: object) -> None:
         raise IndexError("ours")
 
-    monkeypatch.setattr(run, "cases_of_model", broken)
+    monkeypatch.setattr(opening, "cases_of_model", broken)
     with pytest.raises(IndexError, match="ours"):
         quantkit.bench_model("model.onnx")
 
