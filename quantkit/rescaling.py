@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.blas import threads_for
 from quantkit.calibrators.awq import awq_scale
 from quantkit.calibrators.equalize import equalizing_scale
 from quantkit.calibrators.layer import Layer, tied, weight_amax
@@ -185,7 +186,8 @@ def smooth(
         stats = _divided(channels[group.tensor], found.scales.get(group.tensor))
         ties = None if group.fold is None or way else group.fold.ties
         if alpha == "auto":
-            scale, chosen = best_smooth_scale(stats, layers, activation, ties=ties)
+            with threads_for(max(linear.size for linear in group.linears)):
+                scale, chosen = best_smooth_scale(stats, layers, activation, ties=ties)
         else:
             scale, chosen = smooth_scale(stats, layers, alpha, ties=ties), alpha
         found = _with(graph, found, group, scale, f"smoothed, alpha {chosen:g}", insert=way)
@@ -226,7 +228,8 @@ def scale_for_awq(
             found = replace(found, notes={**found.notes, group.tensor: way})
             continue
         ties = None if group.fold is None or way else group.fold.ties
-        best = awq_scale(layers, group.channels, ties=ties, xp=xp)
+        with threads_for(max(linear.size for linear in group.linears)):
+            best = awq_scale(layers, group.channels, ties=ties, xp=xp)
         if best.ratio == 0 or best.error > (1 - least_gain) * best.error_unscaled:
             note = (
                 f"no scale is enough better than none (error {best.error_unscaled:.3g} to {best.error:.3g})"

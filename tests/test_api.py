@@ -35,7 +35,7 @@ HOUSE = (
     ("statistics", "graph", "metrics", "runtime", "cache_file", "cache_identity"),
     ("goals",),
     ("data", "class_metrics", "files", "formats", "model_files", "tables"),
-    ("plugins",),
+    ("blas", "plugins"),
     ("errors",),
 )
 # These do the work of three different places, and know nothing of each other; an engine may launch kernels.

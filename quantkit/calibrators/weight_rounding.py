@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.blas import threads_for
 from quantkit.calibrators.bias_correction import bias_correction
 from quantkit.calibrators.gptq import GptqOptions, gptq
 from quantkit.calibrators.layer import Layer
@@ -61,6 +62,19 @@ def round_weight(
         SpecError: the Gram matrix is missing or another layer's, or something is not finite.
         UnknownNameError: there is no such rounding.
     """
+    with threads_for(layer.layout.size(layer.w.shape)):
+        return _rounded(layer, rounding, correct_bias, options, signed_scales, scale_dtype, xp)
+
+
+def _rounded(
+    layer: Layer,
+    rounding: Rounding,
+    correct_bias: bool,
+    options: GptqOptions | None,
+    signed_scales: bool,
+    scale_dtype: np.dtype | None,
+    xp: ModuleType,
+) -> RoundedWeight:
     gram, spec, name = layer.gram, layer.spec, layer.name
     if gram is None:
         if correct_bias or rounding not in ("amax", "mse"):
