@@ -226,6 +226,8 @@ def language_table(
     judges = [Judge.of(model.graph, np.load(data / "eval.npz")["input_ids"][:count]) for model in made]
     yield f"| `quantkit export … --target ort` | {' | '.join(f'{n}: KL | perplexity | s' for n in LANGUAGE)} |"
     yield "|---|" + "---|" * 3 * len(LANGUAGE)
+    floats = [judge.compare(model.graph.model) for model, judge in zip(made, judges, strict=True)]
+    yield f"| float | {' | '.join(f'0 | {found.perplexity_quantized:.4f} | ' for found in floats)} |"
     for row in rows:
         cells = []
         for model, judge in zip(made, judges, strict=True):
@@ -262,12 +264,14 @@ def picture_table(model: Path, data: Path, folder: Path, rows: list[Row]) -> Ite
     made = prepare(model, data / "calib", folder, CIFAR10)
     yield "| `quantkit export … --target ort` | top-1 | SQNR | same top-1 | s |"
     yield "|---|---|---|---|---|"
-    for row in rows:
+    for index, row in enumerate(rows):
         path, seconds = made.export(row)
         found = quantkit.evaluate_model(
             model, path, data / "eval.npz", labels=data / "eval.npz", image=CIFAR10
         )
         (metrics,) = found.outputs.values()
+        if index == 0:
+            yield f"| float | {metrics.accuracy_float:.2%} | | | |"
         yield (
             f"| `{row}` | {metrics.accuracy_quantized:.2%} | {metrics.sqnr_db:.1f} dB | "
             f"{metrics.top1_agreement:.2%} | {seconds:.1f} |"
