@@ -7,7 +7,6 @@ summed in int32 or float32, each further operation rounded to float32, D rounded
 from functools import lru_cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from quantkit.errors import KernelError
@@ -27,6 +26,7 @@ from quantkit.kernels.mx.heuristics import MxTile
 from quantkit.kernels.mx.layout import format_of
 from quantkit.kernels.mx.matmul import ARCH as MX_ARCH
 from quantkit.kernels.mx.matmul import PackedMxWeight, matmul_mx, pack_mx_weight
+from quantkit.kernels.output import aligned_output, new_output
 from quantkit.kernels.w4.choice import Configuration
 from quantkit.kernels.w4.matmul import PackedWeight4, Workspace4, matmul_w4, pack_weight4
 
@@ -201,11 +201,11 @@ def matmul(
     lead, n, k = tuple(a.shape[:-1]), weight.n, weight.k
     m = int(np.prod(lead, dtype=np.int64))
     if out is None:
-        out = cupy.empty((*lead, n), _output_dtype(out_dtype))
+        out = new_output(lead, n, out_dtype)
     if m == 0 or n == 0:
         return out
     # The copy engine stores to multiples of 16 bytes; no allocation starts elsewhere, but a part of one may.
-    target = out if out.data.ptr % 16 == 0 else cupy.empty((*lead, n), out.dtype)
+    target = aligned_output(out)
     a = a.reshape(m, k)
     zero_point = epilogue.zero_point
     if weight.format == "int8" and str(a.dtype) == "uint8":
@@ -273,9 +273,3 @@ def _tile(problem: Problem, kind: EpilogueKind, device: int, *, stream: bool = T
 def _mma_tile(problem: Problem, kind: EpilogueKind, arch: str, device: int) -> MmaTile:
     timed = tuning.best_mma_tile(problem, kind, device)
     return timed or mma_choose(problem, mma_device(arch, gpu.multiprocessors(device)))
-
-
-def _output_dtype(name: str) -> np.dtype[Any]:
-    if name == "float8_e4m3fn":
-        return np.dtype(np.uint8)
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

@@ -12,6 +12,7 @@ from quantkit.kernels.epilogue import OUTPUT_BYTES, EpilogueKind
 from quantkit.kernels.gemm_launch import Launch, launch_of
 from quantkit.kernels.heuristics import Problem, Tile
 from quantkit.kernels.mma_heuristics import MmaTile
+from quantkit.kernels.output import meeting_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def run_sm90(call: Call, tile: Tile) -> None:
         stored = gpu.tensor_map(to, problem.output, shape, row, launch.output_box, launch.output_swizzle)
     arguments = (*maps, stored, np.uint64(to), np.int32(problem.row_bytes), *call.epilogue_arguments())
     if launch.shares is not None and stream is not None:
-        places = _meeting_place(call.device, stream.ptr, launch.piece_bytes, launch.arrivals, cupy)
+        places = meeting_place(call.device, stream.ptr, launch.piece_bytes, launch.arrivals)
         arguments += (*map(np.uint64, places), *launch.share_arguments())
     gpu.kernel_of(launch, call.device)(
         (launch.grid,), (launch.block,), arguments, shared_mem=launch.shared_bytes
@@ -122,9 +123,7 @@ def run_mma(call: Call, tile: MmaTile, arch: str) -> None:
     launch = mma_launch.launch_of(call.problem, tile, call.kind, arch)
     workspace, arrivals = 0, 0
     if launch.arrivals:
-        workspace, arrivals = _meeting_place(
-            call.device, stream.ptr, launch.workspace_bytes, launch.arrivals, cupy
-        )
+        workspace, arrivals = meeting_place(call.device, stream.ptr, launch.workspace_bytes, launch.arrivals)
     _mma_function(launch, call.device)(
         launch.grid,
         (launch.block,),
@@ -144,17 +143,3 @@ def run_mma(call: Call, tile: MmaTile, arch: str) -> None:
 def _mma_function(launch: mma_launch.MmaLaunch, device: int) -> Any:
     defines = tuple(sorted(launch.defines.items()))
     return gpu.function_of(device, mma_launch.SOURCE, mma_launch.KERNEL, defines, launch.shared_bytes)
-
-
-# Of each device and stream: memory for partial sums, and counters that are zero between launches.
-_meeting_places: dict[tuple[int, int], tuple[Any, Any]] = {}
-
-
-def _meeting_place(device: int, stream: int, size: int, count: int, cupy: Any) -> tuple[int, int]:
-    """Return addresses of workspace and counters that only this stream uses, grown when they must be."""
-    held = _meeting_places.get((device, stream))
-    if held is None or held[0].nbytes < size or held[1].size < count:
-        # What it replaces goes back to the pool of this stream, whose next use comes after the launches before.
-        held = cupy.empty(max(size, 1 << 20), np.uint8), cupy.zeros(max(count, 4096), np.uint32)
-        _meeting_places[device, stream] = held
-    return int(held[0].data.ptr), int(held[1].data.ptr)

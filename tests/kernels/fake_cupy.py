@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from quantkit.kernels import device as gpu
-from quantkit.kernels import gemm, gemm_run, tuning
+from quantkit.kernels import gemm, gemm_run, output, tuning
 from quantkit.kernels import quantize as quantizing
 from quantkit.kernels.emulator import Swizzle, TensorMap, load
 
@@ -173,7 +173,7 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: str) -> FakeCupy:
     )
     for name in ("best_tile", "best_mma_tile"):
         monkeypatch.setattr(tuning, name, lambda problem, kind, device: None)
-    monkeypatch.setattr(gemm_run, "_meeting_places", {})
+    monkeypatch.setattr(output, "_meeting_places", {})
     # What another test chose for another GPU is no choice here, and this one's is none elsewhere.
     for module, remembered in (
         (gemm, gemm._tile),

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from quantkit.errors import KernelError
@@ -20,6 +19,7 @@ from quantkit.kernels.gemm_checks import check_product
 from quantkit.kernels.gemm_operands import Epilogue, PackedWeight
 from quantkit.kernels.gemm_run import aligned
 from quantkit.kernels.heuristics import Device
+from quantkit.kernels.output import aligned_output, new_output
 from quantkit.kernels.quantize import QuantizedActivation
 from quantkit.kernels.timing_table import Entry, key_of
 
@@ -90,8 +90,7 @@ def matmul_blocks(
     lead = tuple(codes.shape[:-1])
     m = int(np.prod(lead, dtype=np.int64))
     if out is None:
-        carrier = ml_dtypes.bfloat16 if out_dtype == "bfloat16" else out_dtype.replace(_CODES, "uint8")
-        out = cupy.empty((*lead, n), np.dtype(carrier))
+        out = new_output(lead, n, out_dtype)
     if m == 0 or n == 0:
         return out
     problem = BlocksProblem(m=m, n=n, k=k, block=weight.block, output=out_dtype)
@@ -102,7 +101,7 @@ def matmul_blocks(
     )
     tile = tile or _tile(problem, kind, device)
     launch = _launch(problem, tile, kind, gpu.multiprocessors(device))
-    target = out if out.data.ptr % 16 == 0 else cupy.empty((*lead, n), out.dtype)
+    target = aligned_output(out)
     rows, pitch = aligned(codes.reshape(m, k), cupy)
     scales, scale_pitch = aligned(a.scale.reshape(m, -1), cupy)
     operands = [(rows.data.ptr, (m, k), pitch), (weight.codes.data.ptr, (n, k), int(weight.codes.shape[1]))]

@@ -8,7 +8,6 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from quantkit.errors import KernelError
@@ -24,6 +23,7 @@ from quantkit.kernels.mma_heuristics import mma_device
 from quantkit.kernels.mx.heuristics import MxProblem, MxTile, mx_choose, mx_tile_of
 from quantkit.kernels.mx.launch import KERNEL, SOURCE, MxLaunch, mx_launch_of
 from quantkit.kernels.mx.layout import format_of, pack_mx, row_bytes, row_scales
+from quantkit.kernels.output import aligned_output, meeting_place, new_output
 from quantkit.kernels.quantize import QuantizedActivation
 from quantkit.kernels.timing_table import key_of
 
@@ -97,10 +97,7 @@ def matmul_mx(
     check_product(rows_of_k, plain, epilogue, out_dtype, out, device, ARCH)
     m = int(np.prod(lead, dtype=np.int64))
     if out is None:
-        carrier = (
-            ml_dtypes.bfloat16 if out_dtype == "bfloat16" else out_dtype.replace("float8_e4m3fn", "uint8")
-        )
-        out = cupy.empty((*lead, n), np.dtype(carrier))
+        out = new_output(lead, n, out_dtype)
     if m == 0 or n == 0:
         return out
     row_scale, granularity = _rows(epilogue.row_scale, a.global_scale, device)
@@ -112,7 +109,7 @@ def matmul_mx(
     problem = MxProblem(m=m, n=n, k=k, format=weight.format, output=out_dtype)
     stream = cupy.cuda.get_current_stream()
     launch = _launch(problem, tile, kind, device, stream.is_capturing())
-    target = out if out.data.ptr % 16 == 0 else cupy.empty((*lead, n), out.dtype)
+    target = aligned_output(out)
     held, pitch = aligned(codes.reshape(m, -1), cupy)
     scales, scale_pitch = aligned(a.scale.reshape(m, -1), cupy)
     vectors = (
@@ -120,7 +117,7 @@ def matmul_mx(
     )  # fmt: skip
     workspace, arrivals = (0, 0)
     if launch.arrivals:
-        workspace, arrivals = _meeting_place(device, stream.ptr, launch, cupy)
+        workspace, arrivals = meeting_place(device, stream.ptr, launch.partials_bytes, launch.arrivals)
         # A CUDA graph runs the whole kernel, and can neither compile nor load it.
         _function(_launch(problem, tile, kind, device, True), device)
     _function(launch, device)(
@@ -184,23 +181,6 @@ def _launch(
         timed = None if entry is None else mx_tile_of(entry.configuration, problem, model)
         tile = timed or mx_choose(problem, model)
     return mx_launch_of(problem, replace(tile, slices=1) if captured else tile, kind)
-
-
-# Of each device and stream: memory for partial sums, and counters that are zero between launches.
-_meeting_places: dict[tuple[int, int], tuple[Any, Any]] = {}
-
-
-def _meeting_place(device: int, stream: int, launch: MxLaunch, cupy: Any) -> tuple[int, int]:
-    """Return addresses of workspace and counters that only this stream uses, grown when they must be."""
-    held = _meeting_places.get((device, stream))
-    if held is None or held[0].nbytes < launch.partials_bytes or held[1].size < launch.arrivals:
-        # What it replaces goes back to the pool of this stream, whose next use comes after the launches before.
-        held = (
-            cupy.empty(max(launch.partials_bytes, 1 << 20), np.uint8),
-            cupy.zeros(max(launch.arrivals, 1 << 12), np.uint32),
-        )
-        _meeting_places[device, stream] = held
-    return int(held[0].data.ptr), int(held[1].data.ptr)
 
 
 def _rows(factor: Any, global_scale: Any, device: int) -> tuple[Any, str]:

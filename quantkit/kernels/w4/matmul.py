@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from quantkit.errors import KernelError
@@ -18,6 +17,7 @@ from quantkit.kernels.epilogue_operands import address, contiguous, kind_of, num
 from quantkit.kernels.gemm_checks import check_product
 from quantkit.kernels.gemm_operands import Epilogue
 from quantkit.kernels.gemm_run import aligned
+from quantkit.kernels.output import aligned_output, new_output
 from quantkit.kernels.w4.choice import Configuration, configuration_of
 from quantkit.kernels.w4.launch import (
     FEW_KERNEL,
@@ -102,10 +102,7 @@ def matmul_w4(
     lead, n, k = tuple(a.shape[:-1]), form.n, form.k
     m = int(np.prod(lead, dtype=np.int64))
     if out is None:
-        carrier = (
-            ml_dtypes.bfloat16 if out_dtype == "bfloat16" else out_dtype.replace("float8_e4m3fn", "uint8")
-        )
-        out = cupy.empty((*lead, n), np.dtype(carrier))
+        out = new_output(lead, n, out_dtype)
     if m == 0:
         return out
     problem = W4Problem.of(form, m=m, activations=activations, output=out_dtype)
@@ -118,7 +115,7 @@ def matmul_w4(
     stream = cupy.cuda.get_current_stream()
     cut = workspace is not None or not stream.is_capturing()
     launch = _planned(problem, tile, kind, arch, device, cut)
-    target = out if out.data.ptr % 16 == 0 else cupy.empty((*lead, n), out.dtype)
+    target = aligned_output(out)
     rows, pitch = aligned(a.reshape(m, k), cupy)
     vectors = row_scale, weight.scale, contiguous(epilogue.bias), None, None, contiguous(epilogue.residual)
     common = (

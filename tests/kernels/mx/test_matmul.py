@@ -29,7 +29,6 @@ def cupy(monkeypatch: pytest.MonkeyPatch, compiler: str) -> FakeCupy:
     fake = install(monkeypatch, "sm_120a")
     monkeypatch.setattr(tuning, "best_entry", lambda key, device: None)
     monkeypatch.setattr(launcher, "_launch", launcher._launch.__wrapped__)
-    monkeypatch.setattr(launcher, "_meeting_places", {})
     return fake
 
 
