@@ -11,7 +11,7 @@ from itertools import repeat
 from pathlib import Path
 
 from quantkit.errors import KernelError
-from quantkit.kernels.compile import DEFAULT_CACHE, CompiledKernel, compile_kernel
+from quantkit.kernels.compile import DEFAULT_CACHE, CompiledKernel, compile_kernel, is_compiled
 from quantkit.kernels.families import FAMILIES, architectures, best_family
 from quantkit.kernels.family import Family
 from quantkit.kernels.gpus import GPUS, Gpu
@@ -43,11 +43,16 @@ def build_all(
         KernelError: a source does not compile. FileError: the cache cannot be written.
     """
     unique = list(dict.fromkeys(jobs))
-    workers = min(len(unique), os.cpu_count() or 1)
+    missing = [
+        job
+        for job in unique
+        if not is_compiled(job.source, arch=job.arch, defines=dict(job.defines), cache=cache)
+    ]
+    workers = min(len(missing), os.cpu_count() or 1)
     if workers > 1:
-        size = max(1, len(unique) // (3 * workers))
-        batches = [unique[i : i + size] for i in range(0, len(unique), size)]
-        done = 0
+        size = max(1, len(missing) // (3 * workers))
+        batches = [missing[i : i + size] for i in range(0, len(missing), size)]
+        done = len(unique) - len(missing)
         with ThreadPoolExecutor(workers) as pool:
             for batch, _ in zip(batches, pool.map(_build_elsewhere, batches, repeat(cache)), strict=True):
                 done += len(batch)

@@ -89,15 +89,8 @@ def compile_kernel(
         KernelError: NVRTC is not installed, does not know `arch`, or refuses the source.
         FileError: the cache cannot be written.
     """
-    if not re.fullmatch(r"sm_\d+[af]?", arch):
-        raise KernelError(f"{arch!r} names no GPU architecture; one looks like sm_80 or sm_90a.")
-    options = [f"--gpu-architecture={arch}", *_OPTIONS]
-    options += [f"--define-macro={name}={value}" for name, value in sorted((defines or {}).items())]
-    headers = {path.name: path.read_bytes() for folder in (INCLUDE, include) for path in _headers(folder)}
-    text = source.read_bytes()
-    cubin = cache / f"{source.stem}-{arch}-{_key(text, headers, options)}.cubin"
-    log = cubin.with_suffix(".log")
-    message = _said(log) if is_whole(cubin) else None
+    cubin, text, headers, options = _inputs(source, arch, defines, cache, include)
+    message = _said(cubin.with_suffix(".log")) if is_whole(cubin) else None
     if message is None:
         data, message = _compile(source.name, text, headers, options)
         make_cache(cache)
@@ -105,6 +98,31 @@ def compile_kernel(
             temporary.with_suffix(".log").write_text(message)
             temporary.write_bytes(data)
     return _describe(cubin, arch, message)
+
+
+def is_compiled(
+    source: Path, *, arch: str, defines: Mapping[str, str | int] | None = None, cache: Path = DEFAULT_CACHE
+) -> bool:
+    """Return whether `compile_kernel` would find it in the cache.
+
+    Raises:
+        KernelError: as `compile_kernel`, but for what the source itself is refused for.
+    """
+    cubin, *_ = _inputs(source, arch, defines, cache, None)
+    return is_whole(cubin) and _said(cubin.with_suffix(".log")) is not None
+
+
+def _inputs(
+    source: Path, arch: str, defines: Mapping[str, str | int] | None, cache: Path, include: Path | None
+) -> tuple[Path, bytes, dict[str, bytes], list[str]]:
+    """Return a cubin's place in the cache, and what shapes it: the source's text, headers, options."""
+    if not re.fullmatch(r"sm_\d+[af]?", arch):
+        raise KernelError(f"{arch!r} names no GPU architecture; one looks like sm_80 or sm_90a.")
+    options = [f"--gpu-architecture={arch}", *_OPTIONS]
+    options += [f"--define-macro={name}={value}" for name, value in sorted((defines or {}).items())]
+    headers = {path.name: path.read_bytes() for folder in (INCLUDE, include) for path in _headers(folder)}
+    text = source.read_bytes()
+    return cache / f"{source.stem}-{arch}-{_key(text, headers, options)}.cubin", text, headers, options
 
 
 def _said(log: Path) -> str | None:

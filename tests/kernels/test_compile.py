@@ -9,7 +9,7 @@ import pytest
 
 from quantkit.errors import KernelError
 from quantkit.kernels import compile as compile_module
-from quantkit.kernels.compile import ARCHITECTURES, compile_kernel, is_available
+from quantkit.kernels.compile import ARCHITECTURES, compile_kernel, is_available, is_compiled
 from quantkit.kernels.cuda import generate_wgmma
 
 from .sass import opcodes, tools
@@ -127,6 +127,19 @@ def test_what_was_damaged_in_the_cache_is_compiled_again(tmp_path, damage):
     assert (second.cubin, second.registers) == (first.cubin, first.registers)
     assert first.cubin.read_bytes() == whole
     assert "Compiling entry function 'k'" in log.read_text()
+
+
+def test_what_lies_in_the_cache_whole_is_compiled(tmp_path):
+    source, cache = tmp_path / "a.cu", tmp_path / "cache"
+    source.write_text('extern "C" __global__ void a(int* x) { *x = N; }')
+    asked = {"arch": "sm_90a", "cache": cache}
+    assert not is_compiled(source, defines={"N": 1}, **asked)
+    built = compile_kernel(source, defines={"N": 1}, **asked)
+    assert is_compiled(source, defines={"N": 1}, **asked) and not is_compiled(
+        source, defines={"N": 2}, **asked
+    )
+    built.cubin.write_bytes(built.cubin.read_bytes()[:100])
+    assert not is_compiled(source, defines={"N": 1}, **asked)
 
 
 def test_configuration_and_architecture_name_the_cubin(tmp_path):
