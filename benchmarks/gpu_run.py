@@ -8,7 +8,8 @@
 
 --all is everything, the most important first, within --budget seconds: see gpu_plan.py for the order and supervised.py
 for what happens to kernels that fault or hang. The JSON is whole after every step. Compiling takes most of the time of
-a first run; --build does that elsewhere, with the NVRTC of the same version as there (a cubin's name has it).
+a first run; --build does that elsewhere, with the NVRTC of the same version as there (a cubin's name has it): another
+one's wheel is nvidia-cuda-nvrtc==13.0.*, and LD_PRELOAD of the libnvrtc.so.13 in it is enough.
 
 A kernel that is in quantkit.kernels.families.FAMILIES is checked, tuned and timed here without a further line.
 --tune writes what it finds where the package ships it: quantkit/kernels/tuned/<gpu>.json (--tuned elsewhere; --all

@@ -28,7 +28,16 @@ from quantkit.formats.quantize import QTensor, dequantize
 from quantkit.formats.spec import QuantSpec
 from quantkit.kernels.build import Job, build_all
 from quantkit.kernels.epilogue import EpilogueKind
-from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile, deepest, w4_candidates, w4_choose
+from quantkit.kernels.w4.heuristics import (
+    FEW_ROWS,
+    W4Few,
+    W4Problem,
+    W4Tile,
+    deepest,
+    few_tiles,
+    w4_candidates,
+    w4_choose,
+)
 from quantkit.kernels.w4.launch import FEW_SOURCE, SOURCE, w4_few_launch_of, w4_launch_of
 from quantkit.kernels.w4.layout import Layout4, Packed4
 from quantkit.kernels.w4.matmul import PackedWeight4, Workspace4, matmul_w4, pack_weight4, upload4
@@ -95,7 +104,8 @@ def candidates(problem: W4Problem) -> list[W4Tile | W4Few]:
                     )
     if problem.group and problem.group > 64:
         shapes = [s for s in shapes if problem.group % (64 * s["slabs"]) == 0]
-    return [t for t in (deepest(problem, **shape) for shape in shapes) if t.stages >= 2]
+    tiles = [t for t in (deepest(problem, **shape) for shape in shapes) if t.stages >= 2]
+    return [*few_tiles(problem, 132), *tiles] if m <= FEW_ROWS else list(tiles)
 
 
 def words(t: W4Tile | W4Few) -> str:
