@@ -1,5 +1,6 @@
 """gemm_w4_sm90.cu and gemm_w4_few.cu on a test's machine, and weights for it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from quantkit.formats.packing import codes_from_bits
 from quantkit.formats.qparams import QParams
 from quantkit.formats.quantize import QTensor
 from quantkit.formats.spec import QuantSpec
-from quantkit.kernels.emulator import Swizzle, TensorMap
+from quantkit.kernels.emulator import Mode, Swizzle, TensorMap
 from quantkit.kernels.epilogue import EpilogueKind, EpilogueValues
 from quantkit.kernels.w4.heuristics import W4Few, W4Problem, W4Tile
 from quantkit.kernels.w4.launch import FEW_KERNEL, FEW_SOURCE, KERNEL, SOURCE, w4_few_launch_of, w4_launch_of
-from quantkit.kernels.w4.layout import Packed4
+from quantkit.kernels.w4.layout import Packed4, pack4
+from quantkit.kernels.w4.reference import decoded4
+
+from ..backends import EmulatorBackend
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -160,3 +164,37 @@ def run_w4(
     )
     assert not arrivals.any(), "the next launch counts from zero"
     return d
+
+
+Run = Callable[[Any, np.ndarray, Packed4], np.ndarray]  # machine, activations, weight
+
+
+def assert_only_the_accumulator_loses(run: Run, machine: Any, form: str, k: int) -> None:
+    """Of real values: each instruction adds sixteen products with at least 21 bits of the largest."""
+    rng = np.random.default_rng(5)
+    m, n = 14, 130
+    packed = pack4(weight(rng, n, k, form, 128 if form == "int4" else 16, simple=False))
+    a = rng.standard_normal((m, k)).astype(DTYPES["bfloat16"])
+    d = run(machine, a, packed)
+    w = decoded4(packed, "bfloat16") * packed.channel_scale.astype(np.float64)[:, None]
+    wide = a.astype(np.float64)
+    assert np.all(np.abs(d - wide @ w.T) <= k / 16 * 2.0**-21 * (np.abs(wide) @ np.abs(w).T))
+
+
+def assert_no_schedule_changes_the_sums(run: Run, n: int) -> None:
+    """Shuffled schedules end in another order; sums of real values would show it."""
+    rng = np.random.default_rng(2)
+    packed = pack4(weight(rng, n, 1500, "int4", 128, simple=False))
+    a = rng.standard_normal((9, 1500)).astype(DTYPES["bfloat16"])
+
+    class Seeded(EmulatorBackend):
+        def __init__(self, seed: int) -> None:
+            super().__init__(Mode.SHUFFLED)
+            self.seed = seed
+
+        def launch(self, *arguments, **options):
+            return super().launch(*arguments, seed=self.seed, **options)
+
+    found = [run(Seeded(seed), a, packed) for seed in range(4)]
+    for d in found[1:]:
+        np.testing.assert_array_equal(d, found[0])
