@@ -1,41 +1,27 @@
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 
-from quantkit import blas
-
-
-@pytest.fixture
-def library() -> tuple[object, object]:
-    found = blas._openblas()
-    if found is None:
-        pytest.skip("this NumPy multiplies by another library")
-    return found
+from quantkit.blas import SMALL, threads_for
 
 
-def test_small_products_run_on_one_thread_and_afterwards_it_is_as_before(library) -> None:
-    get, put = library
-    before = get()
-    put(2)
-    try:
-        with blas.threads_for(256):
-            assert get() == 1
+def threads() -> set[int]:
+    return {pool["num_threads"] for pool in ThreadpoolController().info() if pool["user_api"] == "blas"}
+
+
+def test_small_products_run_on_one_thread_and_afterwards_it_is_as_before() -> None:
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        before = threads()
+        with threads_for(256):
+            assert threads() == {1}
             np.ones((64, 64)) @ np.ones((64, 64))
-        assert get() == 2
-        with pytest.raises(ZeroDivisionError), blas.threads_for(256):
+        assert threads() == before
+        with pytest.raises(ZeroDivisionError), threads_for(256):
             raise ZeroDivisionError
-        assert get() == 2
-    finally:
-        put(before)
+        assert threads() == before
 
 
-def test_large_products_take_all(library) -> None:
-    get, _ = library
-    before = get()
-    with blas.threads_for(blas.SMALL + 1):
-        assert get() == before
-
-
-def test_without_openblas_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blas, "_openblas", lambda: None)
-    with blas.threads_for(8):
-        assert (np.ones((2, 2)) @ np.ones((2, 2)) == 2).all()
+def test_large_products_take_all() -> None:
+    before = threads()
+    with threads_for(SMALL + 1):
+        assert threads() == before
