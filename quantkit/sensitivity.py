@@ -14,9 +14,10 @@ from quantkit.evaluate import evaluate
 from quantkit.evaluation import Evaluation
 from quantkit.export import Emitter, get_emitter
 from quantkit.graph import Graph, ModelLike, load_graph
+from quantkit.graph.biases import add_to_biases
 from quantkit.metrics import OutputMetrics
-from quantkit.plan import Plan
 from quantkit.planning import Planned, Request, plan_model
+from quantkit.protecting import edited
 from quantkit.statistics import GramMatrix
 from quantkit.tables import Table
 
@@ -149,10 +150,12 @@ def losses(
     """Measure every node of a plan on its own; see `measure_sensitivity`."""
     plan, found, evaluation = planned.plan, [], None
     nodes = _nodes(planned)
+    unbiased = _without_corrections(planned)
     for done, (node, op_type) in enumerate(nodes.items()):
         on_node(done, len(nodes))
-        part = _alone(planned.graph, plan, node)
-        evaluation = run_plan(replace(planned, plan=part), emitter, source, batch_size=batch_size)
+        alone = _alone(planned, unbiased, node)
+        part = alone.plan
+        evaluation = run_plan(alone, emitter, source, batch_size=batch_size)
         output = first_output(evaluation)
         found.append(
             NodeLoss(
@@ -219,8 +222,23 @@ def _nodes(planned: Planned) -> dict[str, str]:
     return {**planned.plan.nodes, **beside}
 
 
-def _alone(graph: Graph, plan: Plan, node: str) -> Plan:
-    """The part of a plan that is about one node."""
+def _without_corrections(planned: Planned) -> Graph:
+    """The graph of a plan before biases took up the mean of its errors."""
+    edits = planned.plan.edits
+    if edits is None or not edits.biases:
+        return planned.graph
+    return edited(planned.original, edits, biases=False)
+
+
+def _alone(planned: Planned, unbiased: Graph, node: str) -> Planned:
+    """The part of a plan that is about one node.
+
+    Of what was added to biases too: the others' errors, which it makes up for, are not there.
+    """
+    plan, edits, graph = planned.plan, planned.plan.edits, planned.graph
+    if edits is not None and edits.biases:
+        edits = replace(edits, biases={name: bias for name, bias in edits.biases.items() if name == node})
+        graph = add_to_biases(unbiased, edits.biases)
     activations = {}
     for key, activation in plan.activations.items():
         readers = activation.readers or tuple(
@@ -234,10 +252,13 @@ def _alone(graph: Graph, plan: Plan, node: str) -> Plan:
         mine = tuple(reader for reader in weight.readers if reader[0] == node)
         if mine:
             weights.append(replace(weight, readers=mine))
-    return replace(
+    part = replace(
         plan,
+        fingerprint=graph.fingerprint,
         activations=activations,
         weights=weights,
         biases=[bias for bias in plan.biases if bias.reader[0] == node],
         nodes={name: op_type for name, op_type in plan.nodes.items() if name == node},
+        edits=edits,
     )
+    return replace(planned, graph=graph, plan=part)

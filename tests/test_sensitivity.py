@@ -83,3 +83,39 @@ def test_the_command_prints_every_layer(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert found.exit_code == 0, found.output
     assert found.output.count("per channel × int8") == 2 and "each layer alone" in found.output
+
+
+def test_a_layer_alone_takes_up_its_own_mean_error_and_no_other_layers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    model = model_of(
+        """(float[N,16] x) => (float[N,16] y) {
+        a = Gemm (x, first, c)
+        r = Relu (a)
+        b = MatMul (r, second)
+        s = Relu (b)
+        y = MatMul (s, third) }""",
+        first=rng.normal(size=(16, 16)).astype(np.float32),
+        c=np.ones(16, np.float32),
+        second=rng.normal(size=(16, 16)).astype(np.float32),
+        third=rng.normal(size=(16, 16)).astype(np.float32),
+    )
+    path, cache = tmp_path / "model.onnx", tmp_path / "model.calib"
+    onnx.save(model, path)
+    feeds = [{"x": 1 + rng.normal(size=(1, 16)).astype(np.float32)} for _ in range(16)]
+    quantkit.calibrate_model(path, feeds, method="minmax").save(cache)
+    request = Request(preset="int4", group="channel", method="mse+bias")
+    found = measure_sensitivity(path, cache, feeds, request=request, target="ort")
+    assert len(found.nodes) == 3
+    for node in found.nodes:
+        exported = quantkit.export_model(
+            path,
+            cache,
+            preset="int4",
+            group="channel",
+            method="mse+bias",
+            include=[node.node],
+            target="ort",
+            out=tmp_path / "one.onnx",
+        )
+        alone = quantkit.evaluate_model(path, exported.path, feeds).outputs["y"].sqnr_db
+        assert node.sqnr_db == pytest.approx(alone, abs=1e-6)
