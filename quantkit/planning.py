@@ -206,11 +206,15 @@ def plan_model(
         raise CacheError(
             "export: bias needs the means of a calibration cache; give one, or run `quantkit calibrate` first."
         )
+    _check_used(request, settled)
+    looks = request.alpha == "auto" or any(s.looks_at_outputs for s in settled.nodes.values())
+    # What is beside a cache and not needed may be old, or damaged: that is no matter here.
+    opened = _open_grams(grams, held, graph) if looks else None
     histograms = {} if held is None else {name: s.histogram for name, s in held.statistics.items()}
     ranges = {} if held is None else held.ranges
     evidence = Evidence(
         channels={} if held is None else _channels(held),
-        grams=_open_grams(grams, held, graph),
+        grams=opened,
         missing=f"it needs Gram matrices, and there are none; run `{_how_to_collect(held, graph)}` first.",
         unclipped=never_clipped(graph, histograms),
         xp=array_module(request.device),
@@ -234,6 +238,9 @@ def plan_model(
         *_unheld(preset, target),
         *_undocumented(plan, target),
     ]
+    if grams is None and isinstance(opened, GramFile):
+        warnings += _of_other_data(opened, held)
+    warnings += _uncorrected(plan, settled)
     if solved.alone:
         warnings.append(
             f"{', '.join(solved.alone)}: no data reached it, or NaN or infinity did; its weight was rounded by itself"
@@ -248,6 +255,46 @@ def plan_model(
             "ranges of its own need `quantkit calibrate`"
         )
     return Planned(graph=solved.graph, plan=plan, original=graph, warnings=tuple(warnings))
+
+
+def _check_used(request: Request, settled: Assignment) -> None:
+    """Refuse options of methods that nothing is done by."""
+    scalings = {s.scaling for s in settled.nodes.values()}
+    if request.alpha is not None and "smoothquant" not in scalings:
+        raise SpecError(
+            f"--alpha {request.alpha}: no layer is smoothed; add --method smoothquant, or leave it out."
+        )
+    if request.folds != "all" and not scalings - {None}:
+        raise SpecError(
+            f"--folds {request.folds}: no channels are scaled; add --method smoothquant or awq, or leave it out."
+        )
+
+
+def _of_other_data(grams: GramFile, held: CalibrationCache | None) -> list[str]:
+    """The line that says that the Gram matrices beside a cache are of other data."""
+    said = grams.text.get("data")
+    if held is None or not isinstance(said, dict) or said == held.data:
+        return []
+    return [
+        f"{grams.path} is of {said.get('path', 'other data')}, the cache of {held.data.get('path', 'other data')}, or "
+        "their samples were prepared otherwise; collect both at once"
+    ]
+
+
+def _uncorrected(plan: Plan, settled: Assignment) -> list[str]:
+    """The line that says which biases were to take up the mean of the error, and do not."""
+    corrected = set() if plan.edits is None else set(plan.edits.biases)
+    left = [
+        node
+        for weight in plan.weights
+        for node, _ in weight.readers
+        if settled.nodes[node].correct_bias and node not in corrected
+    ]
+    if not left:
+        return []
+    return [
+        f"{', '.join(left)}: the bias stays as it is, for the mean of the input is not known, or the bias is computed"
+    ]
 
 
 def _from_extremes(plan: Plan) -> list[str]:

@@ -10,7 +10,7 @@ from quantkit.calibrators.weight_rounding import Rounding
 from quantkit.errors import RecipeError, SpecError
 from quantkit.formats import QuantSpec
 from quantkit.graph import Graph, find_sites
-from quantkit.methods import Methods, Scaling, parse_methods
+from quantkit.methods import FROM_GRAM, Methods, Scaling, parse_methods
 from quantkit.presets import Preset, Target, get_preset
 from quantkit.recipe import AS_PRESET, FLOAT, Group, Recipe, Settings
 
@@ -42,6 +42,11 @@ class NodeSettings:
     scaling: Scaling | None = None
     correct_bias: bool = False
     asked: bool = False
+
+    @property
+    def looks_at_outputs(self) -> bool:
+        """Whether Gram matrices bear on it."""
+        return self.scaling == "awq" or self.weight_method in FROM_GRAM or self.correct_bias
 
     @property
     def integer_activations(self) -> bool:

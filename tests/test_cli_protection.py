@@ -87,7 +87,16 @@ def test_what_needs_more_says_the_command(folder: Path) -> None:
         ),
         (("calibrate", "model.onnx", "--data", "data.npy", "--method", "awq+gtpq"), "did you mean gptq?"),
         (("export", "--int8", "--alpha", "2", "--method", "smoothquant"), "--alpha 2: neither a number"),
+        (
+            ("export", "--int8", "--alpha", "0.5"),
+            "--alpha 0.5: no layer is smoothed; add --method smoothquant",
+        ),
+        (
+            ("export", "--int4", "--folds", "insert", "--method", "gptq", "--group", "32"),
+            "no channels are scaled",
+        ),
         (("export", "--int8", "--folds", "none"), "--folds none: no such choice; choose norms, all, insert."),
+        (("export", "--int8", "--device", "tpu"), "--device tpu: there are cpu and cuda."),
         (("export", "--int8", "--budget", "sqnr 3"), "nothing to judge by; give --data"),
         (("export", "--int8", "--budget", "speed 3", "--data", "data.npy"), "budget speed 3: no goal; write"),
         (("export", "--int8", "--recipe-out", "r.toml"), "--recipe-out: belongs to --budget"),
@@ -115,3 +124,37 @@ def test_a_budget_is_met_with_exit_code_0_and_else_1(folder: Path) -> None:
     assert missed.exit_code == 1
     found = json.loads(missed.stdout)
     assert found["met"] is False and len(found["tries"]) > 1
+
+
+def test_gram_matrices_that_are_not_needed_may_be_of_another_model(folder: Path) -> None:
+    calibrate()
+    (folder / "model.gram").write_bytes(b"old")
+    assert run("export", "--int8").exit_code == 0
+    assert "not a file of Gram matrices" in refused(
+        "export", "--int4", "--group", "32", "--method", "gptq", "--target", "ort"
+    )
+
+
+def test_gram_matrices_of_other_data_than_the_caches_are_told(folder: Path) -> None:
+    gptq = ("export", "--int4", "--group", "32", "--method", "gptq", "--target", "ort")
+    calibrate("--collect", "gram")
+    assert "model.gram is of" not in run(*gptq).output
+    np.save(folder / "other.npy", np.load(folder / "data.npy")[::-1])
+    assert run("calibrate", "model.onnx", "--data", "other.npy").exit_code == 0
+    assert "model.gram is of" in run(*gptq).output
+
+
+def test_layers_that_look_at_weights_alone_are_ranked_without_a_cache(folder: Path) -> None:
+    words = ("--data", "data.npy", "--int4", "--group", "32", "--target", "ort")
+    found = run("sensitivity", "model.onnx", *words)
+    assert found.exit_code == 0 and found.output.count("× float") == 2
+    assert "holds no calibration cache" in refused("sensitivity", "model.onnx", *words, "--method", "gptq")
+    assert "holds no calibration cache" in refused("sensitivity", "model.onnx", "--data", "data.npy")
+
+
+def test_what_a_search_would_write_over_is_told_before_it_begins(folder: Path) -> None:
+    calibrate()
+    words = ("export", "model.onnx", "--int4", "--group", "32", "--target", "ort", "--budget", "sqnr 18")
+    assert "is an input here" in refused(*words, "--data", "data.npy", "--recipe-out", "data.npy")
+    assert "is an input here" in refused(*words, "--data", "data.npy", "--out", "model.onnx")
+    assert "the model goes there" in refused(*words, "--data", "data.npy", "--out", "x", "--recipe-out", "x")

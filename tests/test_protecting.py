@@ -61,6 +61,11 @@ def collected(folder: Path, model: onnx.ModelProto, feeds: list[Feed]) -> Collec
     return Collected(path=path, cache=folder / "model.calib", feeds=feeds)
 
 
+def folds_for(method: str) -> str:
+    """As many as there are, where the method scales anything."""
+    return "insert" if {"awq", "smoothquant"} & set(method.split("+")) else "all"
+
+
 def attention(heads: int = 4, groups: int = 2) -> onnx.ModelProto:
     """A norm with outliers, grouped-query attention, and an MLP with a gate; residuals around both."""
     gain = np.ones(16, np.float32)
@@ -227,7 +232,7 @@ def test_a_tied_embedding_keeps_its_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_file_makes_the_same_file_of_the_given_model(llama: Collected, method: str) -> None:
     folder = llama.path.parent
-    first = llama.export("first.onnx", method=method, folds="insert", plan_out=folder / "plan.json")
+    first = llama.export("first.onnx", method=method, folds=folds_for(method), plan_out=folder / "plan.json")
     again = quantkit.export_model(
         llama.path, llama.cache, plan=folder / "plan.json", out=folder / "again.onnx"
     )
@@ -253,7 +258,9 @@ def test_a_plan_file_makes_the_same_file_of_the_given_model(llama: Collected, me
 def test_the_same_cache_gives_the_same_bytes(llama: Collected, preset: str, method: str) -> None:
     group = 16 if preset in ("int4", "w4a8") else None
     first, second = (
-        llama.export(name, preset=preset, group=group, method=method, folds="insert").path.read_bytes()
+        llama.export(
+            name, preset=preset, group=group, method=method, folds=folds_for(method)
+        ).path.read_bytes()
         for name in ("a.onnx", "b.onnx")
     )
     assert first == second
@@ -341,6 +348,20 @@ def test_biases_take_up_the_mean_of_the_error(tmp_path: Path) -> None:
     corrected = made.export("corrected.onnx", preset="int4", group="channel", method="mse+bias")
     assert corrected.plan.edits is not None and corrected.plan.edits.biases
     assert made.loss_db(corrected.path) > made.loss_db(plain.path) + 3
+
+
+def test_biases_that_cannot_take_it_up_are_told(tmp_path: Path) -> None:
+    model = model_of(
+        """(float[N,16] x, float[16] b) => (float[N,16] y) <float[16,16] w> {
+        y = Gemm (x, w, b) }"""
+    )
+    rng = np.random.default_rng(0)
+    feeds = [
+        {"x": rng.normal(size=(1, 16)).astype(np.float32), "b": np.ones(16, np.float32)} for _ in range(4)
+    ]
+    made = collected(tmp_path, model, feeds)
+    exported = made.export(preset="int4", group="channel", method="mse+bias")
+    assert any("the bias stays as it is" in warning for warning in exported.warnings)
 
 
 @pytest.mark.slow

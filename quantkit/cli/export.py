@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from quantkit.export.verify import Verification
     from quantkit.exported import Exported
     from quantkit.formats.spec import ScaleRule
-    from quantkit.presets import Preset
 
 
 def _format(flag: str, help_: str) -> Any:
@@ -193,10 +192,8 @@ def export(
     """Write a quantized model from a calibration cache, check it, and say what was quantized and what was not."""
     from quantkit.cache import CalibrationCache, find_cache
     from quantkit.errors import SpecError
-    from quantkit.export import get_emitter
     from quantkit.exporting import export_model
     from quantkit.files import check_output
-    from quantkit.methods import parse_methods
     from quantkit.planning import Request
     from quantkit.presets import get_preset
     from quantkit.recipe import Recipe, load_recipe
@@ -223,14 +220,9 @@ def export(
             "a --recipe or a --plan."
         )
     wanted = get_preset(chosen[0], activations=activations) if chosen else None
-    # Weights alone need the model and nothing else, unless how they are rounded looks at their inputs.
-    looks = (
-        method is not None
-        and recipe is None
-        and parse_methods(method, weights_alone=_alone(wanted)).needs_data
+    alone = model is not None and (
+        plan is not None or not options.needs_cache(wanted, target or "tensorrt", method, recipe)
     )
-    observed = wanted is None or get_emitter(target or "tensorrt").target.needs_calibration(wanted)
-    alone = model is not None and (plan is not None or not (observed or looks))
     if cache is None and not alone:
         cache = find_cache(Path())
     held = None if cache is None else CalibrationCache.load(cache)
@@ -328,10 +320,6 @@ def export(
 def _target_options(trt: int | None, accuracy_level: int | None, name_map: Path | None) -> dict[str, Any]:
     given: dict[str, Any] = {"trt": trt, "accuracy_level": accuracy_level, "name_map": name_map}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _alone(preset: "Preset | None") -> bool:
-    return preset is not None and preset.activations is None
 
 
 def _only(budget: str, given: dict[str, object], *, needed: bool = False) -> None:

@@ -15,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from quantkit.cache import CalibrationCache
     from quantkit.data import ImagePreprocessing
+    from quantkit.presets import Preset
     from quantkit.rescaling import Folds
 
 Data = Annotated[
@@ -192,6 +193,28 @@ def group_of(text: str | None) -> int | Literal["channel"] | None:
     if not text.isdecimal() or int(text) < 1:
         raise SpecError(f"--group {text}: neither a number of weights nor channel; give one, such as 32.")
     return int(text)
+
+
+def needs_cache(preset: "Preset | None", target: str, method: str | None, recipe: Path | None) -> bool:
+    """Return whether a format with these methods needs more than the model.
+
+    Args:
+        preset: the format; None where a recipe alone says what is quantized.
+        target: the name of what will run the model.
+        method: as it was asked for.
+        recipe: rules, which may name methods of their own.
+
+    Raises:
+        UnknownNameError: there is no such target, or no such method.
+    """
+    from quantkit.export import get_emitter
+    from quantkit.methods import parse_methods
+
+    if preset is None or get_emitter(target).target.needs_calibration(preset):
+        return True
+    # Weights alone need the model and nothing else, unless how they are rounded looks at their inputs.
+    alone = preset.activations is None
+    return method is not None and recipe is None and parse_methods(method, weights_alone=alone).needs_data
 
 
 def alpha_of(text: str | None) -> float | Literal["auto"] | None:

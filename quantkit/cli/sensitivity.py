@@ -46,6 +46,7 @@ def sensitivity(
     from quantkit.cache import CalibrationCache, find_cache
     from quantkit.errors import SpecError
     from quantkit.planning import Request
+    from quantkit.presets import get_preset
     from quantkit.recipe import Recipe, load_recipe
     from quantkit.sensitivity import measure_sensitivity
 
@@ -55,7 +56,10 @@ def sensitivity(
         raise SpecError(
             f"sensitivity: {' and '.join(f'--{name}' for name in chosen)}: give one format alone."
         )
-    held = CalibrationCache.load(cache or find_cache(Path()))
+    name = chosen[0] if chosen else "int8"
+    if cache is None and options.needs_cache(get_preset(name), target, method, recipe):
+        cache = find_cache(Path())
+    held = None if cache is None else CalibrationCache.load(cache)
     image = options.image_preprocessing(mean, std, image_size, layout, image_preset)
     with options.steps("sensitivity", "layer", shown=not as_json) as on_node:
         found = measure_sensitivity(
@@ -63,10 +67,10 @@ def sensitivity(
             held,
             data,
             request=Request(
-                preset=chosen[0] if chosen else "int8",
+                preset=name,
                 group=options.group_of(group),
                 method=method,
-                method_options=options.method_options(method or held.method, percentile),
+                method_options=options.method_options(method or (held.method if held else None), percentile),
                 alpha=options.alpha_of(alpha),
                 folds=options.folds_of(folds),
                 everything=everything,
@@ -75,8 +79,8 @@ def sensitivity(
             target=target,
             samples=samples,
             batch_size=batch_size,
-            image=image or options.image_of(held),
-            mapping=options.mapping(inputs) or held.data.get("mapping"),
+            image=image or (None if held is None else options.image_of(held)),
+            mapping=options.mapping(inputs) or (None if held is None else held.data.get("mapping")),
             on_node=on_node,
         )
     if as_json:
