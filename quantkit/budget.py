@@ -16,6 +16,7 @@ from quantkit.evaluation import Evaluation
 from quantkit.exported import Exported
 from quantkit.exporting import default_name, export_model
 from quantkit.files import atomic_write, check_output
+from quantkit.gram_file import SUFFIX
 from quantkit.goals import Budget, Try, parse_budget, tries_table
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.model_files import model_files
@@ -69,6 +70,9 @@ class BudgetResult:
     def __str__(self) -> str:
         return self.table().text()
 
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
 
 def meet_budget(
     model: ModelLike,
@@ -117,7 +121,8 @@ def meet_budget(
     graph = load_graph(model)
     held = CalibrationCache.load(cache) if isinstance(cache, str | os.PathLike) else cache
     # Now, not after minutes of searching.
-    read = list(_read(graph, cache, data, labels))
+    beside = [] if held is None or held.path is None else [held.path, held.path.with_suffix(SUFFIX)]
+    read = list(_read(graph, cache, grams, data, labels, *beside))
     path = Path(default_name(graph.name, request.preset, target) if out is None else out)
     check_output(path, inputs=read)
     if recipe_out is not None:

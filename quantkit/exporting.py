@@ -25,6 +25,7 @@ from quantkit.export.verify import Verification, can_run, check_same_function, v
 from quantkit.exported import Exported
 from quantkit.files import atomic_folder, atomic_write, check_folder, check_output
 from quantkit.formats.spec import ScaleRule
+from quantkit.gram_file import SUFFIX
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.graph.high_precision import HIGH_PRECISION, cast_floats
 from quantkit.graph.quantized import find_quantized
@@ -168,7 +169,7 @@ def export_model(
     folder = isinstance(emitter, FolderEmitter)
     name = found.preset if found is not None else preset or "recipe"
     path = Path(out) if out is not None else Path(default_name(graph.name, name, target, folder=folder))
-    given = [given for given in (cache, recipe, plan) if isinstance(given, str | os.PathLike)]
+    given = [given for given in (cache, recipe, plan, grams) if isinstance(given, str | os.PathLike)]
     if isinstance(emitter, FolderEmitter):
         check_folder(path, replaceable=emitter.files)
     else:
@@ -200,6 +201,8 @@ def _read(
     """Yield the files that nothing may be written over: the model's, what was named, and what calibration ran on."""
     yield from model_files(graph.path) if graph.path else ()
     yield from given
+    if held is not None and held.path is not None:
+        yield from (held.path, held.path.with_suffix(SUFFIX))
     paths = [] if held is None else held.data.get("path", [])
     for path in [paths] if isinstance(paths, str) else paths:
         yield from data_files(Path(path))

@@ -15,6 +15,8 @@ from quantkit.errors import SpecError
 from quantkit.tables import Table
 
 Measure = Literal["top1", "sqnr", "kl", "size"]
+# What differences of floats are off by, generously, in parts of the goal.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,10 @@ class Budget:
 
     def met_by(self, value: float) -> bool:
         """Tell whether a value of the measure meets the goal."""
-        return value >= self.limit if self.measure in ("top1", "sqnr") else value <= self.limit
+        # 0.905 − 0.91 is half a point, and a little more in binary.
+        least = self.limit - _ROUNDING * abs(self.limit)
+        most = self.limit + _ROUNDING * abs(self.limit)
+        return value >= least if self.measure in ("top1", "sqnr") else value <= most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,13 @@ class Try:
     sqnr_db: float
     met: bool
 
+    @property
+    def how(self) -> str:
+        """The assignment in words."""
+        if not self.raised:
+            return self.base
+        return f"{self.base}, {self.raised} layer{'s' if self.raised > 1 else ''} {self.to}"
+
 
 def parse_budget(text: str) -> Budget:
     """Read a goal such as "top1 -0.5".
@@ -62,8 +74,12 @@ def parse_budget(text: str) -> Budget:
     """
     words = text.replace("=", " ").split()
     try:
-        name, limit = words[0].lower(), float(words[1].rstrip("%"))
+        name, limit = words[0].lower(), float(words[1].removesuffix("%"))
         fits = len(words) == 2 and name in get_args(Measure) and np.isfinite(limit)
+        # Of decibels and milli-nats there are no hundredths; of points of accuracy they are what is meant.
+        fits = fits and (name in ("top1", "size") or not words[1].endswith("%"))
+        if name == "size" and words[1].endswith("%"):
+            limit /= 100
     except (IndexError, ValueError):
         fits = False
     if not fits or (name == "top1" and limit > 0) or (name in ("kl", "size") and limit <= 0):
@@ -76,17 +92,18 @@ def parse_budget(text: str) -> Budget:
 
 def tries_table(tries: list[Try], budget: Budget) -> Table:
     """Return one row a try."""
-    unit = {"top1": "top-1 points", "sqnr": "SQNR dB", "kl": "KL mnat", "size": "of float bytes"}[
-        budget.measure
-    ]
+    unit = "top-1 points" if budget.measure == "top1" else "KL mnat"
+    # Size and SQNR stand in every table.
+    own = budget.measure not in ("size", "sqnr")
     rows = [
         (
-            f"{t.base}, {t.raised} layers {t.to}" if t.raised else t.base,
+            t.how,
             f"{t.size:.3f}",
-            f"{t.sqnr_db:.1f}",
-            f"{t.value:.3f}",
+            # What is held against a goal stands as exactly as the goal may.
+            f"{t.sqnr_db:.3f}" if budget.measure == "sqnr" else f"{t.sqnr_db:.1f}",
+            *([f"{t.value:.3f}"] if own else []),
             "met" if t.met else "not met",
         )
         for t in tries
     ]
-    return Table(("tried", "size", "SQNR dB", unit, str(budget)), rows)
+    return Table(("tried", "size", "SQNR dB", *([unit] if own else []), str(budget)), rows)

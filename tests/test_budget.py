@@ -7,7 +7,7 @@ import pytest
 import quantkit
 from quantkit.budget import BudgetResult, meet_budget
 from quantkit.errors import FileError, SpecError
-from quantkit.goals import Budget, parse_budget
+from quantkit.goals import Budget, Try, parse_budget, tries_table
 from quantkit.graph import load_graph
 from quantkit.planning import Request
 from quantkit.recipe import load_recipe
@@ -72,13 +72,18 @@ def bits(result: BudgetResult) -> dict[str, int]:
         ("SQNR=30", Budget(measure="sqnr", limit=30)),
         ("size 0.3", Budget(measure="size", limit=0.3)),
         ("kl 5", Budget(measure="kl", limit=5)),
+        ("top1 -0.5%", Budget(measure="top1", limit=-0.5)),
+        ("size 30%", Budget(measure="size", limit=0.3)),
     ],
 )
 def test_a_goal_is_read(text: str, wanted: Budget) -> None:
     assert parse_budget(text) == wanted
 
 
-@pytest.mark.parametrize("text", ["", "top1", "top1 0.5", "size 0", "speed 3", "sqnr nan", "sqnr 3 4"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "top1", "top1 0.5", "size 0", "speed 3", "sqnr nan", "sqnr 3 4", "sqnr 30%", "kl 5%", "size 3%%"],
+)
 def test_what_is_no_goal_is_refused(text: str) -> None:
     with pytest.raises(SpecError, match="no goal; write"):
         parse_budget(text)
@@ -176,3 +181,47 @@ def test_nothing_is_tried_before_what_is_written_has_a_place(chain: Chain, tmp_p
         assert not tried
     assert data.read_bytes() == bytes_before
     assert [p.name for p in tmp_path.iterdir()] == ["data.npy"]
+
+
+@pytest.mark.parametrize(("was", "now", "points"), [(0.91, 0.905, 0.5), (0.91, 0.9, 1), (0.95, 0.947, 0.3)])
+def test_exactly_what_may_be_lost_may_be_lost(was: float, now: float, points: float) -> None:
+    value = 100 * (now - was)
+    assert parse_budget(f"top1 -{points}").met_by(value)
+    assert not parse_budget(f"top1 -{points}").met_by(value - 1e-3)
+    assert parse_budget("size 0.3").met_by(0.1 + 0.2) and not parse_budget("size 0.3").met_by(0.30001)
+
+
+@pytest.mark.parametrize("goal", ["sqnr 25", "size 0.5", "top1 -1", "kl 5"])
+def test_a_table_of_tries_has_no_column_twice(goal: str) -> None:
+    tried = [
+        Try(base="int4", to="int8", raised=raised, size=0.5, value=24.96, sqnr_db=24.96, met=False)
+        for raised in (0, 1, 2)
+    ]
+    table = tries_table(tried, parse_budget(goal))
+    # What is judged stands once, and so that it can be told from the goal.
+    assert len(set(table.headers)) == len(table.headers)
+    assert ("24.960" in table.text()) == (goal != "size 0.5")
+    assert [row[0] for row in table.rows] == ["int4", "int4, 1 layer int8", "int4, 2 layers int8"]
+
+
+def test_what_was_found_shows_itself_in_a_notebook(chain: Chain, tmp_path: Path) -> None:
+    assert "<table" in meet(chain, tmp_path, "sqnr 3")._repr_html_()
+
+
+def test_neither_the_cache_nor_its_gram_matrices_are_written_over(chain: Chain, tmp_path: Path) -> None:
+    path, feeds = chain
+    cache, grams = tmp_path / "model.calib", tmp_path / "model.gram"
+    quantkit.calibrate_model(path, feeds).save(cache)
+    quantkit.collect_grams(path, feeds, grams)
+    before = cache.read_bytes(), grams.read_bytes()
+    held = quantkit.CalibrationCache.load(cache)
+    for place in (cache, grams):
+        for places in ({"out": place}, {"recipe_out": place, "out": tmp_path / "out.onnx"}):
+            with pytest.raises(FileError, match="is an input here"):
+                meet_budget(path, held, feeds, "sqnr 1", request=INT4, target="ort", **places)
+        for places in ({"out": place}, {"plan_out": place, "out": tmp_path / "out.onnx"}):
+            with pytest.raises(FileError, match="is an input here"):
+                quantkit.export_model(
+                    path, held, preset="int4", group="channel", method="gptq", target="ort", **places
+                )
+    assert (cache.read_bytes(), grams.read_bytes()) == before

@@ -40,8 +40,7 @@ def export_within(
 
     def show(found: "Try") -> None:
         if not as_json:
-            how = f"{found.base}, {found.raised} layers {found.to}" if found.raised else found.base
-            typer.echo(f"tried {how}: {'met' if found.met else 'not met'}", err=True)
+            typer.echo(f"tried {found.how}: {'met' if found.met else 'not met'}", err=True)
 
     with options.steps("layers", "layer", shown=not as_json) as on_node:
         result = meet_budget(
