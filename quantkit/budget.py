@@ -16,8 +16,8 @@ from quantkit.evaluation import Evaluation
 from quantkit.exported import Exported
 from quantkit.exporting import default_name, export_model
 from quantkit.files import atomic_write, check_output
-from quantkit.gram_file import SUFFIX
 from quantkit.goals import Budget, Try, parse_budget, tries_table
+from quantkit.gram_file import SUFFIX
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.model_files import model_files
 from quantkit.planning import Request

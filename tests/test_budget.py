@@ -215,13 +215,13 @@ def test_neither_the_cache_nor_its_gram_matrices_are_written_over(chain: Chain, 
     quantkit.collect_grams(path, feeds, grams)
     before = cache.read_bytes(), grams.read_bytes()
     held = quantkit.CalibrationCache.load(cache)
+    out = tmp_path / "out.onnx"
     for place in (cache, grams):
-        for places in ({"out": place}, {"recipe_out": place, "out": tmp_path / "out.onnx"}):
+        for first, second in ((place, None), (out, place)):
             with pytest.raises(FileError, match="is an input here"):
-                meet_budget(path, held, feeds, "sqnr 1", request=INT4, target="ort", **places)
-        for places in ({"out": place}, {"plan_out": place, "out": tmp_path / "out.onnx"}):
+                meet_budget(path, held, feeds, "sqnr 1", request=INT4, out=first, recipe_out=second)
             with pytest.raises(FileError, match="is an input here"):
                 quantkit.export_model(
-                    path, held, preset="int4", group="channel", method="gptq", target="ort", **places
+                    path, held, preset="int4", group="channel", target="ort", out=first, plan_out=second
                 )
     assert (cache.read_bytes(), grams.read_bytes()) == before
