@@ -5,7 +5,6 @@ size are moved up one, in the order of their noise per weight, as few as meet th
 assignment is solved as an export solves it, and run.
 """
 
-import glob
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from quantkit.export import Emitter
 from quantkit.goals import Budget, Try
 from quantkit.graph import Graph
 from quantkit.planning import Planned, Request, plan_model
-from quantkit.recipe import FLOAT, Recipe, Rule
+from quantkit.recipe import FLOAT, Recipe, Rule, literal
 from quantkit.sensitivity import first_output, losses, run_plan
 from quantkit.statistics import GramMatrix
 
@@ -208,7 +207,7 @@ class Search:
             rules.append(Rule(weights=self.rungs[rung]))
         above = self._above(rung)
         for node in raised:
-            match = glob.escape(node)
+            match = literal(node)
             rules.append(
                 Rule(match=match, keep_float=True) if above == FLOAT else Rule(match=match, weights=above)
             )

@@ -20,6 +20,7 @@ Rules are read in order and each may overrule part of what those before it said:
 """
 
 import fnmatch
+import glob
 import json
 import re
 import tomllib
@@ -255,6 +256,13 @@ def _rule(where: str, table: dict[str, Any]) -> Rule:
         method_options=options,
         keep_float=True if keep else None,
     )
+
+
+def literal(node: str) -> str:
+    """Return the pattern that matches a node of this name, and no other."""
+    found = glob.escape(node)
+    # Between slashes it would be a regular expression.
+    return f"[/]{found[1:]}" if found.startswith("/") else found
 
 
 def recipe_text(recipe: Recipe, *, about: str = "") -> str:

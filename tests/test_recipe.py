@@ -1,7 +1,7 @@
 import pytest
 
 from quantkit.errors import RecipeError
-from quantkit.recipe import Recipe, Rule, Settings, load_recipe
+from quantkit.recipe import Recipe, Rule, Settings, literal, load_recipe, recipe_text
 
 NODES = [
     ("blocks.0.attn.q", "MatMul"),
@@ -102,3 +102,30 @@ def test_what_cannot_be_meant_is_refused_in_one_line(recipe, text, what):
 def test_a_missing_recipe_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="No such file"):
         load_recipe(tmp_path / "recipe.toml")
+
+
+NAMES = [
+    "/a.b/",
+    "/a/b",
+    "a.b",
+    "xa.by",
+    "layer[0]",
+    "layer0",
+    "x*",
+    "xy",
+    "*",
+    "?",
+    'q"t',
+    "b\\s",
+    "n\nl",
+    "ü:1",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_taken_literally_matches_itself_alone_in_a_file_too(tmp_path, name):
+    (tmp_path / "recipe.toml").write_text(
+        recipe_text(Recipe((Rule(match=literal(name), weights="int8"),))), encoding="utf-8"
+    )
+    (rule,) = load_recipe(tmp_path / "recipe.toml").rules
+    assert [other for other in NAMES if rule.matches(other, "MatMul")] == [name]
