@@ -88,6 +88,8 @@ _SHAPES = (
     (256, 128, 8, 1),
 )
 # Two of e4m3 become four registers of fp16 where the tensor core lacks them, and large pieces have no room for those.
+# Rows of A in a tile that have no room for slices' sums beside zero points and scales in two parts.
+_CROWDED_ROWS = 128
 _WIDENED_SHAPES = (*(shape for shape in _SHAPES if shape[1] <= 32), (128, 64, 8, 1))
 
 
@@ -106,10 +108,15 @@ def w4_mma_candidates(problem: W4Problem, device: MmaDevice) -> Iterator[W4MmaTi
             if tile.shared_bytes(problem) > device.shared_limit:
                 continue
             room = tile.residents(problem, device) * device.multiprocessors
-            for slices in _SLICES:
+            for slices in _SLICES if tile_a < _CROWDED_ROWS or not _crowded(problem) else (1,):
                 fits = slices <= tile.steps(problem) // 2 and tile.tiles(problem) * slices <= 2 * room
                 if slices == 1 or fits:
                     yield replace(tile, slices=slices)
+
+
+def _crowded(problem: W4Problem) -> bool:
+    """Return whether codes are decoded with a zero point and a scale of another type, which comes in two parts."""
+    return problem.zeros and problem.scales not in ("none", "uint8", problem.activations)
 
 
 # What eight codes of each of a warp's lanes cost besides mma and ldmatrix, in instructions: those of the loop over K

@@ -130,6 +130,15 @@ def test_few_tiles_and_a_long_k_are_sliced_and_many_are_not():
     assert w4_mma_choose(problem(4096), device).slices == 1
 
 
+def test_sums_of_slices_have_room_beside_what_decodes():
+    """Zero points and scales in two parts leave no registers for the sums of 128 rows of A on their way to memory."""
+    device = mma_device("sm_80", 108)
+    for scales, found in (("float32", {1}), ("bfloat16", {1, 2})):
+        one = problem(256, codes="uint4", group=32, zeros=True, scales=scales)
+        wide = [tile for tile in w4_mma_rank(one, device) if tile.tile_a == 128]
+        assert {min(tile.slices, 2) for tile in wide} == found
+
+
 @pytest.mark.parametrize("arch", GPUS)
 def test_the_model_grows_with_the_work(arch):
     device = mma_device(arch, GPUS[arch])
