@@ -19,7 +19,7 @@ from quantkit.planning import Request
 from quantkit.runtime import Session
 from tests.test_accuracy import CIFAR10
 
-# Rows of 128 tokens: fewer to judge by than the tables of docs/accuracy.md have, so floors hold with room.
+# Rows of 128 tokens: fewer to judge by than the tables of docs/methods.md have, so floors hold with room.
 CALIBRATED, JUDGED = 64, 60
 BATCH = 15
 OUTLIER_GAINS = [f"layers.{block}.{norm}.weight" for block in range(4) for norm in ("n1", "n2")]

@@ -1,7 +1,18 @@
-import pytest
+import re
+from collections.abc import Callable
+from typing import get_args
 
+import pytest
+import typer
+
+from quantkit.calibrators.weight_rounding import Rounding
+from quantkit.cli.calibrate import calibrate
+from quantkit.cli.export import export
+from quantkit.cli.sensitivity import sensitivity
 from quantkit.errors import UnknownNameError
-from quantkit.methods import Methods, parse_methods
+from quantkit.goals import parse_budget
+from quantkit.methods import Methods, Scaling, parse_methods
+from tests.conftest import ROOT
 
 
 def test_parts_are_recognised_by_kind_in_any_order() -> None:
@@ -50,3 +61,27 @@ def test_what_looks_across_a_layer_needs_its_gram_matrix() -> None:
         if parse_methods(t).needs_gram
     }
     assert needing == {"weighted", "output", "gptq", "awq"}
+
+
+def test_every_part_stands_in_the_page_about_them() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    first_cells = " ".join(re.findall(r"^\|(.*?)\|", page, re.MULTILINE))
+    for name in ("equalize", *get_args(Scaling), *get_args(Rounding), "bias"):
+        assert f"`{name}`" in first_cells
+
+
+def test_goals_and_options_of_the_page_are_those_that_there_are() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for goal in re.findall(r'"((?:top1|sqnr|kl|size) [-\d.]+)"', page):
+        parse_budget(goal)
+    options = {*option_names(export), *option_names(calibrate), *option_names(sensitivity)}
+    named = set(re.findall(r"--[a-z][a-z0-9-]+", page.partition("<!-- benchmarks")[0]))
+    assert len(named) > 15
+    assert named <= options
+
+
+def option_names(command: Callable[..., None]) -> set[str]:
+    """The options that a command takes."""
+    made = typer.Typer()
+    made.command()(command)
+    return {name for parameter in typer.main.get_command(made).params for name in parameter.opts}
