@@ -430,6 +430,29 @@ def test_chosen_configurations_decode_in_registers(shipped, tmp_path_factory):
     assert built.warnings == ()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not is_available(), reason="NVRTC is not installed")
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        NVFP4,
+        {"zeros": True, "group": 32, "scales": "float32"},
+        {"activations": "int8", "scales": "uint8"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("m", [1, 16, 24, 40, 48, 64, 256])
+def test_every_candidate_decodes_in_registers(m, form, tmp_path):
+    for one in (problem(m, **form), problem(m, 28672, **form)):
+        for tile in w4_rank(one):
+            few = isinstance(tile, W4Few)
+            launch = w4_few_launch_of(one, tile, KIND) if few else w4_launch_of(one, tile, KIND, 132)
+            source = FEW_SOURCE if few else SOURCE
+            built = compile_kernel(source, arch="sm_90a", defines=launch.defines, cache=tmp_path)
+            assert (built.spill_bytes, built.stack_bytes, built.warnings) == (0, 0, ()), tile
+
+
 @pytest.mark.skipif(
     not is_available() or tools() is None, reason="NVRTC or its disassembler is not installed"
 )
