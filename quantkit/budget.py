@@ -120,6 +120,8 @@ def meet_budget(
         raise SpecError(f"budget: {tries} tries; give 2 or more.")
     graph = load_graph(model)
     held = CalibrationCache.load(cache) if isinstance(cache, str | os.PathLike) else cache
+    if held is not None:
+        held.check_model(graph.fingerprint, str(graph.path or graph.name))
     # Now, not after minutes of searching.
     beside = [] if held is None or held.path is None else [held.path, held.path.with_suffix(SUFFIX)]
     read = list(_read(graph, cache, grams, data, labels, *beside))

@@ -129,10 +129,13 @@ def measure_sensitivity(
 
     Raises:
         SpecError: the target cannot be run.
+        CacheError: the cache is of another model.
         QuantkitError: as `export_model` and `evaluate_model`.
     """
     graph = load_graph(model)
     held = CalibrationCache.load(cache) if isinstance(cache, str | os.PathLike) else cache
+    if held is not None:
+        held.check_model(graph.fingerprint, str(graph.path or graph.name))
     emitter = runnable_emitter(target, target_options)
     planned = plan_model(graph, held, request or Request(), emitter.target, grams=grams)
     source = open_data(data, graph.inputs, image=image, samples=samples, mapping=mapping)

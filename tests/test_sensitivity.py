@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import quantkit
 from quantkit.cli.app import app
-from quantkit.errors import SpecError
+from quantkit.errors import CacheError, SpecError
 from quantkit.planning import Request
 from quantkit.sensitivity import Sensitivity, measure_sensitivity
 from tests.models import Feed, model_of
@@ -119,3 +119,33 @@ def test_a_layer_alone_takes_up_its_own_mean_error_and_no_other_layers(tmp_path:
         )
         alone = quantkit.evaluate_model(path, exported.path, feeds).outputs["y"].sqnr_db
         assert node.sqnr_db == pytest.approx(alone, abs=1e-6)
+
+
+def test_the_cache_of_another_model_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    path, feeds = two_layers(tmp_path)
+    other = model_of(
+        """(float[N,16] x) => (float[N,16] y) {
+        a = MatMul (x, easy)
+        r = Relu (a)
+        y = MatMul (r, hard) }""",
+        easy=np.eye(16, dtype=np.float32),
+        hard=np.eye(16, dtype=np.float32),
+    )
+    onnx.save(other, tmp_path / "other.onnx")
+    done: list[object] = []
+    with pytest.raises(CacheError, match="belongs to another model"):
+        measure_sensitivity(
+            tmp_path / "other.onnx", tmp_path / "model.calib", feeds, on_node=lambda *seen: done.append(seen)
+        )
+    with pytest.raises(CacheError, match="belongs to another model"):
+        quantkit.meet_budget(
+            tmp_path / "other.onnx",
+            tmp_path / "model.calib",
+            feeds,
+            "sqnr 3",
+            request=Request(),
+            target="ort",
+            out=tmp_path / "out.onnx",
+            on_try=done.append,
+        )
+    assert not done and not (tmp_path / "out.onnx").exists()
