@@ -122,7 +122,7 @@ def test_a_layer_alone_takes_up_its_own_mean_error_and_no_other_layers(tmp_path:
 
 
 def test_the_cache_of_another_model_is_refused_before_anything_is_run(tmp_path: Path) -> None:
-    path, feeds = two_layers(tmp_path)
+    _, feeds = two_layers(tmp_path)
     other = model_of(
         """(float[N,16] x) => (float[N,16] y) {
         a = MatMul (x, easy)
