@@ -11,7 +11,8 @@ Source: https://huggingface.co/docs/safetensors, section "Format".
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,12 @@ class GramFile(Mapping[str, GramMatrix]):
             raise CacheError(f"{self.path}: {view}: damaged (its checksum does not fit); collect it again.")
         return GramMatrix.from_arrays(arrays)
 
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Return (groups, K) of every view; no matrix is read."""
+        with safetensors.safe_open(self.path, framework="numpy") as file:
+            shapes = {view: file.get_slice(f"{view}/sums").get_shape() for view in self._views}
+        return {view: (shape[0], shape[1]) for view, shape in shapes.items()}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
 
@@ -144,6 +151,28 @@ class GramFile(Mapping[str, GramMatrix]):
     def __contains__(self, view: object) -> bool:
         # Mapping's own would read the matrix.
         return view in self._views
+
+
+def merge_grams(path: str | os.PathLike[str], parts: Sequence[GramFile], data: Mapping[str, Any]) -> None:
+    """Write the matrices of all parts together: their sums, a layer at a time.
+
+    Args:
+        path: the file to write.
+        parts: files of one model, over different samples.
+        data: what is said of all samples.
+
+    Raises:
+        CacheError: they are not of one model, or one is damaged.
+        FileError: the file cannot be written there.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        if part.text.get("fingerprint") != first.text.get("fingerprint") or set(part) != set(first):
+            raise CacheError(
+                f"{first.path} and {part.path}: Gram matrices of different models; merge those of one."
+            )
+    merged = ((view, reduce(GramMatrix.merge, (part[view] for part in parts))) for view in first)
+    write_grams(path, {**first.text, "data": dict(data)}, first.sizes(), merged)
 
 
 def _header(text: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]) -> bytes:

@@ -1,7 +1,6 @@
 """What was asked for, with a model and a cache, becomes a plan; nothing is written yet."""
 
 import os
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from quantkit.diagnose import clipping_warnings
 from quantkit.errors import CacheError, PlanError, SpecError
 from quantkit.formats import E8M0
 from quantkit.formats.spec import ScaleRule
+from quantkit.gram_command import how_to_collect
 from quantkit.gram_file import SUFFIX, GramFile
 from quantkit.graph import Graph
 from quantkit.methods import Methods, parse_methods
@@ -215,7 +215,7 @@ def plan_model(
     evidence = Evidence(
         channels={} if held is None else _channels(held),
         grams=opened,
-        missing=f"it needs Gram matrices, and there are none; run `{_how_to_collect(held, graph)}` first.",
+        missing=f"it needs Gram matrices, and there are none; {how_to_collect(held, graph)} first.",
         unclipped=never_clipped(graph, histograms),
         xp=array_module(request.device),
     )
@@ -400,14 +400,3 @@ def _open_grams(
             "`quantkit calibrate --collect gram`."
         )
     return held
-
-
-def _how_to_collect(held: CalibrationCache | None, graph: Graph) -> str:
-    """The command that collects Gram matrices beside the cache."""
-    data = "DATA" if held is None else held.data.get("path") or "DATA"
-    words = ["quantkit", "calibrate", str(graph.path or "MODEL"), "--data"]
-    words += [data] if isinstance(data, str) else data[:1]
-    words += ["--collect", "gram"]
-    if held is not None and held.path is not None and graph.path and held.path.stem != graph.path.stem:
-        words += ["--out", str(held.path)]
-    return shlex.join(words)

@@ -27,7 +27,7 @@ HOUSE = (
     ("solve",),
     ("solve_weights",),
     ("protecting",),
-    ("devices",),
+    ("devices", "gram_command"),
     ("export", "kernels", "cache", "diagnose", "keeping", "placement", "rescaling"),
     ("decode", "plan_file", "settings", "simulate", "cache_merge", "evaluation"),
     ("methods",),

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from quantkit.cli.app import app
 from quantkit.errors import QuantkitError
+from quantkit.gram_file import GramFile
 from tests.models import model_of
 
 
@@ -158,3 +159,53 @@ def test_what_a_search_would_write_over_is_told_before_it_begins(folder: Path) -
     assert "is an input here" in refused(*words, "--data", "data.npy", "--recipe-out", "data.npy")
     assert "is an input here" in refused(*words, "--data", "data.npy", "--out", "model.onnx")
     assert "the model goes there" in refused(*words, "--data", "data.npy", "--out", "x", "--recipe-out", "x")
+
+
+def test_gram_matrices_are_merged_with_their_caches(folder: Path) -> None:
+    whole = np.load(folder / "data.npy")
+    for name, part in (("a", whole[:15]), ("b", whole[15:])):
+        np.save(folder / f"{name}.npy", part)
+        words = ("--data", f"{name}.npy", "--collect", "gram", "--out", f"{name}.calib")
+        assert run("calibrate", "model.onnx", *words).exit_code == 0
+    merged = run("cache", "merge", "a.calib", "b.calib", "--out", "both.calib", "--method", "awq+gptq")
+    assert merged.exit_code == 0 and "wrote both.gram" in merged.output
+    found = run("export", "--cache", "both.calib", "--int4", "--group", "32", "--target", "ort")
+    assert (
+        found.exit_code == 0 and "method awq+gptq" in found.output and "both.gram is of" not in found.output
+    )
+    calibrate("--collect", "gram")
+    one, two = GramFile("model.gram"), GramFile("both.gram")
+    for view in one:
+        np.testing.assert_allclose(two[view].products, one[view].products, rtol=1e-12)
+
+
+def test_where_a_part_has_no_gram_matrices_none_are_merged_and_it_is_told(folder: Path) -> None:
+    for name, more in (("a", ("--collect", "gram")), ("b", ())):
+        np.save(folder / f"{name}.npy", np.load(folder / "data.npy") + ord(name))
+        words = ("--data", f"{name}.npy", "--out", f"{name}.calib", *more)
+        assert run("calibrate", "model.onnx", *words).exit_code == 0
+    merged = run("cache", "merge", "a.calib", "b.calib", "--out", "both.calib")
+    assert merged.exit_code == 0 and "b.calib has no Gram matrices beside it" in merged.output
+    assert not (folder / "both.gram").exists()
+    said = refused(
+        "export", "--cache", "both.calib", "--int4", "--group", "32", "--method", "gptq", "--target", "ort"
+    )
+    assert "--data PART --collect gram --out PART.calib` for every part" in said
+
+
+def test_the_command_for_gram_matrices_prepares_samples_as_the_cache_says(folder: Path) -> None:
+    calibrate("--samples", "20", "--method", "percentile", "--percentile", "99.9")
+    said = refused(
+        "export",
+        "model.onnx",
+        "--int4",
+        "--group",
+        "32",
+        "--method",
+        "gptq",
+        "--target",
+        "ort",
+        "--cache",
+        "model.calib",
+    )
+    assert "--samples 20 --method percentile --percentile 99.9 --collect gram`" in said

@@ -3,7 +3,7 @@ import pytest
 import safetensors.numpy
 
 from quantkit.errors import CacheError, FileError
-from quantkit.gram_file import GramFile, write_grams
+from quantkit.gram_file import GramFile, merge_grams, write_grams
 from quantkit.statistics import GramMatrix
 
 
@@ -90,3 +90,21 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CacheError, match="not a file of Gram matrices"):
         GramFile(path)
+
+
+def test_parts_add_up_layer_by_layer(tmp_path):
+    made = write(tmp_path / "a.gram", fingerprint="abc", data={"path": "a"})
+    write(tmp_path / "b.gram", fingerprint="abc", data={"path": "b"})
+    merge_grams(tmp_path / "m.gram", [GramFile(tmp_path / f"{n}.gram") for n in "ab"], {"path": ["a", "b"]})
+    found = GramFile(tmp_path / "m.gram")
+    assert found.text == {"fingerprint": "abc", "data": {"path": ["a", "b"]}}
+    assert dict(found) == {name: gram.merge(gram) for name, gram in made.items()}
+    assert found.sizes() == {name: (gram.groups, gram.size) for name, gram in made.items()}
+
+
+def test_parts_of_different_models_are_refused(tmp_path):
+    write(tmp_path / "a.gram", fingerprint="abc")
+    write(tmp_path / "b.gram", fingerprint="def")
+    with pytest.raises(CacheError, match="of different models"):
+        merge_grams(tmp_path / "m.gram", [GramFile(tmp_path / f"{n}.gram") for n in "ab"], {})
+    assert not (tmp_path / "m.gram").exists()

@@ -301,7 +301,8 @@ def test_without_gram_matrices_the_command_that_collects_them_is_said(
     shutil.copy(llama.cache, tmp_path / "model.calib")
     for method in ("gptq", "awq"):
         with pytest.raises(
-            CacheError, match=r"run `quantkit calibrate .*model.onnx --data DATA --collect gram`"
+            CacheError,
+            match=r"run `quantkit calibrate .*model.onnx --data DATA --method minmax --collect gram`",
         ):
             quantkit.export_model(
                 llama.path, tmp_path / "model.calib", preset="int4", method=method, group=16

@@ -44,21 +44,40 @@ def merge(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Add caches of one model up: the result is that of calibrating on all their samples at once, bit for bit."""
+    """Add caches of one model up: the result is that of calibrating on all their samples at once, bit for bit.
+
+    Where each has Gram matrices beside it, these are added up too.
+    """
     from quantkit.cache import CalibrationCache
     from quantkit.calibrators import get_calibrator
     from quantkit.files import check_output
+    from quantkit.gram_file import SUFFIX, GramFile, merge_grams
+    from quantkit.methods import parse_methods
 
-    check_output(out, inputs=paths)
-    if method is not None:
-        get_calibrator(method)
+    beside = [path.with_suffix(SUFFIX) for path in paths]
+    collected = [path for path in beside if path.exists()]
+    grams = out.with_suffix(SUFFIX) if collected == beside else None
+    check_output(out, inputs=[*paths, *collected])
+    if grams is not None:
+        check_output(grams, inputs=[*paths, *collected])
+    ranges = None if method is None else parse_methods(method).ranges
+    if ranges is not None:
+        get_calibrator(ranges)
     with options.before_writing():
         first, *others = [CalibrationCache.load(path) for path in paths]
         merged = first.merge(*others, allow_overlap=allow_overlap, method=method)
         merged.save(out)
+    if grams is not None:
+        merge_grams(grams, [GramFile(path) for path in beside], merged.data)
     if as_json:
-        options.print_json({"cache": str(out), "size_bytes": out.stat().st_size, **merged.to_dict()})
+        said = {"cache": str(out)} if grams is None else {"cache": str(out), "gram": str(grams)}
+        options.print_json({**said, "size_bytes": out.stat().st_size, **merged.to_dict()})
         return
     samples, caches = options.count(merged.sample_count, "sample"), options.count(len(paths), "cache")
     typer.echo(f"wrote {out}: {samples} from {caches}")
+    if grams is not None:
+        typer.echo(f"wrote {grams}: the Gram matrices of all")
+    elif collected:
+        lacking = next(cache for cache, path in zip(paths, beside, strict=True) if not path.exists())
+        typer.echo(f"warning: {lacking} has no Gram matrices beside it, so none were merged", err=True)
     options.print_exports(out)
