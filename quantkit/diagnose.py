@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from quantkit.formats import QParams, QuantSpec, Range, fake_quantize, qparams_from_range
+from quantkit.methods import protecting_parts
 from quantkit.plan import Plan
 from quantkit.statistics import FloatHistogram
 
@@ -46,7 +47,8 @@ def clipping_warnings(plan: Plan, histograms: Mapping[str, FloatHistogram]) -> l
     if worst is None:
         return []
     _, name, chosen, kept = worst
-    others = " or ".join([method for method in _CLIP_LESS if method != plan.method][:2])
+    taken, rest = plan.method.split("+"), protecting_parts(plan.method)
+    others = " or ".join(["+".join([*rest, method]) for method in _CLIP_LESS if method not in taken][:2])
     tensors = "1 tensor" if count == 1 else f"{count} tensors"
     return [
         f"{plan.method} clips {tensors} by more than finer steps win back (worst {name}: {chosen:.1f} dB, where its "

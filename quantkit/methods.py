@@ -118,6 +118,11 @@ def parse_methods(text: str, *, weights_alone: bool = False) -> Methods:
     )
 
 
+def protecting_parts(text: str) -> list[str]:
+    """Return the parts of a method but for that of the ranges of activations."""
+    return [word for word in text.split("+") if _kind(word, weights_alone=False) not in ("ranges", None)]
+
+
 def _kind(word: str, weights_alone: bool) -> Kind | None:
     if word in ("equalize", "bias"):
         return cast(Kind, word)

@@ -19,7 +19,7 @@ from quantkit.graph import Graph
 from quantkit.methods import Methods, parse_methods
 from quantkit.plan import Plan
 from quantkit.presets import Preset, Target, get_preset, is_observed, kind_of
-from quantkit.protecting import Evidence, edited, never_clipped, reads_instead
+from quantkit.protecting import Evidence, edited, never_clipped
 from quantkit.recipe import Recipe
 from quantkit.rescaling import Folds
 from quantkit.settings import Assignment, assign, node_settings, unmatched_warning, with_methods
@@ -246,9 +246,8 @@ def plan_model(
             f"{', '.join(solved.alone)}: no data reached it, or NaN or infinity did; its weight was rounded by itself"
         )
     if not ranges:
-        divided = {} if plan.edits is None else plan.edits.scales
-        warnings += clipping_warnings(plan, {n: h for n, h in histograms.items() if n not in divided})
-        warnings += _from_extremes(plan)
+        warnings += clipping_warnings(plan, {n: h for n, h in histograms.items() if n not in solved.rescaled})
+        warnings += _from_extremes(plan, solved.rescaled)
     elif any((a.spec.format.kind, a.spec.format.bits) != ("integer", 8) for a in plan.activations.values()):
         warnings.append(
             f"the imported ranges were chosen for 8-bit integers, and {plan.preset} clips at them too; "
@@ -297,12 +296,11 @@ def _uncorrected(plan: Plan, settled: Assignment) -> list[str]:
     ]
 
 
-def _from_extremes(plan: Plan) -> list[str]:
+def _from_extremes(plan: Plan, rescaled: frozenset[str]) -> list[str]:
     """The line that says which ranges are not of the method that was asked for."""
     if plan.edits is None or "minmax" in plan.method.split("+"):
         return []
-    divided = {reads_instead(tensor, plan.edits) for tensor in plan.edits.scales}
-    count = sum(a.spec.dynamic is None and a.name in divided for a in plan.activations.values())
+    count = sum(a.spec.dynamic is None and a.name in rescaled for a in plan.activations.values())
     if not count:
         return []
     return [

@@ -16,7 +16,7 @@ from quantkit.errors import CacheError, PlanError
 from quantkit.formats import QuantSpec, Range
 from quantkit.graph import Graph
 from quantkit.graph.biases import add_to_biases
-from quantkit.graph.folding import Edits, apply_edits, folded, rescaled_name
+from quantkit.graph.folding import Edits, apply_edits, folded
 from quantkit.graph.groups import LinearGroup, find_groups
 from quantkit.graph.linears import Linear, find_linears
 from quantkit.graph.value_sources import value_sources
@@ -224,11 +224,6 @@ def edited(graph: Graph, edits: ModelEdits, *, biases: bool = True) -> Graph:
     groups = find_groups(graph, unclipped=edits.unclipped) if edits.scales else []
     found = apply_edits(graph, _folded(graph, groups, edits)) if edits.scales else graph
     return add_to_biases(found, edits.biases) if biases else found
-
-
-def reads_instead(tensor: str, edits: ModelEdits) -> str:
-    """Return the name of a divided tensor: its own, unless a Mul divides it."""
-    return rescaled_name(tensor) if tensor in edits.inserted else tensor
 
 
 def never_clipped(graph: Graph, histograms: Mapping[str, FloatHistogram]) -> tuple[str, ...]:

@@ -69,12 +69,16 @@ def calibrator_of(
 class Solved:
     """A plan, and the model that it is for: the given one, unless a method changes it first.
 
-    `alone` are the nodes whose weights were rounded by themselves, though their outputs were to count.
+    Attributes:
+        graph, plan: those.
+        alone: the nodes whose weights were rounded by themselves, though their outputs were to count.
+        rescaled: the tensors whose histograms no longer say what they hold.
     """
 
     graph: Graph
     plan: Plan
     alone: tuple[str, ...] = ()
+    rescaled: frozenset[str] = frozenset()
 
 
 def solve(
@@ -193,7 +197,13 @@ def solve_nodes(
     )
     looked = [p.site.node for p in placement.weights if p.settings.weight_method in FROM_GRAM]
     untold = set(protected.untold()) if looked else set()
-    return Solved(graph=solved.graph, plan=plan, alone=tuple(node for node in looked if node in untold))
+    tied = [] if ranges else sharing_groups(protected.graph)
+    return Solved(
+        graph=solved.graph,
+        plan=plan,
+        alone=tuple(node for node in looked if node in untold),
+        rescaled=frozenset(known).union(*(group for group in tied if not known.keys().isdisjoint(group))),
+    )
 
 
 def _method_name(placement: Placement) -> str:

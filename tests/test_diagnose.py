@@ -38,6 +38,8 @@ def plan_that_clips(held: Calibrated, method: str) -> Plan:
         ("entropy", "mse or percentile"),
         ("mse", "percentile or minmax"),
         ("percentile", "mse or minmax"),
+        ("smoothquant+mse", "smoothquant+percentile or smoothquant+minmax"),
+        ("awq+gptq+entropy+bias", "awq+gptq+bias+mse or awq+gptq+bias+percentile"),
         ("a-plug-in", "mse or percentile"),
     ],
 )

@@ -386,3 +386,16 @@ def test_every_model_is_written_with_every_method(
             made.path, made.cache, plan=tmp_path / "plan.json", out=tmp_path / "again.onnx"
         )
         assert exported.path.read_bytes() == again.path.read_bytes()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_what_is_divided_is_not_held_against_what_it_was_before(llama: Collected, alpha: float) -> None:
+    exported = llama.export(method="smoothquant+percentile", alpha=alpha)
+    edits, activations = exported.plan.edits, exported.plan.activations
+    assert edits is not None and "vh" in activations and "vh" not in edits.scales
+    # The values of the attention too: they are divided on the scale's way into the weights that compute them.
+    (line,) = [w for w in exported.warnings if "rescaled tensor" in w]
+    assert line.startswith(
+        f"{len((edits.scales.keys() | {'vh'}) & activations.keys())} rescaled tensors have"
+    )
+    assert not [w for w in exported.warnings if "worst vh" in w]
