@@ -113,6 +113,8 @@ def test_the_method_is_that_of_the_weights(linear, tmp_path):
 
 def test_a_cache_lends_its_sample_and_its_method_is_left_aside(linear, tmp_path):
     cache = quantkit.calibrate_model(linear, np.ones((4, K), np.float32), method="entropy")
-    exported = quantkit.export_model(linear, cache, preset="int4", group=16, out=tmp_path / "q.onnx")
+    exported = quantkit.export_model(
+        linear, cache, preset="int4", group=16, target="ort", out=tmp_path / "q.onnx"
+    )
     assert exported.plan.method == "mse"
     assert exported.warnings == ()
