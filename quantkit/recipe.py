@@ -51,6 +51,7 @@ class Settings:
         weights: the preset of its weights.
         activations: the preset of its activations; "float" where they stay so, "preset" where they are as `weights`.
         group: weights that share a scale, or "channel".
+        group_before: an earlier rule said the group than the one that said the weights.
         method: the method: of its activations, or of its weights where they alone are quantized.
         method_options: the method's options.
         keep_float: it stays in float.
@@ -61,6 +62,7 @@ class Settings:
     weights: str | None = None
     activations: str | None = None
     group: Group | None = None
+    group_before: bool = False
     method: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
     keep_float: bool = False
@@ -125,6 +127,8 @@ class Rule:
             for name in ("weights", "activations", "group")
             if (value := getattr(self, name)) is not None
         }
+        if self.group is not None or self.weights is not None:
+            changes["group_before"] = self.group is None
         if self.method is not None:
             changes |= {"method": self.method, "method_options": dict(self.method_options)}
         if self.keep_float is not None:

@@ -197,7 +197,9 @@ def _resolve(
         assert default is not None
         settings = default if said.group is None else _regrouped(default, said.group)
     else:
-        settings = node_settings(_preset(weights, said.group), target, calibrator=calibrator)
+        # What was said of groups before is for those that have some.
+        group = None if said.group_before and not _has_groups(weights) else said.group
+        settings = node_settings(_preset(weights, group), target, calibrator=calibrator)
         settings = with_methods(settings, replace(methods, ranges=None))
         if default is not None and said.activations is None:
             settings = replace(settings, activations=default.activations)
@@ -214,13 +216,19 @@ def _resolve(
 
 
 def _regrouped(settings: NodeSettings, group: Group) -> NodeSettings:
-    weights, own = settings.preset.weights, get_preset(settings.preset.name).weights
-    if own.block_size is None or own.scale_format is not None:
+    weights = settings.preset.weights
+    if not _has_groups(settings.preset.name):
         raise RecipeError(
             f"recipe: group = {group}: the weights of {settings.preset.name} have no groups to choose; leave it out."
         )
     size = None if group == "channel" else group
     return replace(settings, preset=replace(settings.preset, weights=replace(weights, block_size=size)))
+
+
+def _has_groups(preset: str) -> bool:
+    """Whether the weights of a preset are in groups whose size can be chosen."""
+    own = get_preset(preset).weights
+    return own.block_size is not None and own.block_shape is None and own.scale_format is None
 
 
 @cache

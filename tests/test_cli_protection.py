@@ -159,6 +159,23 @@ def test_what_a_search_would_write_over_is_told_before_it_begins(folder: Path) -
     assert "is an input here" in refused(*words, "--data", "data.npy", "--recipe-out", "data.npy")
     assert "is an input here" in refused(*words, "--data", "data.npy", "--out", "model.onnx")
     assert "the model goes there" in refused(*words, "--data", "data.npy", "--out", "x", "--recipe-out", "x")
+    (folder / "in.toml").write_text('[[rule]]\nweights = "int4"\ngroup = 32\n')
+    for place in ("--recipe-out", "--out"):
+        said = refused(*words, "--data", "data.npy", "--recipe", "in.toml", place, "in.toml")
+        assert "in.toml: is an input here" in said
+    assert "group = 32" in (folder / "in.toml").read_text()
+
+
+def test_layers_that_a_recipe_puts_in_groups_can_get_eight_bits(folder: Path) -> None:
+    (folder / "in.toml").write_text('[[rule]]\nweights = "int4"\ngroup = 32\n')
+    words = ("export", "model.onnx", "--int4", "--target", "ort", "--data", "data.npy", "--recipe", "in.toml")
+    calibrate()
+    found = run(*words, "--budget", "sqnr 30", "--recipe-out", "found.toml")
+    assert found.exit_code == 0 and "tried int8: met" in found.output
+    written = (folder / "model.int4.ort.onnx").read_bytes()
+    words = ("export", "model.onnx", "--int4", "--target", "ort", "--recipe", "found.toml")
+    again = run(*words, "--out", "again.onnx")
+    assert again.exit_code == 0 and (folder / "again.onnx").read_bytes() == written
 
 
 def test_gram_matrices_are_merged_with_their_caches(folder: Path) -> None:

@@ -227,9 +227,11 @@ def export(
         cache = find_cache(Path())
     held = None if cache is None else CalibrationCache.load(cache)
     if out is not None and target != "vllm":
-        check_output(out, inputs=[cache])
+        check_output(out, inputs=[cache, recipe, plan, name_map])
+    if recipe_out is not None:
+        check_output(recipe_out, inputs=[cache, recipe, name_map])
     if plan_out is not None:
-        check_output(plan_out, inputs=[cache])
+        check_output(plan_out, inputs=[cache, recipe, plan, name_map])
         if out is not None and os.path.realpath(plan_out) == os.path.realpath(out):
             raise SpecError(f"--plan-out {plan_out}: the model goes there, by --out; choose another path.")
     if model is None and held is not None and cache is not None:
