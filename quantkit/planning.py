@@ -245,6 +245,11 @@ def plan_model(
         warnings.append(
             f"{', '.join(solved.alone)}: no data reached it, or NaN or infinity did; its weight was rounded by itself"
         )
+    if solved.unseen:
+        warnings.append(
+            f"{', '.join(solved.unseen)}: of a ConvTranspose, a Gemm whose alpha is not 1, a stack of weights or a "
+            "look-up table there is no Gram matrix; its weight was rounded by itself"
+        )
     if not ranges:
         warnings += clipping_warnings(plan, {n: h for n, h in histograms.items() if n not in solved.rescaled})
         warnings += _from_extremes(plan, solved.rescaled)

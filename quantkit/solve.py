@@ -71,13 +71,16 @@ class Solved:
 
     Attributes:
         graph, plan: those.
-        alone: the nodes whose weights were rounded by themselves, though their outputs were to count.
+        alone: the nodes whose weights were rounded by themselves, though their outputs were to count: nothing that is
+            finite reached them.
+        unseen: likewise, for they are no linear operators with one weight, and so have no Gram matrix.
         rescaled: the tensors whose histograms no longer say what they hold.
     """
 
     graph: Graph
     plan: Plan
     alone: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
     rescaled: frozenset[str] = frozenset()
 
 
@@ -202,6 +205,7 @@ def solve_nodes(
         graph=solved.graph,
         plan=plan,
         alone=tuple(node for node in looked if node in untold),
+        unseen=tuple(node for node in looked if node not in protected.linears),
         rescaled=frozenset(known).union(*(group for group in tied if not known.keys().isdisjoint(group))),
     )
 

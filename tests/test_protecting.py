@@ -399,3 +399,18 @@ def test_what_is_divided_is_not_held_against_what_it_was_before(llama: Collected
         f"{len((edits.scales.keys() | {'vh'}) & activations.keys())} rescaled tensors have"
     )
     assert not [w for w in exported.warnings if "worst vh" in w]
+
+
+def test_what_no_gram_matrix_tells_of_is_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    model = model_of(
+        """(float[N,16] x) => (float[N,16] y) {
+        [plain] a = MatMul (x, first)
+        [halved] y = Gemm <alpha = 0.5> (a, second) }""",
+        first=rng.normal(size=(16, 16)).astype(np.float32),
+        second=rng.normal(size=(16, 16)).astype(np.float32),
+    )
+    held = collected(tmp_path, model, [{"x": rng.normal(size=(4, 16)).astype(np.float32)} for _ in range(4)])
+    said = [w for w in held.export(preset="int4", group="channel", method="gptq").warnings if "Gram" in w]
+    assert len(said) == 1 and said[0].startswith("halved: ") and "rounded by itself" in said[0]
+    assert not [w for w in held.export(preset="int4", group="channel").warnings if "Gram" in w]
