@@ -17,7 +17,7 @@ from typing import Any
 import quantkit
 from quantkit.formats import size_bytes
 from quantkit.graph import load_graph
-from quantkit.metrics import OutputMetrics
+from quantkit.metrics.outputs import OutputMetrics
 
 # How the vision transformer was trained to see pixels.
 CIFAR10 = quantkit.ImagePreprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616))

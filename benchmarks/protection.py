@@ -28,15 +28,15 @@ import onnx
 import onnx_ir as ir
 
 import quantkit
+from quantkit.cache.gram_file import GramFile
 from quantkit.calibrators.weight_rounding import Rounding, round_weight
 from quantkit.formats import INT3, QuantSpec, dequantize
-from quantkit.gram_file import GramFile
 from quantkit.graph import Graph, load_graph
 from quantkit.graph.folding import apply_edits
 from quantkit.graph.linears import find_linears
-from quantkit.metrics import OutputComparison, OutputMetrics
+from quantkit.metrics.outputs import OutputComparison, OutputMetrics
 from quantkit.pipeline import collect_grams
-from quantkit.rescaling import Rescaled, layer_of
+from quantkit.planning.rescaling import Rescaled, layer_of
 from quantkit.runtime import Session
 from quantkit.statistics import GramMatrix
 

@@ -28,7 +28,7 @@ from quantkit.kernels.statistics import (
     start_reduction,
 )
 from quantkit.kernels.timing import Contender, Stopwatch, time_in_turns
-from quantkit.observe import observe
+from quantkit.observing.observe import observe
 from quantkit.runtime import CUDA, Session, upload
 from quantkit.statistics import FloatHistogram, GramMatrix
 from quantkit.statistics.reduction import reduce_cube

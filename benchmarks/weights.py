@@ -21,7 +21,7 @@ from quantkit.calibrators import WeightMethod, weight_qparams
 from quantkit.formats import INT3, QuantSpec, fake_quantize, size_bytes
 from quantkit.formats.presets import weight_spec
 from quantkit.graph import Graph, load_graph
-from quantkit.metrics import OutputComparison, OutputMetrics
+from quantkit.metrics.outputs import OutputComparison, OutputMetrics
 from quantkit.runtime import Session
 
 

@@ -16,34 +16,34 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quantkit.bench import Benchmark, bench_model
-    from quantkit.budget import BudgetResult, meet_budget
     from quantkit.cache import CalibrationCache
     from quantkit.data import ImagePreprocessing
     from quantkit.errors import QuantkitError
-    from quantkit.evaluation import Evaluation
+    from quantkit.evaluation.evaluation import Evaluation
     from quantkit.exported import Exported
     from quantkit.exporting import export_model
+    from quantkit.mixed_precision.budget import BudgetResult, meet_budget
+    from quantkit.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
     from quantkit.pipeline import calibrate_model, collect_grams, evaluate_model
-    from quantkit.planning import Request
-    from quantkit.sensitivity import Sensitivity, measure_sensitivity
+    from quantkit.planning.planning import Request
 
 _HOMES = {
     "Benchmark": "quantkit.bench.result",
-    "BudgetResult": "quantkit.budget",
+    "BudgetResult": "quantkit.mixed_precision.budget",
     "CalibrationCache": "quantkit.cache",
-    "Evaluation": "quantkit.evaluation",
+    "Evaluation": "quantkit.evaluation.evaluation",
     "Exported": "quantkit.exported",
     "ImagePreprocessing": "quantkit.data",
     "QuantkitError": "quantkit.errors",
-    "Request": "quantkit.planning",
-    "Sensitivity": "quantkit.sensitivity",
+    "Request": "quantkit.planning.planning",
+    "Sensitivity": "quantkit.mixed_precision.sensitivity",
     "bench_model": "quantkit.bench.run",
     "calibrate_model": "quantkit.pipeline",
     "collect_grams": "quantkit.pipeline",
     "evaluate_model": "quantkit.pipeline",
     "export_model": "quantkit.exporting",
-    "measure_sensitivity": "quantkit.sensitivity",
-    "meet_budget": "quantkit.budget",
+    "measure_sensitivity": "quantkit.mixed_precision.sensitivity",
+    "meet_budget": "quantkit.mixed_precision.budget",
 }
 
 __all__ = [

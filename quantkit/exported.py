@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit.export.verify import Verification
 from quantkit.graph.quantized import QuantizedTensor
-from quantkit.plan import ActivationPlan, Plan
+from quantkit.planning.plan import ActivationPlan, Plan
 from quantkit.tables import Cell, Table
 
 

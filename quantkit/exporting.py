@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from quantkit.cache import CalibrationCache
+from quantkit.cache.gram_file import SUFFIX
 from quantkit.data import data_files, fill_batch
 from quantkit.errors import CacheError, PlanError, SpecError
 from quantkit.export import Emitter, FolderEmitter, get_emitter
@@ -25,19 +26,18 @@ from quantkit.export.verify import Verification, can_run, check_same_function, v
 from quantkit.exported import Exported
 from quantkit.files import atomic_folder, atomic_write, check_folder, check_output
 from quantkit.formats.spec import ScaleRule
-from quantkit.gram_file import SUFFIX
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.graph.high_precision import HIGH_PRECISION, cast_floats
 from quantkit.graph.quantized import find_quantized
 from quantkit.interchange.probe import made_up_probe
 from quantkit.model_files import model_files
-from quantkit.plan import Plan
-from quantkit.plan_file import load_plan, save_plan
-from quantkit.planning import Planned, Request, obey, plan_model
-from quantkit.presets import Target
-from quantkit.protecting import edited
-from quantkit.recipe import Recipe, load_recipe
-from quantkit.rescaling import Folds
+from quantkit.planning.plan import Plan
+from quantkit.planning.plan_file import load_plan, save_plan
+from quantkit.planning.planning import Planned, Request, obey, plan_model
+from quantkit.planning.presets import Target
+from quantkit.planning.protecting import edited
+from quantkit.planning.recipe import Recipe, load_recipe
+from quantkit.planning.rescaling import Folds
 from quantkit.statistics import GramMatrix
 
 # Files beyond this keep their weights beside them: protobuf holds 2 GiB at most.

@@ -17,17 +17,17 @@ from tqdm import tqdm
 
 from quantkit import __version__
 from quantkit.cache import CalibrationCache, ModelIdentity
+from quantkit.cache.gram_file import write_grams
 from quantkit.calibrators import get_calibrator
 from quantkit.data import ImagePreprocessing, SampleSource, open_data, open_labels
 from quantkit.errors import DataError, ModelError
-from quantkit.evaluate import evaluate
-from quantkit.evaluation import Evaluation
-from quantkit.gram_file import write_grams
+from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.evaluation import Evaluation
 from quantkit.graph import Graph, ModelLike, load_graph
 from quantkit.graph.linears import find_linears
-from quantkit.methods import parse_methods
-from quantkit.observe import observe
-from quantkit.observe_gram import GramWork, divide_grams, observe_grams
+from quantkit.observing.grams import GramWork, divide_grams, observe_grams
+from quantkit.observing.observe import observe
+from quantkit.planning.methods import parse_methods
 
 
 def calibrate_model(

@@ -10,10 +10,10 @@ from quantkit.calibrators import get_calibrator
 from quantkit.data import open_data
 from quantkit.export import get_emitter
 from quantkit.graph import Graph, ModelLike, load_graph
-from quantkit.observe import observe
-from quantkit.plan import Plan
-from quantkit.presets import get_preset
-from quantkit.solve import solve
+from quantkit.observing.observe import observe
+from quantkit.planning.plan import Plan
+from quantkit.planning.presets import get_preset
+from quantkit.planning.solve import solve
 from quantkit.statistics import FloatHistogram
 from tests.models import MODELS, Feed
 

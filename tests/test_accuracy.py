@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 import quantkit
 from quantkit.data import open_data
 from quantkit.graph import Graph, load_graph
-from quantkit.metrics import OutputComparison
+from quantkit.metrics.outputs import OutputComparison
 from quantkit.runtime import Session
 
 METHODS = ("entropy", "minmax", "mse", "percentile")

@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 import quantkit
-from quantkit.budget import meet_budget
 from quantkit.graph import Graph, load_graph
-from quantkit.metrics import OutputComparison, OutputMetrics
+from quantkit.metrics.outputs import OutputComparison, OutputMetrics
+from quantkit.mixed_precision.budget import meet_budget
 from quantkit.pipeline import collect_grams
-from quantkit.planning import Request
+from quantkit.planning.planning import Request
 from quantkit.runtime import Session
 from tests.test_accuracy import CIFAR10
 

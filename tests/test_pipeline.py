@@ -14,7 +14,7 @@ from quantkit.cache import CalibrationCache
 from quantkit.data import open_data
 from quantkit.errors import CacheError, DataError, ExportError, FileError, ModelError, UnknownNameError
 from quantkit.graph import Graph, find_sites, load_graph
-from quantkit.observe import observe
+from quantkit.observing.observe import observe
 from quantkit.runtime import Session
 from tests.conftest import DigitsExample
 from tests.models import MODELS, Feed
@@ -243,7 +243,7 @@ def test_a_model_whose_layers_are_all_left_is_refused_before_it_is_run(
     tiny = MODELS["residual_identity"]
     cache = quantkit.calibrate_model(tiny.build(), tiny.feeds(4))
     exported = quantkit.export_model(tiny.build(), cache)
-    monkeypatch.setattr("quantkit.observe.Session", None)
+    monkeypatch.setattr("quantkit.observing.observe.Session", None)
     with pytest.raises(ModelError, match=r"already quantized in the model.*; give the float model") as caught:
         quantkit.calibrate_model(exported.path, tiny.feeds(4))
     assert "\n" not in str(caught.value)

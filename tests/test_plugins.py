@@ -14,8 +14,8 @@ from quantkit.export import get_emitter, list_emitters
 from quantkit.formats import INT8, QuantSpec, Range, get_format, list_formats
 from quantkit.interchange import export_cache
 from quantkit.pipeline import calibrate_model
-from quantkit.presets import get_preset
-from quantkit.solve import calibrator_of, solve
+from quantkit.planning.presets import get_preset
+from quantkit.planning.solve import calibrator_of, solve
 from quantkit.statistics import FloatHistogram
 from tests.models import MODELS
 from tests.plans import calibrated

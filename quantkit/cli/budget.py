@@ -9,8 +9,8 @@ from quantkit.cli import options
 
 if TYPE_CHECKING:
     from quantkit.cache import CalibrationCache
-    from quantkit.goals import Try
-    from quantkit.planning import Request
+    from quantkit.mixed_precision.goals import Try
+    from quantkit.planning.planning import Request
 
 
 def export_within(
@@ -29,9 +29,9 @@ def export_within(
     as_json: bool,
 ) -> None:
     """Search, write and evaluate; print what was tried, and end with exit code 1 where the goal was not met."""
-    from quantkit.budget import meet_budget
     from quantkit.errors import DataError
-    from quantkit.goals import tries_table
+    from quantkit.mixed_precision.budget import meet_budget
+    from quantkit.mixed_precision.goals import tries_table
 
     if data is None:
         raise DataError(

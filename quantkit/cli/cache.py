@@ -49,10 +49,10 @@ def merge(
     Where each has Gram matrices beside it, these are added up too.
     """
     from quantkit.cache import CalibrationCache
+    from quantkit.cache.gram_file import SUFFIX, GramFile, merge_grams
     from quantkit.calibrators import get_calibrator
     from quantkit.files import check_output
-    from quantkit.gram_file import SUFFIX, GramFile, merge_grams
-    from quantkit.methods import parse_methods
+    from quantkit.planning.methods import parse_methods
 
     beside = [path.with_suffix(SUFFIX) for path in paths]
     collected = [path for path in beside if path.exists()]

@@ -13,7 +13,7 @@ from quantkit.cli import options
 if TYPE_CHECKING:
     from quantkit.cache import CalibrationCache
     from quantkit.graph import LeftAlone, Site
-    from quantkit.observe_gram import GramWork
+    from quantkit.observing.grams import GramWork
 
 
 def calibrate(
@@ -69,9 +69,9 @@ def calibrate(
 
     The cache serves every method, format and target: the model is not run again to change one.
     """
+    from quantkit.cache.gram_file import SUFFIX
     from quantkit.data import data_files
     from quantkit.files import check_output
-    from quantkit.gram_file import SUFFIX
     from quantkit.graph import find_sites, load_graph
     from quantkit.model_files import model_files
     from quantkit.pipeline import calibrate_model, collect_grams
@@ -122,7 +122,7 @@ def calibrate(
 
 def _with_grams(method: str, collect: list[str]) -> bool:
     from quantkit.errors import UnknownNameError
-    from quantkit.methods import parse_methods
+    from quantkit.planning.methods import parse_methods
 
     words = [word.strip() for given in collect for word in given.split(",")]
     unknown = [word for word in words if word != "gram"]

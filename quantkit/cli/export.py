@@ -194,9 +194,9 @@ def export(
     from quantkit.errors import SpecError
     from quantkit.exporting import export_model
     from quantkit.files import check_output
-    from quantkit.planning import Request
-    from quantkit.presets import get_preset
-    from quantkit.recipe import Recipe, load_recipe
+    from quantkit.planning.planning import Request
+    from quantkit.planning.presets import get_preset
+    from quantkit.planning.recipe import Recipe, load_recipe
 
     flags = {
         "int8": int8,

@@ -15,8 +15,8 @@ import typer
 if TYPE_CHECKING:
     from quantkit.cache import CalibrationCache
     from quantkit.data import ImagePreprocessing
-    from quantkit.presets import Preset
-    from quantkit.rescaling import Folds
+    from quantkit.planning.presets import Preset
+    from quantkit.planning.rescaling import Folds
 
 Data = Annotated[
     Path,
@@ -208,7 +208,7 @@ def needs_cache(preset: "Preset | None", target: str, method: str | None, recipe
         UnknownNameError: there is no such target, or no such method.
     """
     from quantkit.export import get_emitter
-    from quantkit.methods import parse_methods
+    from quantkit.planning.methods import parse_methods
 
     if preset is None or get_emitter(target).target.needs_calibration(preset):
         return True
@@ -243,7 +243,7 @@ def folds_of(text: str) -> "Folds":
         SpecError: there is no such choice.
     """
     from quantkit.errors import SpecError
-    from quantkit.rescaling import Folds
+    from quantkit.planning.rescaling import Folds
 
     known: dict[str, Folds] = {name: name for name in get_args(Folds)}
     if text not in known:

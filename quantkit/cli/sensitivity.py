@@ -45,10 +45,10 @@ def sensitivity(
     """
     from quantkit.cache import CalibrationCache, find_cache
     from quantkit.errors import SpecError
-    from quantkit.planning import Request
-    from quantkit.presets import get_preset
-    from quantkit.recipe import Recipe, load_recipe
-    from quantkit.sensitivity import measure_sensitivity
+    from quantkit.mixed_precision.sensitivity import measure_sensitivity
+    from quantkit.planning.planning import Request
+    from quantkit.planning.presets import get_preset
+    from quantkit.planning.recipe import Recipe, load_recipe
 
     flags = {"int8": int8, "fp8": fp8, "int4": int4, "w4a8": w4a8}
     chosen = [name for name, given in flags.items() if given] + ([] if preset is None else [preset])

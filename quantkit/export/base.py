@@ -10,9 +10,9 @@ import onnx_ir as ir
 from quantkit.errors import SpecError, UnknownNameError
 from quantkit.export.verify import Verification
 from quantkit.graph import Graph
-from quantkit.plan import Plan
+from quantkit.planning.plan import Plan
+from quantkit.planning.presets import Target
 from quantkit.plugins import Registry, in_one_line
-from quantkit.presets import Target
 
 
 @runtime_checkable

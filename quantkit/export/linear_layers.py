@@ -13,7 +13,7 @@ import onnx_ir as ir
 from quantkit.errors import PlanError, SpecError
 from quantkit.export.module_names import NameMap, Names, module_path
 from quantkit.graph import Graph
-from quantkit.plan import WeightPlan
+from quantkit.planning.plan import WeightPlan
 
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 _Use = tuple[str, int]

@@ -25,8 +25,8 @@ from quantkit.export.ort_blocks import holds_gather, holds_matmul_nbits, write_g
 from quantkit.export.rewrite import QdqStyle, QdqWriter, can_be_cast, insert_qdq, least_opset
 from quantkit.formats import INT8, QuantSpec
 from quantkit.graph import Graph
-from quantkit.plan import Plan, WeightPlan
-from quantkit.presets import Target
+from quantkit.planning.plan import Plan, WeightPlan
+from quantkit.planning.presets import Target
 
 # What its kernels take: no float4, and no scales that are powers of two.
 _BLOCKS = frozenset({"int4 block", "uint4 block+zero", "int2 block", "uint2 block+zero", "int8 block"})

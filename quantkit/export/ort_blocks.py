@@ -13,8 +13,8 @@ from quantkit.formats.matmul_nbits import matmul_nbits_scales, to_matmul_nbits
 from quantkit.formats.packing import code_bits, pack_bits
 from quantkit.graph import Graph
 from quantkit.graph.sites import is_plain_product
-from quantkit.plan import WeightPlan
-from quantkit.presets import is_packed_block
+from quantkit.planning.plan import WeightPlan
+from quantkit.planning.presets import is_packed_block
 
 _DOMAIN = "com.microsoft"
 # 3 bits, and 8 bits with float zero points, fail (1.31).

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from quantkit.export.ort import TARGET as ORT
 from quantkit.export.ort import OrtEmitter
 from quantkit.formats import UINT8, QuantSpec
-from quantkit.presets import Target
+from quantkit.planning.presets import Target
 
 TARGET = replace(ORT, name="ort-cpu", int8_activations=QuantSpec(format=UINT8, symmetric=False), outputs=True)
 

@@ -29,8 +29,8 @@ from quantkit.export.operator_form import to_operator_form
 from quantkit.export.ort_cpu import TARGET as ORT_CPU
 from quantkit.export.rewrite import QdqStyle, QdqWriter, insert_qdq, least_opset
 from quantkit.graph import Graph
-from quantkit.plan import Plan
-from quantkit.presets import Target
+from quantkit.planning.plan import Plan
+from quantkit.planning.presets import Target
 
 TARGET = replace(
     ORT_CPU,

@@ -15,7 +15,7 @@ from quantkit.formats import QuantSpec, scale_shape
 from quantkit.graph import Graph, detached
 from quantkit.graph.kept_scales import same_scale
 from quantkit.graph.qdq_parameters import same_parameters, stored_parameters
-from quantkit.plan import ActivationPlan, BiasPlan, Plan, Reader, WeightPlan
+from quantkit.planning.plan import ActivationPlan, BiasPlan, Plan, Reader, WeightPlan
 
 # The IR version that came with each operator set (onnx/docs/Versioning.md): what newer readers ask for is never less.
 IR_VERSIONS = {19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12}

@@ -25,8 +25,8 @@ from quantkit.errors import SpecError
 from quantkit.export.rewrite import QdqStyle, QdqWriter, insert_qdq, least_opset
 from quantkit.formats import E8M0, INT8, QuantSpec
 from quantkit.graph import Graph
-from quantkit.plan import ActivationPlan, Plan, WeightPlan
-from quantkit.presets import Target, kind_of
+from quantkit.planning.plan import ActivationPlan, Plan, WeightPlan
+from quantkit.planning.presets import Target, kind_of
 
 TARGET = Target(
     name="tensorrt",

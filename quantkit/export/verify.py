@@ -13,10 +13,10 @@ from quantkit.errors import ExportError, ModelError
 from quantkit.export.verify_codes import CODES_DB, as_floats, coded_tensors, rounding_sqnr_db
 from quantkit.export.verify_weights import verify_weights
 from quantkit.graph import Graph
-from quantkit.metrics import SignalToNoise
-from quantkit.plan import Plan
+from quantkit.metrics.outputs import SignalToNoise
+from quantkit.planning.plan import Plan
+from quantkit.planning.simulate import simulate, simulate_steps
 from quantkit.runtime import Session, reason
-from quantkit.simulate import simulate, simulate_steps
 
 # From one quantized tensor to the next, file and plan differ in the order of float sums alone, which leaves 120 dB
 # of float32, 60 of float16 and 40 of bfloat16. One more rounding to 8 bits would leave 50, to 4 bits 20.

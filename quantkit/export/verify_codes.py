@@ -6,8 +6,8 @@ import onnx_ir as ir
 from quantkit.errors import ExportError
 from quantkit.export.operator_form import codes_name
 from quantkit.formats import QTensor, dequantize
-from quantkit.metrics import SignalToNoise
-from quantkit.plan import ActivationPlan, Plan
+from quantkit.metrics.outputs import SignalToNoise
+from quantkit.planning.plan import ActivationPlan, Plan
 
 # What rounds to the file's code is the plan's value, so only float sums on a boundary are left: 120 dB and more in a
 # right file of float32. An error of 1.5 hundredths of a code shows, as it does in floats. In float16 and bfloat16 a

@@ -11,8 +11,8 @@ from quantkit.errors import ExportError
 from quantkit.export.operator_weights import stored_factor, works_on_codes
 from quantkit.formats import dequantize
 from quantkit.graph import Graph
-from quantkit.metrics import SignalToNoise
-from quantkit.plan import Plan, WeightPlan
+from quantkit.metrics.outputs import SignalToNoise
+from quantkit.planning.plan import Plan, WeightPlan
 from quantkit.runtime import Session
 
 # The file may hold scales in float16, or bfloat16, where the plan's are float32: they are equal, and their products

@@ -42,8 +42,8 @@ from quantkit.formats import INT8, QuantSpec
 from quantkit.formats.compressed_tensors import unpack_codes, unpack_qparams
 from quantkit.formats.packing import code_bits
 from quantkit.graph import Graph
-from quantkit.plan import Plan
-from quantkit.presets import Preset, Target, kind_of
+from quantkit.planning.plan import Plan
+from quantkit.planning.presets import Preset, Target, kind_of
 
 CONFIG, NAMES = "config.json", "names.json"
 # A reciprocal and back costs half a unit in the last place each way.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from quantkit.errors import SpecError
 from quantkit.formats import E8M0, FP4_E2M1, FP8_E4M3, INT2, INT4, INT8, UINT2, UINT4, Format, QuantSpec
-from quantkit.presets import kind_of
+from quantkit.planning.presets import kind_of
 
 _PACKED, _INT, _FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 _NVFP4, _MXFP4, _MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"

@@ -15,7 +15,7 @@ from quantkit.export.vllm_schemes import Scheme, scheme_of
 from quantkit.formats import QParams, QuantSpec
 from quantkit.formats.compressed_tensors import code_layout, pack_codes, pack_qparams
 from quantkit.graph import Graph
-from quantkit.plan import ActivationPlan, Plan
+from quantkit.planning.plan import ActivationPlan, Plan
 
 # Elements that are transposed and packed at a time.
 _SLAB = 1 << 22

@@ -23,8 +23,8 @@ from quantkit.interchange.aimet import write_aimet
 from quantkit.interchange.onnxruntime import write_ort_flatbuffers, write_ort_json, write_ort_text
 from quantkit.interchange.reading import read_table
 from quantkit.interchange.tensorrt import Header, write_tensorrt
-from quantkit.presets import get_preset
-from quantkit.solve import calibrator_of, solve
+from quantkit.planning.presets import get_preset
+from quantkit.planning.solve import calibrator_of, solve
 from quantkit.statistics import FloatHistogram
 from quantkit.tables import Cell, Table
 

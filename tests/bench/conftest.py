@@ -6,7 +6,7 @@ import pytest
 from quantkit.cache import CalibrationCache, ModelIdentity
 from quantkit.data import open_data
 from quantkit.graph import load_graph
-from quantkit.observe import observe
+from quantkit.observing.observe import observe
 from tests.conftest import DigitsExample
 
 

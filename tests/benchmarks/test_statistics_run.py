@@ -6,8 +6,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from quantkit import devices
 from quantkit.kernels import statistics as reducing
+from quantkit.observing import devices
 from quantkit.runtime import CPU, Provider
 from tests.bench.fakes import FakeClock
 from tests.conftest import ROOT

@@ -14,9 +14,9 @@ from quantkit.errors import ModelError, PlanError
 from quantkit.export import get_emitter
 from quantkit.export.verify import verify
 from quantkit.graph import Graph, load_graph
-from quantkit.plan import Plan
+from quantkit.planning.plan import Plan
+from quantkit.planning.simulate import simulate
 from quantkit.runtime import Session
-from quantkit.simulate import simulate
 from tests.models import MODELS, TinyModel
 from tests.plans import NOTHING, TARGETS, Calibrated, calibrated, sqnr_db
 

@@ -8,8 +8,8 @@ import pytest
 
 from quantkit import calibrate_model, export_model
 from quantkit.export import get_emitter
+from quantkit.planning.simulate import simulate
 from quantkit.runtime import Session
-from quantkit.simulate import simulate
 from tests.models import model_of, normal
 from tests.plans import calibrate, sqnr_db
 

@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 
 from quantkit.export import get_emitter
+from quantkit.planning.simulate import simulate
 from quantkit.runtime import Session
-from quantkit.simulate import simulate
 from tests.models import MODELS, model_of
 from tests.plans import Calibrated, calibrate, calibrated, images, sqnr_db
 

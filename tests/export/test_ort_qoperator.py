@@ -23,11 +23,11 @@ from quantkit.export.verify_weights import verify_weights
 from quantkit.formats import Range, qparams_from_range
 from quantkit.graph import find_sites, load_graph
 from quantkit.graph.quantized import find_quantized
-from quantkit.plan import ActivationPlan, Plan
-from quantkit.presets import get_preset
+from quantkit.planning.plan import ActivationPlan, Plan
+from quantkit.planning.presets import get_preset
+from quantkit.planning.simulate import simulate
+from quantkit.planning.solve import solve
 from quantkit.runtime import Session
-from quantkit.simulate import simulate
-from quantkit.solve import solve
 from tests.models import MODELS, TinyModel, model_of
 from tests.plans import NOTHING, Calibrated, calibrate, calibrated, images, sqnr_db
 

@@ -20,7 +20,7 @@ from quantkit.errors import PlanError
 from quantkit.exported import Exported
 from quantkit.formats import dequantize, size_bytes
 from quantkit.graph import load_graph
-from quantkit.presets import list_presets
+from quantkit.planning.presets import list_presets
 from quantkit.runtime import Session
 from tests.models import model_of
 

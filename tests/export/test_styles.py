@@ -16,7 +16,7 @@ from onnx import TensorProto, numpy_helper
 from quantkit.errors import PlanError, UnknownNameError
 from quantkit.export import get_emitter, list_emitters
 from quantkit.export.rewrite import IR_VERSIONS
-from quantkit.plan import Plan
+from quantkit.planning.plan import Plan
 from quantkit.runtime import Session
 from tests.models import MODELS, TinyModel, external_weights
 from tests.plans import NOTHING, TARGETS, calibrate, calibrated

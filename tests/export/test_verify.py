@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 from quantkit.errors import ExportError
 from quantkit.export import get_emitter
 from quantkit.export.verify import Verification, verify
-from quantkit.plan import Plan
+from quantkit.planning.plan import Plan
 from tests.models import model_of
 from tests.plans import Calibrated, calibrate, calibrated, images
 

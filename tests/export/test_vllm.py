@@ -17,7 +17,7 @@ from quantkit.export.safetensors_file import FILE, read_safetensors
 from quantkit.export.vllm import VllmEmitter
 from quantkit.formats import dequantize
 from quantkit.graph import load_graph
-from quantkit.recipe import load_recipe
+from quantkit.planning.recipe import load_recipe
 from tests.export.vllm_folders import PRESETS, ROWS, chain, dotted, export, two_layers
 from tests.models import model_of
 

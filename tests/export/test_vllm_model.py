@@ -10,9 +10,9 @@ import quantkit
 from quantkit.errors import ModelError
 from quantkit.export.vllm_model import read_folder
 from quantkit.graph import load_graph
-from quantkit.planning import obey
+from quantkit.planning.planning import obey
+from quantkit.planning.simulate import simulate
 from quantkit.runtime import Session
-from quantkit.simulate import simulate
 from tests.export.vllm_folders import PRESETS, ROWS, chain, dotted, export, two_layers
 from tests.models import model_of
 from tests.plans import sqnr_db

@@ -1,0 +1,1 @@
+"""The float model and the quantized one, side by side over data."""

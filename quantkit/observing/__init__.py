@@ -1,0 +1,1 @@
+"""Running the float model over data, and counting what its tensors hold."""

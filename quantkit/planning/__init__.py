@@ -1,0 +1,1 @@
+"""From a model, a cache and what was asked for to a plan: how every tensor is quantized."""
