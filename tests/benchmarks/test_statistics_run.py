@@ -11,7 +11,7 @@ from quantkit.observing import devices
 from quantkit.runtime import CPU, Provider
 from tests.bench.fakes import FakeClock
 from tests.conftest import ROOT
-from tests.test_devices import Lent, cupy  # noqa: F401 - a fixture
+from tests.observing.test_devices import Lent, cupy  # noqa: F401 - a fixture
 
 
 @pytest.fixture
