@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument(
         "--peer", action="store_true", help="also run ONNX Runtime's GPTQ (INT4, blocks of 128)"
     )
-    parser.add_argument("--rows", type=int, default=150, help="rows of text to judge with (150)")
+    parser.add_argument("--rows", type=int, default=435, help="rows of text to judge with (435, all)")
     parser.add_argument(
         "--only", choices=("text", "pictures"), help="the language models or the mobile network alone"
     )
