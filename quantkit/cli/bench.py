@@ -24,6 +24,7 @@ Batches = Annotated[
     str | None, typer.Option("--batch", help="Samples at a time, several with commas (default: 1,64).")
 ]
 DEFAULT_BATCHES = "1,64"
+BESIDE_SHAPES = "is of a model, and --shapes were given instead; leave one of them out."
 # Reasons of peers that a screen has room for.
 _REFUSALS = 8
 Dims = Annotated[
@@ -106,9 +107,11 @@ def bench(
     reading: dict[str, object] = {"--mean": mean, "--std": std, "--size": image_size, "--layout": layout}
     reading |= {"--image-preset": image_preset, "--input": inputs}
     if shapes is not None:
-        about_models({"--cache": cache, "--data": data, "--batch": batch, "--dim": dims, **reading})
+        refuse_unheeded(
+            {"--cache": cache, "--data": data, "--batch": batch, "--dim": dims, **reading}, BESIDE_SHAPES
+        )
     if data is None:
-        about_data(reading)
+        refuse_unheeded(reading, "says how to read --data, and none were named; name them, or leave it out.")
     if plot is not None:
         check_plot(plot)
         read = data or _data_of(cache)
@@ -191,8 +194,12 @@ def _by_reason(found: "Benchmark") -> dict[tuple[str, str], list[str]]:
     return groups
 
 
-def about_models(given: Mapping[str, object]) -> None:
-    """Refuse options of a model beside --shapes: what is not heeded must not look heeded.
+def refuse_unheeded(given: Mapping[str, object], why: str) -> None:
+    """Refuse options that would not be heeded: they must not look as if they were.
+
+    Args:
+        given: option → what was given for it.
+        why: why it is not heeded, and the mend.
 
     Raises:
         SpecError: one was given.
@@ -201,24 +208,7 @@ def about_models(given: Mapping[str, object]) -> None:
 
     for option, value in given.items():
         if value:
-            raise SpecError(
-                f"{option}: is of a model, and --shapes were given instead; leave one of them out."
-            )
-
-
-def about_data(given: Mapping[str, object]) -> None:
-    """Refuse options that say how data are read where none were named.
-
-    Raises:
-        SpecError: one was given.
-    """
-    from quantkit.errors import SpecError
-
-    for option, value in given.items():
-        if value:
-            raise SpecError(
-                f"{option}: says how to read --data, and none were named; name them, or leave it out."
-            )
+            raise SpecError(f"{option}: {why}")
 
 
 def parse_shapes(text: str) -> list[tuple[int, int, int]]:

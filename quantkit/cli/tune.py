@@ -7,15 +7,16 @@ import typer
 
 from quantkit.cli import options
 from quantkit.cli.bench import (
+    BESIDE_SHAPES,
     DEFAULT_BATCHES,
     Batches,
     Dims,
     Formats,
-    about_models,
     named,
     numbers,
     parse_shapes,
     progress,
+    refuse_unheeded,
     sizes,
 )
 
@@ -51,7 +52,7 @@ def tune(
 
     batches, asked_sizes = numbers("--batch", batch or DEFAULT_BATCHES), sizes(dims)
     if shapes is not None:
-        about_models({"--cache": cache, "--batch": batch, "--dim": dims})
+        refuse_unheeded({"--cache": cache, "--batch": batch, "--dim": dims}, BESIDE_SHAPES)
     with progress("tune", shown=not as_json) as on_product:
         found = tune_model(
             model,
