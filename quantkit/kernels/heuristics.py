@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from quantkit.kernels.epilogue import OUTPUT_BYTES
 
 SHARED_LIMIT = 232_448  # bytes of shared memory that a block may have on sm_90
+_FEW, _RING = 32, 96 << 10  # rows of A in a tile that streams B, and the bytes of its ring
 REGISTER_LIMIT = 232  # that a consumer's thread may have beside another consumer and the producer
 _ROW = 128  # bytes of K in a stage
 _RATE = 1.5e5  # bytes in a microsecond that one multiprocessor draws
@@ -146,10 +147,15 @@ def shares_of(problem: Problem, tile: Tile, multiprocessors: int) -> Shares:
 
 
 def _deepest(**shape: int | bool) -> Tile | None:
-    """Return the tile with as many stages as fit, at most 24, or None where two do not fit."""
+    """Return the tile with as many stages as fit, at most 24, or None where two do not fit.
+
+    Of few rows of A a ring has less: more on its way at a time came later, by up to half a microsecond.
+    """
     one, two = (Tile(stages=stages, **shape) for stages in (1, 2))  # type: ignore[arg-type]
     stage = two.shared_bytes - one.shared_bytes
     stages = min(24, 1 + (SHARED_LIMIT - one.shared_bytes) // stage)
+    if two.swap and two.tile_n <= _FEW and two.split == 1:
+        stages = min(stages, _RING // stage)
     # Some 2048 rows of the first operand before the next tile of the second: a wave then shares what L2 can hold.
     group = max(1, 2048 // (two.tile_m * two.cluster))
     return Tile(stages=stages, group=group, **shape) if stages >= 2 else None  # type: ignore[arg-type]

@@ -32,8 +32,10 @@ _RUNS_THREADS = {4: 448, 2: 384}
 _COLUMNS_THREADS = {4: 384, 2: 320}
 # Runs shorter than this many bytes are read an element a lane.
 _SHORT_BYTES = 512
-# Elements that a warp takes at a time: few enough for all warps to have some, enough to be worth its sums.
+# Elements that a warp takes at a time: few enough for all warps to have some, enough to be worth its sums. Items of
+# columns, which blocks take as they come, of a block.
 _LEAST, _MOST = 1024, 16384
+_ROUNDS = 6
 _FOLD_WARPS = 8
 
 
@@ -168,9 +170,10 @@ def _columns(
     stripes = -(-across // 32)
     width = -(-across // stripes)
     slots = threads // width
-    most = max(1, min(-(-before // (4 * slots)), 4 * blocks // stripes))
-    # Of the groups of rows that keep all blocks busy, the fewest: each has a part of every channel.
-    groups = min(range(1, most + 1), key=lambda g: (_waste(stripes * g, blocks), g))
+    most = max(1, min(-(-before // (4 * slots)), _ROUNDS * blocks // stripes))
+    # Of the groups of rows that keep all blocks busy, the fewest: each has a part of every channel. But many enough
+    # for blocks to end together, who take them as they come.
+    groups = min(range(-(-most // 2), most + 1), key=lambda g: (_waste(stripes * g, blocks), g))
     rows = -(-before // groups)
     groups = -(-before // rows)
     return _launch(
@@ -220,7 +223,7 @@ def _launch(
         },
         grid=grid,
         block=threads,
-        shared_bytes=2 * row * 4 + (24 * threads if mode == "COLUMNS" else 0) + threads // 32 * 8 + 16,
+        shared_bytes=2 * row * 4 + (24 * threads if mode == "COLUMNS" else 0) + threads // 32 * 8 + 20,
         items=items,
         pieces=pieces,
         piece=piece,

@@ -14,14 +14,14 @@ RUNS, SHORT, COLUMNS, FLAT = (2, 3, 2501), (9, 10, 49), (90, 264, 1), (1, 1, 500
 MUTATIONS = {
     "zeros of the table not awaited": ("  block_sync();\n  QK_ROLLED for", "  QK_ROLLED for", "float32", FLAT, "every"),
     "table read before all have counted": (
-        "  block_sync();\n  for (int i = thread; i < 2 * ROW",
-        "  for (int i = thread; i < 2 * ROW",
+        "  block_sync();\n  // Each block begins elsewhere",
+        "  // Each block begins elsewhere",
         "float32",
         FLAT,
         "every",
     ),
     "coarse keys everywhere": ("largest(key, static_cast", "least(key, static_cast", "float32", FLAT, "every"),
-    "negative values in the positive row": ("(bits >> 31) * (ROW * 4)", "0", "bfloat16", FLAT, "every"),
+    "negative values in the positive row": ("(bits >> 31) * ROW", "0", "bfloat16", FLAT, "every"),
     "no sample": ("? load_element(x, at) & 0x7fffffffu : 0;", "? 0x7e800000u : 0;", "float32", FLAT, "every"),
     "head of a run forgotten": ("if (lane < head) visit_one", "if (false) visit_one", "float32", RUNS, "every"),
     "tail of a run forgotten": ("if (lane < length - tail)", "if (false)", "float16", RUNS, "every"),
@@ -56,6 +56,15 @@ MUTATIONS = {
         "every",
     ),
     "holes of one lane kept to itself": ("odd & ODD_NAN) p.lo", "false) p.lo", "float32", COLUMNS, "every"),
+    "items taken twice": ("gridDim.x + taken);", "taken);", "float32", (9000, 264, 1), "every"),
+    "the next item read before it is known": (
+        "gridDim.x + taken);\n      block_sync();",
+        "gridDim.x + taken);",
+        "float32",
+        (9000, 264, 1),
+        "some",
+    ),
+    "words of the flush left out": ("begin + i - 2 * ROW", "begin", "float32", RUNS, "every"),
     "signs of what lies below": (
         "c.below + (bits >> 16)",
         "c.below + (magnitude >> 16)",

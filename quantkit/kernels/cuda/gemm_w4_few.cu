@@ -5,7 +5,9 @@
 //
 // wgmma takes as long for 8 rows of A as for 64, so that it would bind before memory does; mma.sync does not. A warp
 // multiplies MI groups of 16 rows of W (mma's M, from registers) by TILE_N rows of A (its N). WARPS_W warps lie side by
-// side along W; WARPS_K sets of them share the slabs of a stage, and add up their sums through shared memory at the end.
+// side along W; WARPS_K sets of them take the stages in turn, so that one decodes while another multiplies and a third
+// waits for memory, and add up their sums through shared memory at the end. A stage is always the same set's: who waits
+// for a phase of a barrier has seen the one before it, and parity tells no more than two apart.
 //
 // A block has one tile: 16 * WARPS_W * MI rows of W and all of K. That is chosen so that there are just as many blocks as
 // multiprocessors, or little fewer; then nobody waits for another block. The blocks of a CLUSTER fetch A's slabs in turn
@@ -20,12 +22,12 @@ constexpr int WARPS = WARPS_W * WARPS_K, THREADS = 32 * (WARPS + 1);
 constexpr int TILE = WARPS_W * MI;       // groups of 16 rows of W
 constexpr int ROW = 128;                 // bytes of a slab's row of A
 constexpr int GROUP_BYTES = 512;         // codes of 16 rows and a plane, 64 of K
-constexpr int OWN = SLABS / WARPS_K;     // slabs of a stage that a warp multiplies
-static_assert(SLABS % WARPS_K == 0, "warps have the same number of slabs");
+static_assert(STAGES % WARPS_K == 0, "every stage is the same set's, round after round");
+// Products of a sum follow each other at their latency. Where few warps hide it, odd depths of K have sums of their own.
+constexpr int CHAINS = WARPS <= 16 && MI * TILE_N <= 32 ? 2 : 1;
 
 constexpr int SIDES = GROUP_SLABS >= SLABS ? 1 : SLABS / GROUP_SLABS;  // of scales that a stage holds
-// Of a warp's slabs in a stage, how many one after the other have the same scales.
-constexpr int SHARED_BY = SIDES == 1 ? OWN : SLABS / SIDES < OWN ? SLABS / SIDES : OWN;
+constexpr int SHARED_BY = SLABS / SIDES;  // slabs of a stage, one after the other, that have the same scales
 // Many warps have no registers to keep factors of columns through the products: those that add up sums fetch them while
 // they wait for the others.
 constexpr bool FETCH_EARLY = WARPS <= 20;
@@ -55,7 +57,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
     prefetch_tensor_map(&map_a);
     for (int s = 0; s < STAGES; s++) {
       mbarrier_init(full + 8 * s, 1);
-      mbarrier_init(empty + 8 * s, WARPS * CLUSTER);
+      mbarrier_init(empty + 8 * s, WARPS_W * CLUSTER);
     }
     fence_mbarrier_init();
   }
@@ -90,8 +92,8 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
                       codes + (int64_t(plane < planes ? plane : planes - 1) * groups + first) * GROUP_BYTES,
                       count * GROUP_BYTES, barrier);
           }
-          if (i % (SLABS / SIDES) == 0 && (SCALES != SCALES_NONE || ZEROS)) {
-            const int number = i / (SLABS / SIDES);
+          if (i % SHARED_BY == 0 && (SCALES != SCALES_NONE || ZEROS)) {
+            const int number = i / SHARED_BY;
             const int64_t side = inside / GROUP_SLABS;
             if (SCALES != SCALES_NONE)
               bulk_load(stage + SCALES_AT + number * SCALES_SIZE, scales + (side * groups + first) * (8 * PAIR_BYTES),
@@ -118,24 +120,26 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
         QK_UNROLL for (int h = 0; h < 2; h++) columns[i][h] = epilogue::column_factors(output, n0 + i * 16 + 8 * h);
     };
     if (FETCH_EARLY) fetch_columns();
-    Sum sum[MI][TILE_N / 8][4];
-    QK_UNROLL for (int i = 0; i < MI; i++)
-      QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
-        QK_UNROLL for (int e = 0; e < 4; e++) sum[i][j][e] = 0;
+    Sum sums[CHAINS][MI][TILE_N / 8][4];
+    QK_UNROLL for (int c = 0; c < CHAINS; c++)
+      QK_UNROLL for (int i = 0; i < MI; i++)
+        QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
+          QK_UNROLL for (int e = 0; e < 4; e++) sums[c][i][j][e] = 0;
     // Where this lane reads in a stage; the rest is known when it is compiled.
-    const int group0 = along_w * MI, slab0 = along_k * OWN, side0 = SIDES > 1 ? slab0 / (SLABS / SIDES) : 0;
-    const uint32_t codes_at = CODES_AT + (slab0 * PLANES * TILE + group0) * GROUP_BYTES + lane * 16;
-    const uint32_t scales_at = SCALES_AT + side0 * SCALES_SIZE + (group0 * 8 + lane / 4) * PAIR_BYTES;
-    const uint32_t zeros_at = ZEROS_AT + side0 * ZEROS_SIZE + (group0 * 8 + lane / 4 + first % 2 * 8) * GROUPS;
-    const uint32_t a_at = slab0 * TILE_N * ROW + swizzled(lane % 8, lane / 8);
+    const int group0 = along_w * MI;
+    const uint32_t codes_at = CODES_AT + group0 * GROUP_BYTES + lane * 16;
+    const uint32_t scales_at = SCALES_AT + (group0 * 8 + lane / 4) * PAIR_BYTES;
+    const uint32_t zeros_at = ZEROS_AT + (group0 * 8 + lane / 4 + first % 2 * 8) * GROUPS;
+    const uint32_t a_at = swizzled(lane % 8, lane / 8);
     const uint32_t above = bits_above(planes);
     uint32_t parity = 0;
-    QK_ROLLED for (int step = 0; step < steps; step++) {
+    s = along_k;
+    QK_ROLLED for (int step = along_k; step < steps; step += WARPS_K) {
       mbarrier_wait_ring(full + 8 * s, parity);
       const uint32_t stage = base + s * STAGE_BYTES;
       uint32_t raw[MI][PAIR_WORDS + 1], zero[MI][GROUPS];
-      QK_UNROLL for (int o = 0; o < OWN; o++) {
-        const int side = SIDES > 1 ? o / (SLABS / SIDES) : 0;
+      QK_UNROLL for (int o = 0; o < SLABS; o++) {
+        const int side = o / SHARED_BY;
         U32x4 words[MI][PLANES];
         QK_UNROLL for (int i = 0; i < MI; i++) {
           QK_UNROLL for (int plane = 0; plane < PLANES; plane++)
@@ -156,7 +160,7 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
               Registers<uint32_t, 4> fragment;
               decode_depth(words[i], half * 2 + k, raw[i], zero[i], fragment);
               QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
-                mma<Type>(sum[i][j], fragment.value, {of_a[j][k * 2], of_a[j][k * 2 + 1]});
+                mma<Type>(sums[k % CHAINS][i][j], fragment.value, {of_a[j][k * 2], of_a[j][k * 2 + 1]});
             }
         }
       }
@@ -164,11 +168,18 @@ gemm_w4_few(const QK_GRID_CONSTANT TensorMap map_a, const uint8_t* codes, const 
         if (CLUSTER == 1) mbarrier_arrive_ring(empty + 8 * s);
         else mbarrier_arrive_ring(map_to_rank(empty + 8 * s, lane));
       }
-      if (++s == STAGES) {
-        s = 0;
+      s += WARPS_K;
+      if (s >= STAGES) {
+        s -= STAGES;
         parity ^= 1;
       }
     }
+
+    Sum(&sum)[MI][TILE_N / 8][4] = sums[0];
+    if (CHAINS > 1)
+      QK_UNROLL for (int i = 0; i < MI; i++)
+        QK_UNROLL for (int j = 0; j < TILE_N / 8; j++)
+          QK_UNROLL for (int e = 0; e < 4; e++) sum[i][j][e] += sums[CHAINS - 1][i][j][e];
 
     if (!FETCH_EARLY && along_k == 0) fetch_columns();
     if constexpr (WARPS_K > 1) {

@@ -43,12 +43,13 @@ constexpr int ROW = KEYS + 4;  // of one sign in the table: 16 bytes more
 constexpr uint32_t INFINITY_BITS = 0x7f800000u;
 constexpr int32_t LEAST = -0x7fffffff - 1, LARGEST = 0x7fffffff;
 
-// `out`: these words, then counts by sign and key, then counts of what lies below the keys by its top 16 bits.
-enum Word { NANS, INFINITIES, BELOW, ABOVE, HIGHEST, LOWEST, EXPONENT, UNUSED, WORDS };
+// `out`: these words (TAKEN: by COLUMNS, items beyond the first round), then counts by sign and key, then counts of what lies below the keys by its top 16 bits.
+enum Word { NANS, INFINITIES, BELOW, ABOVE, HIGHEST, LOWEST, EXPONENT, TAKEN, WORDS };
 constexpr int COUNTERS = ABOVE + 1;
-// Shared memory: the table, space to add up channels, a number a warp, the counters.
+// Shared memory: the table, space to add up channels, a number a warp, the counters, the next item.
 constexpr uint32_t TABLE_BYTES = 2 * ROW * 4, SCRATCH_BYTES = MODE == COLUMNS ? THREADS * 24 : 0;
 constexpr uint32_t PER_WARP = TABLE_BYTES + SCRATCH_BYTES, SHARED_COUNTERS = PER_WARP + WARPS * 8;
+constexpr uint32_t SHARED_NEXT = SHARED_COUNTERS + COUNTERS * 4;
 
 // Integers that are ordered as the floats with these bits; NaN lie beyond the infinities. The same leads back.
 QK_FUNCTION int32_t ordered(uint32_t bits) {
@@ -107,7 +108,7 @@ QK_FUNCTION int32_t key_of(const Counting& c, uint32_t magnitude) {
 // and additions of a warp to one word cost one.
 QK_FUNCTION void count(const Counting& c, uint32_t bits) {
   const uint32_t key = static_cast<uint32_t>(key_of(c, bits & 0x7fffffffu)), slot = key < KEYS ? key : KEYS;
-  red_add_shared(c.table + (bits >> 31) * (ROW * 4) + slot * 4, 1);
+  red_add_shared(c.table + ((bits >> 31) * ROW + slot) * 4, 1);
 }
 
 // Which magnitudes some values have: `lowest` less 1, so that 0 is the largest of all.
@@ -263,11 +264,13 @@ QK_FUNCTION void store_part(double* sums, int32_t* limits, int64_t at, const Par
   st_global(limits + 2 * at, c.lo), st_global(limits + 2 * at + 1, c.hi);
 }
 
-// The largest |x| of a sample, one element a thread, as bits: the same in every block.
-QK_FUNCTION uint32_t sampled_amax(const void* x, int64_t size, uint32_t scratch) {
+// |x| of a sample, one element a thread, as bits: the same in every block. Then the largest of a block's.
+QK_FUNCTION uint32_t sampled(const void* x, int64_t size) {
   const int64_t step = size / THREADS + (size < THREADS);
   const int64_t at = threadIdx.x * step;
-  uint32_t amax = at < size ? load_element(x, at) & 0x7fffffffu : 0;
+  return at < size ? load_element(x, at) & 0x7fffffffu : 0;
+}
+QK_FUNCTION uint32_t largest_of(uint32_t amax, uint32_t scratch) {
   amax = amax < INFINITY_BITS ? amax : 0;
   QK_UNROLL for (int mask = 16; mask > 0; mask /= 2) {
     const uint32_t other = shuffle_xor(amax, mask);
@@ -295,10 +298,11 @@ statistics(const void* buffer, int64_t offset, uint32_t* out, int32_t* above, do
   const void* x = address_of(buffer, offset);
   const uint32_t shared = shared_base();
   const int thread = threadIdx.x;
+  const uint32_t sample = sampled(x, before * channels * behind);  // on its way while the table is cleared
   for (int i = thread; i < static_cast<int>(TABLE_BYTES / 16); i += THREADS) st_shared(shared + i * 16, U32x4{0, 0, 0, 0});
   if (thread < COUNTERS) st_shared<uint32_t>(shared + SHARED_COUNTERS + thread * 4, 0);
   // Its barriers publish the zeros.
-  const uint32_t amax = sampled_amax(x, before * channels * behind, shared + PER_WARP);
+  const uint32_t amax = largest_of(sample, shared + PER_WARP);
   exponent = largest(exponent, static_cast<int>(amax >> 23) - 127);
 
   Counting c;
@@ -319,19 +323,21 @@ statistics(const void* buffer, int64_t offset, uint32_t* out, int32_t* above, do
   if (MODE == COLUMNS) {
     const int slot = thread / width, slots = THREADS / width, across = (channels + NEIGHBOURS - 1) / NEIGHBOURS;
     const int groups = (across + width - 1) / width;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    int item = blockIdx.x;
+    while (item < items) {
+      const uint32_t taken = thread == 0 ? atomic_add(out + TAKEN, 1) : 0;  // long before it is asked for
       const int column = item % groups * width + thread % width;
       const int64_t first = item / groups * rows;
       const bool mine = slot < slots && column < across;
       const int down = static_cast<int>(first + rows < before ? rows : before - first);
-      const uint8_t* top = address_of(x, first * channels + column * NEIGHBOURS);
-      const int64_t pitch = static_cast<int64_t>(channels) * BYTES;
+      const int64_t pitch = static_cast<int64_t>(channels) * BYTES, stride = pitch * slots;
+      const uint8_t* from = address_of(x, first * channels + column * NEIGHBOURS) + slot * pitch;
       constexpr int WORDS_OF = NEIGHBOURS == 1 ? 1 : NEIGHBOURS * BYTES / 4;
-      uint32_t words[STEP][WORDS_OF], next[STEP][WORDS_OF];
+      // Those of the next rows are on their way while one step is counted; the two change places.
+      uint32_t words[2][STEP][WORDS_OF];
       auto load = [&](uint32_t (&to)[STEP][WORDS_OF], int row) {
-        QK_UNROLL for (int s = 0; s < STEP; s++)
+        QK_UNROLL for (int s = 0; s < STEP; s++) {
           if (row + s * slots < down) {
-            const uint8_t* from = top + (row + s * slots) * pitch;
             if constexpr (NEIGHBOURS == 1) {
               to[s][0] = load_element(from, 0);
             } else if constexpr (BYTES == 4) {
@@ -342,18 +348,15 @@ statistics(const void* buffer, int64_t offset, uint32_t* out, int32_t* above, do
               memcpy(to[s], &four, 8);
             }
           }
+          from += stride;
+        }
       };
       Channel of[NEIGHBOURS];
-      if (mine) load(next, slot);
-      QK_ROLLED for (int row = slot; mine && row < down; row += slots * STEP) {
-        QK_UNROLL for (int s = 0; s < STEP; s++) {
-          QK_UNROLL for (int i = 0; i < WORDS_OF; i++) words[s][i] = next[s][i];
-        }
-        load(next, row + slots * STEP);
+      auto visit = [&](const uint32_t (&loaded)[STEP][WORDS_OF], int row) {
         QK_UNROLL for (int s = 0; s < STEP; s++)
           if (row + s * slots < down) {
             Span span;
-            auto element = [&](int i) { return NEIGHBOURS == 1 ? words[s][0] : element_of(words[s], i); };
+            auto element = [&](int i) { return NEIGHBOURS == 1 ? loaded[s][0] : element_of(loaded[s], i); };
             QK_UNROLL for (int i = 0; i < NEIGHBOURS; i++)
               count(c, element(i)), sum_up(of[i], element(i)), widen(span, element(i));
             if (!is_odd(c, span)) {
@@ -362,6 +365,14 @@ statistics(const void* buffer, int64_t offset, uint32_t* out, int32_t* above, do
               QK_UNROLL for (int i = 0; i < NEIGHBOURS; i++) visit_odd(c, element(i), of[i], i);
             }
           }
+      };
+      const int step = slots * STEP;
+      if (mine) load(words[0], slot);
+      QK_ROLLED for (int row = slot; mine && row < down; row += 2 * step) {
+        load(words[1], row + step);
+        visit(words[0], row);
+        load(words[0], row + 2 * step);
+        visit(words[1], row + step);
       }
       QK_UNROLL for (int i = 0; i < NEIGHBOURS; i++) {
         Part part = close(of[i]);
@@ -388,6 +399,10 @@ statistics(const void* buffer, int64_t offset, uint32_t* out, int32_t* above, do
             store_part(sums, limits, static_cast<int64_t>(item / groups) * channels + column * NEIGHBOURS + i, part);
         }
       }
+      // Read long before it is written again: the next item has barriers of its own.
+      if (thread == 0) st_shared<uint32_t>(shared + SHARED_NEXT, gridDim.x + taken);
+      block_sync();
+      item = ld_shared<int32_t>(shared + SHARED_NEXT);
     }
   } else {
     const int step = gridDim.x * WARPS;
@@ -421,9 +436,12 @@ statistics(const void* buffer, int64_t offset, uint32_t* out, int32_t* above, do
     st_shared(shared + PER_WARP + thread / 32 * 8, lo), st_shared(shared + PER_WARP + thread / 32 * 8 + 4, hi);
   }
   block_sync();
+  // Each block begins elsewhere, lest all of them add to the same words at a time.
+  const int begin = static_cast<int>(2 * ROW / 32 * static_cast<int64_t>(blockIdx.x) / gridDim.x) * 32;
   for (int i = thread; i < 2 * ROW; i += THREADS) {
-    const int32_t found = ld_shared<int32_t>(shared + i * 4);
-    if (found) red_add(reinterpret_cast<int32_t*>(out + WORDS + i), found);
+    const int at = begin + i < 2 * ROW ? begin + i : begin + i - 2 * ROW;
+    const int32_t found = ld_shared<int32_t>(shared + at * 4);
+    if (found) red_add(reinterpret_cast<int32_t*>(out + WORDS + at), found);
   }
   if (thread < COUNTERS) {
     const int32_t found = ld_shared<int32_t>(shared + SHARED_COUNTERS + thread * 4);

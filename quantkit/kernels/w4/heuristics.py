@@ -28,9 +28,12 @@ __all__ = [
 
 FEW_ROWS = 64  # of A, that gemm_w4_few.cu takes
 # Warps of a block of gemm_w4_few.cu where each has one group of rows and up to 16 rows of A, or more of either: 64
-# registers a thread, or twice that. More than 32 rows of A leave registers for one group, more than 48 for fewer warps.
+# registers a thread, or twice that. Two groups of more than 32 rows of A leave registers for 8 warps, more than 48 rows
+# for 12.
 _WARPS, _WARPS_OF_MORE, _NARROW = 28, 14, 16
-_WARPS_OF_MOST, _WIDE, _WIDEST = 12, 32, 48
+_WARPS_OF_BOTH, _WARPS_OF_MOST, _WIDE, _WIDEST = 8, 12, 32, 48
+# Bytes of a ring that are enough: more of each multiprocessor on their way at a time sometimes came later.
+_RING = 100_000
 
 
 def few_tiles(problem: W4Problem, multiprocessors: int) -> Iterator[W4Few]:
@@ -41,26 +44,27 @@ def few_tiles(problem: W4Problem, multiprocessors: int) -> Iterator[W4Few]:
     least = max(1, -(-share // _WARPS_OF_MORE))
     for groups in (least, 2 * least):
         warps_w = -(-share // groups)
-        if groups > 1 and tile_n > _WIDE:
-            continue
         room = _WARPS if groups == 1 and tile_n <= _NARROW else _WARPS_OF_MORE
         room = room if tile_n <= _WIDEST else _WARPS_OF_MOST
+        room = room if groups == 1 or tile_n <= _WIDE else _WARPS_OF_BOTH
         for warps_k in (16, 8, 4, 2, 1):
-            if warps_w * warps_k > max(room, warps_w):
+            if warps_w * warps_k > max(room, warps_w if groups == least else 0):
                 continue
-            for slabs in (8, 4, 16, 2, 1):
-                if slabs % warps_k or (
-                    slabs > warps_k and -(-problem.slabs // slabs) * slabs > 1.1 * problem.slabs
-                ):
+            for slabs in (4, 8, 2, 1):
+                steps = -(-problem.slabs // slabs)
+                if (slabs > 1 and steps * slabs > 1.1 * problem.slabs) or steps < warps_k:
                     continue
-                tile = deepest_few(
+                full = deepest_few(
                     problem, tile_n=tile_n, warps_w=warps_w, groups=groups, warps_k=warps_k, slabs=slabs
                 )
-                if tile.stages >= 3 or (slabs <= 4 * warps_k and tile.stages == 2):
-                    yield tile
+                enough = _RING // (full.stage_bytes(problem) + 16) // warps_k * warps_k
+                for stages in dict.fromkeys((full.stages, min(full.stages, enough))):
+                    # Each set has a stage on its way while it decodes another, or one set two.
+                    if stages >= max(3, 2 * warps_k):
+                        yield replace(full, stages=stages)
 
 
-# Rows of A up to which tiles that do not fill a wave are also taken whole: sums that meet in memory cost 5 µs.
+# Rows of A up to which tiles that do not fill a wave are also taken whole: sums that meet in memory cost 13 µs.
 _WHOLE_ROWS = 64
 # Rows of A in a tile, and the rest of a W4Tile, for 16-bit activations and int8.
 _SHAPES: tuple[dict[str, int], ...] = (
@@ -124,7 +128,7 @@ def deepest(problem: W4Problem, **shape: int) -> W4Tile:
     return W4Tile(stages=stages, **shape)  # type: ignore[arg-type]
 
 
-def deepest_few(problem: W4Problem, **shape: int) -> W4Few:
-    """Return the tile of gemm_w4_few.cu with as many stages as fit."""
+def deepest_few(problem: W4Problem, *, warps_k: int = 1, **shape: int) -> W4Few:
+    """Return the tile of gemm_w4_few.cu with as many stages as fit, a multiple of warps_k; of none there is no room."""
     stage = W4Few(stages=1, **shape).stage_bytes(problem) + 16
-    return W4Few(stages=min(16, SHARED_LIMIT // stage), **shape)
+    return W4Few(stages=min(16, SHARED_LIMIT // stage) // warps_k * warps_k, warps_k=warps_k, **shape)

@@ -79,9 +79,10 @@ class W4Few:
 
     Attributes:
         tile_n: rows of A in a tile, a multiple of 8, 64 at most.
-        warps_w, groups: warps side by side along W, and groups of 16 rows that each has. warps_k: sets that share K.
-        slabs: of 128 bytes of K of A in a stage. stages: of the ring. cluster: blocks that fetch rows of A for each
-            other.
+        warps_w, groups: warps side by side along W, and groups of 16 rows that each has. warps_k: sets that take
+            stages in turn.
+        slabs: of 128 bytes of K of A in a stage. stages: of the ring, a multiple of warps_k. cluster: blocks that
+            fetch rows of A for each other.
     """
 
     tile_n: int

@@ -1,7 +1,8 @@
 """How long a product with a weight of four bits takes: bytes over the memory's rate, instructions over the cores' rate.
 
-The constants were fitted to some 150 configurations of both kernels that were timed on an H200; for gemm_w4_few.cu the
-model is within 2 % of them, 5 % at most.
+The constants were fitted to some 1500 configurations that were timed on an H200. For gemm_w4_few.cu the model is within
+6 % of the faster ones on average; the configuration that it ranks first took 3 % longer than the fastest of all on
+average, 11 % at most, over 75 products of up to 64 rows.
 """
 
 from dataclasses import dataclass
@@ -54,18 +55,25 @@ _LOOP = 16  # of a step: waiting, releasing, counting
 _CYCLES = 1980.0  # a microsecond, while the tensor cores are not what binds
 # A scheduler's cycles for an instruction, and for one of mma.sync; what each byte of A that a block reads again, from
 # L2, takes of a byte from memory.
-_INSTRUCTION, _MMA, _AGAIN = 1.17, 6.25, 0.23
+_INSTRUCTION, _MMA, _AGAIN = 1.11, 8.25, 0.22
 # Two streams of work, of which the longer hides the shorter the better, the less they are alike.
-_HIDES = 5.0
-_FIXED_US, _STEP_US = 6.4, 0.024  # launch, first bytes, end of a tile; a stage of the ring
+_HIDES = 8.5
+# A launch, first bytes, the end of a tile; a stage of the ring; of the last one, 8 rows of A by a slab of 16 rows of W.
+_FIXED_US, _STEP_US, _LAST_US = 5.8, 0.009, 0.016
+_READ = 1.06  # of what a copy moves, that reading alone gets from memory
+# What a warp alone takes of a scheduler's cycles for an instruction; how long a stage's bytes are on their way, while
+# each set of warps has another.
+_ALONE, _LATENCY_US = 2.31, 0.45
 
 # Of gemm_w4_sm90.cu: a launch, the first bytes, a tile's end; sums of a shared tile on their way through memory.
-_FIXED_TILES_US, _SHARED_US = 5.9, 5.0
+_FIXED_TILES_US, _SHARED_US = 5.9, 13.0
+# Those rates are of codes that take so many instructions to decode; what each more takes, for each element of W.
+_DECODED, _SLOWER_US = 38.8, 1.67e-7
 # What is left of twice the rate of 16 bits where the board's power binds. Assumed: no product of 8-bit activations by
 # four-bit weights has been timed.
 _SUSTAINED = 0.85
 # Products and sums of 16-bit activations that a multiprocessor reaches in a microsecond, by the rows of A in a tile.
-_RATES = {8: 0.4e6, 16: 0.8e6, 32: 1.2e6, 64: 2.0e6, 128: 2.98e6, 256: 3.08e6}
+_RATES = {8: 0.4e6, 16: 0.8e6, 32: 1.6e6, 64: 2.65e6, 128: 2.98e6, 256: 3.08e6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +123,12 @@ def _both(memory_us: float, work_us: float) -> float:
 
 
 def few_instructions(problem: W4Problem, tile: W4Few) -> tuple[float, int]:
-    """Return what a warp of gemm_w4_few.cu executes for a stage, and how much of it multiplies matrices."""
-    own, columns = tile.slabs // tile.warps_k, tile.tile_n // 8
-    multiplications = own * tile.groups * 4 * columns
-    return _LOOP + own * (2 * columns + tile.groups * decoding_of(problem)) + multiplications, multiplications
+    """Return what a warp of gemm_w4_few.cu executes for a stage of its own, and how much of it multiplies matrices."""
+    columns = tile.tile_n // 8
+    multiplications = tile.slabs * tile.groups * 4 * columns
+    return _LOOP + tile.slabs * (
+        2 * columns + tile.groups * decoding_of(problem)
+    ) + multiplications, multiplications
 
 
 def _few(problem: W4Problem, tile: W4Few, device: Device) -> W4Cost:
@@ -132,18 +142,27 @@ def few_cost(
     along_w, along_a = tile.blocks(problem)
     blocks = along_w * along_a
     steps = -(-problem.slabs // tile.slabs)
-    busiest = -(-tile.warps_w * tile.warps_k // 4)  # warps of one scheduler
     waves = -(-blocks // device.multiprocessors)
-    issued = busiest * (_INSTRUCTION * instructions + (_MMA - _INSTRUCTION) * multiplications)
+    # A scheduler has a quarter of the warps. Sets take stages in turn, and each its own time for one.
+    issued = tile.warps_w / 4 * (_INSTRUCTION * instructions + (_MMA - _INSTRUCTION) * multiplications)
+    alone = _ALONE * instructions / tile.warps_k
     # A warp's fragments of A and its codes come from shared memory, 128 bytes in a cycle.
     fragments = 2 * tile.tile_n // 8 + tile.groups * problem.slab // 64
     shared = tile.warps_w * tile.slabs * fragments * 512 // 128
-    work = waves * steps * max(issued, shared) / _CYCLES
-    moved = _moved(problem) + _AGAIN * (along_w - 1) * problem.activation_bytes
-    # Memory gives all that it has only where most multiprocessors ask for it.
+    work = waves * steps * max(issued, shared, alone) / _CYCLES
+    again = (along_w - 1) * problem.activation_bytes
+    moved = _moved(problem) + _AGAIN * again
+    # Memory gives all that it has only where most multiprocessors ask for it, and for enough.
     share = min(1.0, 1.3 * blocks / device.multiprocessors)
-    memory = moved / (device.dram_bytes_per_us * share)
-    time = _FIXED_US + _both(memory, work) + waves * steps * _STEP_US
+    asked = (
+        (tile.stages - tile.warps_k)
+        * tile.stage_bytes(problem)
+        * min(blocks, device.multiprocessors)
+        / _LATENCY_US
+    )
+    memory = max(moved / (_READ * device.dram_bytes_per_us * share), (_moved(problem) + again) / asked)
+    last = _LAST_US * tile.slabs * tile.groups * tile.tile_n / 8
+    time = _FIXED_US + _both(memory, work) + waves * steps * _STEP_US + last
     return W4Cost(
         instructions=instructions, multiplications=multiplications, bytes=moved, memory_us=memory, work_us=work,
         time_us=time,
@@ -164,7 +183,11 @@ def _tiles(problem: W4Problem, tile: W4Tile, device: Device) -> W4Cost:
     waves = -(-count // clusters) if whole == count else count / clusters
     instructions, multiplications = tiles_instructions(problem, tile)
     if problem.slab == 64:
-        each = tile.tile_w * tile.tile_n * problem.k / _RATES[tile.tile_n]
+        each = (
+            tile.tile_w
+            * problem.k
+            * (tile.tile_n / _RATES[tile.tile_n] + _SLOWER_US * max(0.0, decoding_of(problem) - _DECODED))
+        )
     else:
         # A warp of each consumer has each scheduler's slots. An instruction takes as long as one of 16 bits, for twice
         # as much of K.

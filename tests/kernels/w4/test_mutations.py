@@ -71,7 +71,7 @@ NVFP4 = Run(tile=PIECES.tile, shape=(32, 130, 96), kind=("nvfp4", 16), identity=
 MXFP4 = Run(tile=PIECES.tile, shape=(32, 130, 96), kind=("mxfp4", 32), identity=True)
 FEW = Run(tile=W4Few(tile_n=16, warps_w=3, warps_k=2, slabs=4, stages=2))
 FEW_GROUPS = Run(tile=W4Few(tile_n=8, warps_w=2, warps_k=1, slabs=4, stages=2), kind=("int4", 128))
-FEW_MANY = Run(tile=W4Few(tile_n=8, warps_w=7, warps_k=4, slabs=4, stages=2), shape=(3, 300, 600))
+FEW_MANY = Run(tile=W4Few(tile_n=8, warps_w=7, warps_k=4, slabs=4, stages=4), shape=(3, 300, 600))
 FEW_PAIR = Run(tile=W4Few(tile_n=8, warps_w=2, slabs=2, stages=2, cluster=2))
 FEW_ZEROS = Run(tile=W4Few(tile_n=16, warps_w=3, slabs=2, stages=2), kind=("uint4", 64), zeros=True)
 
@@ -188,6 +188,11 @@ MUTATIONS = {
     "scales beyond the last slab": (SOURCE, "slab < slabs ? slab : slabs - 1", "slab", SHORT, "every"),
     "codes beyond the last plane": (SOURCE, "plane < planes ? plane : planes - 1", "plane", BYTES, "every"),
     "codes of the first plane twice": (SOURCE, "plane = slab * PLANES + p;", "plane = slab * PLANES;", BYTES, "every"),
+    "sets of few rows begin at the same stage": (FEW_SOURCE, "s = along_k;", "s = 0;", FEW, "every"),
+    "the other chain of few rows forgotten": (
+        FEW_SOURCE, "sum[i][j][e] += sums[CHAINS - 1][i][j][e];", ";", FEW, "every"
+    ),
+    "a stage of few rows freed by every set": (FEW_SOURCE, "WARPS_W * CLUSTER);", "WARPS * CLUSTER);", FEW, "every"),
     "planes of few rows one after the other": (
         FEW_SOURCE, "((o * PLANES + plane) * TILE + i)", "((o * PLANES) * TILE + i)", FEW_BYTES, "every"
     ),
